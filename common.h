@@ -1,0 +1,71 @@
+// common.h: what every room may use. Errors that end in one clear line, a printf into std::string, integer helpers, and the
+// few plain types that appear in the signatures of both backends (cpu_backend.h, cuda_backend.cuh).
+#pragma once
+#include <cstdarg>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <stdexcept>
+#include <string>
+
+// Thrown by fail() and usage_fail(), printed by main() as one line. The exit code is 1 for a fault (a file, a device, a
+// lost rank) and 2 for a command line that makes no sense.
+struct Error : std::runtime_error {
+    int exit_code;
+    Error(const std::string& message, int code) : std::runtime_error(message), exit_code(code) {}
+};
+
+inline std::string vstrprintf(const char* format, va_list args) {
+    va_list again;
+    va_copy(again, args);
+    std::string text(vsnprintf(nullptr, 0, format, args), '\0');
+    vsnprintf(&text[0], text.size() + 1, format, again);
+    va_end(again);
+    return text;
+}
+
+__attribute__((format(printf, 1, 2))) inline std::string strprintf(const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    std::string text = vstrprintf(format, args);
+    va_end(args);
+    return text;
+}
+
+[[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail(const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    std::string text = vstrprintf(format, args);
+    va_end(args);
+    throw Error(text, 1);
+}
+
+[[noreturn]] __attribute__((format(printf, 1, 2))) inline void usage_fail(const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    std::string text = vstrprintf(format, args);
+    va_end(args);
+    throw Error(text, 2);
+}
+
+template <class T> constexpr T ceil_div(T a, T b) { return (a + b - 1) / b; }
+template <class T> constexpr T round_up(T a, T b) { return ceil_div(a, b) * b; }
+
+// A run of elements in one of the arenas (parameters, gradients, optimizer state).
+struct Range {
+    size_t begin, count;
+};
+
+// Storage type of the Newton-Schulz iterate; products accumulate in fp32 whatever it is.
+enum class NsType { bf16, fp16, fp32 };
+inline size_t ns_type_bytes(NsType type) { return type == NsType::fp32 ? 4 : 2; }
+
+// The two shapes of product that Newton-Schulz needs: A A^T (or any product known to be symmetric), and A B.
+enum class NsProduct { symmetric_nt, nn };
+
+// Where a (rows, cols) matrix, or a tile of one, lies: element offsets into the gradient, owner-state and parameter arenas,
+// and the row stride ld that the three share.
+struct MatrixRef {
+    size_t grad, state, param;
+    int ld;
+};
