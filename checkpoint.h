@@ -1,0 +1,367 @@
+// checkpoint.h: one file per save, DIR/step_00000100.ckpt, that is either whole and right or refused.
+// Read: the layout below, Checksum, CheckpointWriter, Checkpoint (the reader), newest_good_checkpoint().
+//
+//   magic "TRAINGPT" | u64 bytes of the table | u64 checksum of the table         24 bytes
+//   the table, as text (try `head -c 2000` on a checkpoint), filled up with newlines to byte 64k:
+//       meta KEY VALUE                         what the run needs to go on: step, config, tokenizer, ...
+//       tensor NAME f32 DIM DIM ...            what follows, in this order
+//   each tensor, little endian, filled up with zeros to a multiple of 64 bytes
+//   u64 checksum of each tensor (with its zeros) | u64 checksum of these checksums
+//
+// Every byte of the file is under a checksum or compared with what it must be. Nothing in it depends on the time, on
+// paths or on the number of ranks: equal runs write equal files.
+#pragma once
+#include <dirent.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <cstring>
+#include <filesystem>
+#include <map>
+#include <sstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common.h"
+
+using Meta = std::map<std::string, std::string>; // keys without spaces, values on one line
+
+struct TensorInfo {
+    std::string name; // without spaces
+    std::vector<int64_t> shape;
+
+    uint64_t elements() const {
+        uint64_t n = 1;
+        for (int64_t size : shape) n *= (uint64_t)size;
+        return n;
+    }
+    uint64_t bytes() const { return elements() * sizeof(float); }
+};
+
+// A 64-bit checksum against accidents, near the speed of memory: four lanes, so that the multiplications overlap. Each
+// step is one-to-one in the lane and in the word, hence damage within any one word always shows; other damage goes
+// unseen with a chance of about 2^-64. Every update but the last takes a multiple of 32 bytes.
+class Checksum {
+public:
+    void update(const void* data, size_t bytes) {
+        const char* at = (const char*)data;
+        for (size_t blocks = bytes / 32; blocks > 0; blocks--, at += 32) {
+            uint64_t words[4];
+            memcpy(words, at, 32);
+            for (int i = 0; i < 4; i++) lanes_[i] = step(lanes_[i], words[i]);
+        }
+        for (size_t i = 0; i < bytes % 32; i++) lanes_[0] = step(lanes_[0], (uint8_t)at[i]);
+        length_ += bytes;
+    }
+    uint64_t value() const {
+        uint64_t sum = step(0, length_);
+        for (uint64_t lane : lanes_) sum = step(sum, lane);
+        return sum ^ (sum >> 29);
+    }
+    static uint64_t of(const void* data, size_t bytes) {
+        Checksum checksum;
+        checksum.update(data, bytes);
+        return checksum.value();
+    }
+
+private:
+    uint64_t lanes_[4] = {1, 2, 3, 4};
+    uint64_t length_ = 0;
+
+    static uint64_t step(uint64_t sum, uint64_t word) {
+        sum = (sum ^ word) * 0x9fb21c651e98df25u; // odd: can be undone
+        return sum << 27 | sum >> 37;             // products carry upwards only; the turn brings high bits down
+    }
+};
+
+namespace ckpt {
+constexpr char magic[] = "TRAINGPT"; // 8 bytes, without the final zero
+constexpr uint64_t header_bytes = 24, alignment = 64;
+constexpr char suffix[] = ".ckpt", unfinished[] = ".ckpt.tmp";
+
+// The step in "step_00000100.ckpt", or -1 if the name is none of ours.
+inline int64_t step_in_name(const std::string& name, const std::string& ending) {
+    if (name.size() < 13 + ending.size() || name.compare(0, 5, "step_") != 0) return -1;
+    int64_t step = -1;
+    const auto [stop, error] = std::from_chars(name.data() + 5, name.data() + name.size(), step);
+    return error == std::errc() && stop == ending ? step : -1;
+}
+
+// (step, path) of the files of DIR with that ending, newest first; none if there is no DIR.
+inline std::vector<std::pair<int64_t, std::string>> files(const std::string& dir, const std::string& ending) {
+    std::vector<std::pair<int64_t, std::string>> found;
+    if (DIR* entries = opendir(dir.c_str())) {
+        while (const dirent* entry = readdir(entries)) {
+            const int64_t step = step_in_name(entry->d_name, ending);
+            if (step >= 0) found.emplace_back(step, dir + "/" + entry->d_name);
+        }
+        closedir(entries);
+    }
+    std::sort(found.rbegin(), found.rend());
+    return found;
+}
+} // namespace ckpt
+
+// Writes under a temporary name, and gives the file its own name only when all of it is on the disk: a crash at any
+// moment leaves the older checkpoints as they were. Use: construct, append() the tensors in table order, finish().
+class CheckpointWriter {
+public:
+    CheckpointWriter(const std::string& dir, int64_t step, const Meta& meta, const std::vector<TensorInfo>& tensors)
+        : dir_(dir), step_(step), path_(strprintf("%s/step_%08lld%s", dir.c_str(), (long long)step, ckpt::suffix)),
+          tensors_(tensors) {
+        std::error_code error;
+        std::filesystem::create_directories(dir, error);
+        if (error) give_up(error.value());
+        for (const auto& left : ckpt::files(dir, ckpt::unfinished)) unlink(left.second.c_str()); // by a crash
+        file_.path = strprintf("%s/step_%08lld%s", dir.c_str(), (long long)step, ckpt::unfinished);
+        file_.fd = open(file_.path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+        if (file_.fd < 0) give_up(errno);
+
+        std::string table;
+        for (const auto& [key, value] : meta) table += "meta " + key + " " + value + "\n";
+        for (const TensorInfo& tensor : tensors_) {
+            table += "tensor " + tensor.name + " f32";
+            for (int64_t size : tensor.shape) table += " " + std::to_string(size);
+            table += "\n";
+        }
+        table.resize(round_up(ckpt::header_bytes + table.size(), ckpt::alignment) - ckpt::header_bytes, '\n');
+        const uint64_t header[2] = {table.size(), Checksum::of(table.data(), table.size())};
+        put(ckpt::magic, 8);
+        put(header, sizeof(header));
+        put(table.data(), table.size());
+        end_section();
+    }
+
+    // The next bytes of the tensors, in pieces of any size.
+    void append(const void* data, size_t bytes) {
+        const char* at = (const char*)data;
+        while (bytes > 0) {
+            if (sums_.size() == tensors_.size()) fail("%s: more tensor bytes than its table says", path_.c_str());
+            const uint64_t size = tensors_[sums_.size()].bytes();
+            const size_t piece = (size_t)std::min<uint64_t>(bytes, size - tensor_done_);
+            put(at, piece);
+            at += piece, bytes -= piece, tensor_done_ += piece;
+            if (tensor_done_ == size) sums_.push_back(end_section()), tensor_done_ = 0;
+        }
+    }
+
+    // Makes the checkpoint appear, then removes all but the newest `keep`. Checkpoints of later steps go as well: they
+    // were written before the run was resumed at an earlier step, and are no longer of its line.
+    void finish(int64_t keep) {
+        if (sums_.size() != tensors_.size()) fail("%s: fewer tensor bytes than its table says", path_.c_str());
+        const uint64_t sum_of_sums = Checksum::of(sums_.data(), sums_.size() * sizeof(uint64_t));
+        put(sums_.data(), sums_.size() * sizeof(uint64_t));
+        put(&sum_of_sums, sizeof(sum_of_sums));
+        flush();
+        if (fsync(file_.fd) != 0) give_up(errno);
+        if (rename(file_.path.c_str(), path_.c_str()) != 0) give_up(errno);
+        file_.close();
+        const int dir = open(dir_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); // the new name must reach the disk too
+        const bool synced = dir >= 0 && fsync(dir) == 0;
+        const int error = errno;
+        if (dir >= 0) close(dir);
+        if (!synced) give_up(error);
+        for (const auto& [step, path] : ckpt::files(dir_, ckpt::suffix)) {
+            if (step > step_ || keep-- <= 0) unlink(path.c_str());
+        }
+    }
+
+private:
+    // Closes the file and removes it, also when the constructor above throws. After the rename nothing has that name.
+    struct Temporary {
+        std::string path;
+        int fd = -1;
+        void close() {
+            if (fd >= 0) ::close(fd), unlink(path.c_str());
+            fd = -1;
+        }
+        Temporary() = default;
+        Temporary(const Temporary&) = delete;
+        ~Temporary() { close(); }
+    };
+
+    static constexpr size_t buffer_bytes = 1 << 20; // a multiple of ckpt::alignment, as Checksum::update asks
+
+    const std::string dir_;
+    const int64_t step_;
+    const std::string path_;
+    const std::vector<TensorInfo> tensors_;
+    Temporary file_;
+    std::string buffer_;         // what is not in the file yet
+    Checksum checksum_;          // of the current section so far, without buffer_
+    std::vector<uint64_t> sums_; // of the tensors written
+    uint64_t tensor_done_ = 0;   // bytes of the current one
+
+    [[noreturn]] void give_up(int error) const {
+        fail("cannot write checkpoint %s: %s. Older checkpoints are untouched; make room or give another --out",
+             path_.c_str(), strerror(error));
+    }
+
+    void put(const void* data, size_t bytes) {
+        const char* at = (const char*)data;
+        while (bytes > 0) {
+            const size_t piece = std::min(bytes, buffer_bytes - buffer_.size());
+            buffer_.append(at, piece);
+            at += piece, bytes -= piece;
+            if (buffer_.size() == buffer_bytes) flush();
+        }
+    }
+
+    void flush() {
+        checksum_.update(buffer_.data(), buffer_.size());
+        for (size_t done = 0; done < buffer_.size();) {
+            const ssize_t wrote = write(file_.fd, buffer_.data() + done, buffer_.size() - done);
+            if (wrote > 0) done += (size_t)wrote;
+            else if (wrote == 0 || errno != EINTR) give_up(wrote == 0 ? ENOSPC : errno);
+        }
+        buffer_.clear();
+    }
+
+    uint64_t end_section() {
+        buffer_.resize(round_up<uint64_t>(buffer_.size(), ckpt::alignment), '\0');
+        flush();
+        return std::exchange(checksum_, Checksum()).value();
+    }
+};
+
+// A checkpoint that has been verified from the first byte to the last; the tensors are read in place (mapped).
+class Checkpoint {
+public:
+    Meta meta;
+    std::vector<TensorInfo> tensors;
+
+    explicit Checkpoint(const std::string& path) : path_(path) {
+        map_file();
+        const char* table = map_.data + ckpt::header_bytes;
+        uint64_t header[2] = {}; // bytes of the table, its checksum
+        if (map_.bytes < ckpt::header_bytes || memcmp(map_.data, ckpt::magic, 8) != 0) {
+            fail("%s is not a checkpoint of train_gpt", path_.c_str());
+        }
+        memcpy(header, map_.data + 8, sizeof(header));
+        if (header[0] > map_.bytes - ckpt::header_bytes) damaged("it ends within its table");
+        if (Checksum::of(table, header[0]) != header[1]) damaged("its table has changed");
+        parse_table(std::string(table, header[0]));
+
+        uint64_t end = ckpt::header_bytes + header[0]; // of what is known so far
+        std::vector<Range> sections;                   // bytes of each tensor, with its zeros
+        for (const TensorInfo& tensor : tensors) {
+            sections.push_back({end, round_up(tensor.bytes(), ckpt::alignment)});
+            end += sections.back().count;
+        }
+        const uint64_t sums_bytes = tensors.size() * sizeof(uint64_t), expected = end + sums_bytes + sizeof(uint64_t);
+        if (map_.bytes != expected) {
+            damaged(strprintf("it has %zu bytes, its table asks for %llu", map_.bytes, (unsigned long long)expected));
+        }
+        std::vector<uint64_t> sums(tensors.size() + 1);
+        memcpy(sums.data(), map_.data + end, sums_bytes + sizeof(uint64_t));
+        if (Checksum::of(sums.data(), sums_bytes) != sums.back()) damaged("its list of checksums has changed");
+        for (size_t i = 0; i < tensors.size(); i++) {
+            const char* begin = map_.data + sections[i].begin;
+            const bool same = Checksum::of(begin, sections[i].count) == sums[i];
+            if (!same) damaged("tensor " + tensors[i].name + " has changed");
+            data_[tensors[i].name] = {(const float*)begin, tensors[i].elements()};
+        }
+    }
+
+    bool has(const std::string& name) const { return data_.count(name) > 0; }
+
+    // The values of a tensor that must have this many.
+    const float* data(const std::string& name, uint64_t elements) const {
+        const auto found = data_.find(name);
+        if (found == data_.end()) {
+            fail("checkpoint %s is of another model: it has no tensor %s", path_.c_str(), name.c_str());
+        }
+        const auto [values, count] = found->second;
+        if (count != elements) {
+            fail("checkpoint %s is of another model: its tensor %s has %llu elements, not %llu", path_.c_str(),
+                 name.c_str(), (unsigned long long)count, (unsigned long long)elements);
+        }
+        return values;
+    }
+
+private:
+    struct Mapping {
+        char* data = nullptr;
+        size_t bytes = 0;
+        Mapping() = default;
+        Mapping(const Mapping&) = delete;
+        ~Mapping() {
+            if (data) munmap(data, bytes);
+        }
+    };
+
+    const std::string path_;
+    Mapping map_;
+    std::map<std::string, std::pair<const float*, uint64_t>> data_; // name -> values, how many
+
+    [[noreturn]] void damaged(const std::string& fault) const {
+        fail("checkpoint %s is damaged: %s. Resume from an older one", path_.c_str(), fault.c_str());
+    }
+
+    void map_file() {
+        const int fd = open(path_.c_str(), O_RDONLY | O_CLOEXEC);
+        if (fd < 0) fail("cannot open checkpoint %s: %s", path_.c_str(), strerror(errno));
+        struct stat info;
+        const bool file = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
+        void* memory = MAP_FAILED;
+        if (file && info.st_size > 0) memory = mmap(nullptr, (size_t)info.st_size, PROT_READ, MAP_SHARED, fd, 0);
+        const int error = errno;
+        close(fd);
+        if (!file) fail("%s is not a checkpoint: not a file", path_.c_str());
+        if (info.st_size == 0) damaged("it is empty");
+        if (memory == MAP_FAILED) fail("cannot map checkpoint %s: %s", path_.c_str(), strerror(error));
+        map_.data = (char*)memory;
+        map_.bytes = (size_t)info.st_size;
+    }
+
+    // The table is what was written, by its checksum; the checks are for files of another version or make.
+    void parse_table(const std::string& table) {
+        std::istringstream lines(table);
+        for (std::string line; std::getline(lines, line);) {
+            std::istringstream words(line);
+            std::string kind, name, type;
+            words >> kind >> name;
+            if (kind == "meta") {
+                meta[name] = line.substr(std::min(line.size(), kind.size() + name.size() + 2));
+            } else if (kind == "tensor") {
+                TensorInfo tensor = {name, {}};
+                words >> type;
+                uint64_t left = map_.bytes / sizeof(float); // a tensor has no more elements than the file has room for
+                for (int64_t size; words >> size;) {
+                    if (size < 1 || (uint64_t)size > left) damaged("tensor " + name + " has an impossible shape");
+                    left /= (uint64_t)size;
+                    tensor.shape.push_back(size);
+                }
+                if (type != "f32" || !words.eof()) damaged("its table has a line that is not understood: " + line);
+                tensors.push_back(tensor);
+            } else if (!line.empty()) {
+                damaged("its table has a line that is not understood: " + line);
+            }
+        }
+    }
+};
+
+inline std::vector<std::string> list_checkpoints(const std::string& dir) { // newest first
+    std::vector<std::string> paths;
+    for (const auto& [step, path] : ckpt::files(dir, ckpt::suffix)) paths.push_back(path);
+    return paths;
+}
+
+// For --resume auto: the newest checkpoint that is whole, "" if there is none. Says which ones it passes over, and why.
+inline std::string newest_good_checkpoint(const std::string& dir, FILE* say) {
+    for (const std::string& path : list_checkpoints(dir)) {
+        try {
+            Checkpoint verified(path);
+            return path;
+        } catch (const Error& error) {
+            fprintf(say, "skipping a checkpoint: %s\n", error.what());
+        }
+    }
+    return "";
+}

@@ -1,0 +1,1149 @@
+// test_host.cpp: the rooms that know no GPU: flags.h, dataloader.h, checkpoint.h. Meant to run under AddressSanitizer
+// and UBSan as well. All files are made in a temporary directory and removed.
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <signal.h>
+#include <sys/mount.h>
+#include <sys/resource.h>
+#include <sys/vfs.h>
+#include <sys/wait.h>
+
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <set>
+
+#include "../checkpoint.h"
+#include "../dataloader.h"
+#include "../flags.h"
+
+namespace fs = std::filesystem;
+
+struct TempDir {
+    std::string path;
+    TempDir() {
+        std::string name = (fs::temp_directory_path() / "train_gpt_test_XXXXXX").string();
+        REQUIRE(mkdtemp(&name[0]) != nullptr);
+        path = name;
+    }
+    ~TempDir() { fs::remove_all(path); }
+    std::string operator/(const std::string& name) const { return path + "/" + name; }
+};
+
+static void write_file(const std::string& path, const std::string& content) {
+    std::ofstream file(path, std::ios::binary | std::ios::trunc);
+    file.write(content.data(), (std::streamsize)content.size());
+    file.close();
+    REQUIRE(file.good());
+}
+
+static std::string read_file(const std::string& path) {
+    std::ifstream file(path, std::ios::binary);
+    REQUIRE(file.good());
+    return std::string((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+}
+
+// The message of the Error that body throws, with its exit code in front: "1: ...". "" if it throws none.
+static std::string error_of(const std::function<void()>& body) {
+    try {
+        body();
+    } catch (const Error& error) {
+        const std::string message = error.what();
+        CHECK(message.find('\n') == std::string::npos); // one line
+        return std::to_string(error.exit_code) + ": " + message;
+    }
+    return "";
+}
+
+static bool mentions(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+
+// ----------------------------------------------------------------------------------------------------
+// flags.h
+
+using Args = std::vector<std::string>;
+
+static Options parse(const Args& args) {
+    std::vector<std::string> copy = {"train_gpt"};
+    copy.insert(copy.end(), args.begin(), args.end());
+    std::vector<char*> argv;
+    for (std::string& arg : copy) argv.push_back(&arg[0]);
+    return parse_flags((int)argv.size(), argv.data());
+}
+
+static std::string joined(const Args& args) {
+    std::string line;
+    for (const std::string& arg : args) line += arg + " ";
+    return line;
+}
+
+static std::string parse_error(const Args& args) {
+    return error_of([&] { parse(args); });
+}
+
+static bool is_number(const Flag& flag) { return flag.max > flag.min; }
+static bool is_bool(const Flag& flag) { return std::holds_alternative<bool Options::*>(flag.member); }
+
+// A legal value that is not the default.
+static std::string other_value(const Flag& flag) {
+    const std::string value = flag_value(flag, Options());
+    if (is_bool(flag)) return value == "1" ? "0" : "1";
+    if (is_number(flag)) {
+        for (double number : {flag.min, flag.max}) {
+            if (strprintf("%.0f", number) != value) return strprintf("%.0f", number);
+        }
+    }
+    for (const std::string& word : split_choices(flag.values)) {
+        if (word != value) return word;
+    }
+    FAIL("no other value for " << flag.name);
+    return "";
+}
+
+// Under these flags every other one has an effect, so that none is refused for having none.
+static Args with_context(const std::string& name, const Args& more) {
+    Args args = {"--train", "t", "--val", "v", "--optimizer", "dmuon", "--ns_coefficients", "keller",
+                 "--schedule", "wsd", "--decay_frac", "0", "--sample_every", "7", "--out", "o", "--resume", "auto",
+                 "--print_plan", "--total_batch", "0", "--steps", "1000000000000000"};
+    if (name == "layers" || name == "heads" || name == "channels") {
+        for (const char* flag : {"--layers", "--heads", "--channels"}) args.insert(args.end(), {flag, "64"});
+    }
+    args.insert(args.end(), more.begin(), more.end());
+    return args;
+}
+
+TEST_CASE("flags: the rows of the table are sound") {
+    std::set<std::string> names;
+    for (const Flag& flag : flag_table()) {
+        CAPTURE(flag.name);
+        CHECK(names.insert(flag.name).second);
+        const std::string value = flag_value(flag, Options());
+        Options options;
+        if (!value.empty()) set_flag(options, flag, value); // the default is a legal value
+        CHECK(flag_value(flag, options) == value);
+
+        set_flag(options, flag, other_value(flag)); // two rows don't share a member
+        for (const Flag& other : flag_table()) {
+            const bool changed = flag_value(other, options) != flag_value(other, Options());
+            CHECK(changed == (&other == &flag));
+        }
+        const std::vector<std::string> shown = non_default_flags(options);
+        REQUIRE(shown.size() == 1);
+        CHECK(shown[0] == std::string("--") + flag.name + " " + flag_value(flag, options));
+    }
+    CHECK(non_default_flags(Options()).empty());
+}
+
+TEST_CASE("flags: nothing said means the defaults") {
+    const Options options = parse({"--train", "t"});
+    for (const Flag& flag : flag_table()) {
+        CAPTURE(flag.name);
+        const bool is_train = std::string(flag.name) == "train";
+        CHECK(flag_value(flag, options) == (is_train ? "t" : flag_value(flag, Options())));
+    }
+}
+
+TEST_CASE("flags: every row takes its values in both forms, and the last wins") {
+    for (const Flag& flag : flag_table()) {
+        const std::string name = flag.name, dashed = "--" + name;
+        CAPTURE(name);
+        if (name == "help") continue; // tested below
+        Args values = {other_value(flag)};
+        if (!flag_value(flag, Options()).empty()) values.push_back(flag_value(flag, Options()));
+        if (name == "train" || name == "val" || name == "out") values.push_back("a=b c");
+        if (name == "print_plan") values = {"1"}; // the context needs it
+        if (name == "layers" || name == "heads" || name == "channels") values = {"64"};
+        if (name == "steps") values = {"1000000"};
+        if (name == "model" || name == "resume") values = {split_choices(flag.values)[0]};
+        if (name == "schedule") values = {"wsd"};
+        if (name == "optimizer") values = {"muon", "dmuon"};
+        if (name == "total_batch") values = {"819200", "0"};
+        if (name == "sample_every") values = {"1", "1000000000000000"};
+        for (const std::string& value : values) {
+            CAPTURE(value);
+            Options expected;
+            set_flag(expected, flag, value);
+            const std::string other = other_value(flag);
+            for (const Args& form : {Args{dashed, value}, Args{dashed + "=" + value}, Args{dashed, other, dashed, value},
+                                     Args{dashed + "=" + other, dashed + "=" + value}}) {
+                CHECK(flag_value(flag, parse(with_context(name, form))) == flag_value(flag, expected));
+            }
+        }
+        if (is_bool(flag)) {
+            for (const Args& form :
+                 {Args{dashed}, Args{dashed, "--seed", "1"}, Args{dashed, "true"}, Args{dashed + "=true"}}) {
+                CHECK(flag_value(flag, parse(with_context(name, form))) == "1");
+            }
+            Options options;
+            set_flag(options, flag, "false");
+            CHECK(flag_value(flag, options) == "0");
+        }
+    }
+}
+
+TEST_CASE("flags: every row refuses what it can't take, with exit code 2 and its name") {
+    auto refused = [](const Flag& flag, const Args& args) {
+        const std::string message = parse_error(args);
+        CAPTURE(joined(args));
+        CHECK(message.substr(0, 3) == "2: ");
+        CHECK(mentions(message, std::string("--") + flag.name));
+    };
+    for (const Flag& flag : flag_table()) {
+        const std::string dashed = std::string("--") + flag.name;
+        const bool is_help = dashed == "--help"; // by itself it is obeyed, whatever follows
+        CAPTURE(dashed);
+        refused(flag, {dashed + "="}); // missing values
+        if (!is_help) refused(flag, {dashed, ""});
+        if (!is_bool(flag)) {
+            refused(flag, {dashed});
+            refused(flag, {dashed, "--seed", "1"});
+        }
+        Args bad;
+        if (is_number(flag)) {
+            bad = {"x",    "1x",  "x1",  "1 ", " 1",    "+",   "-",
+                   ".",    "1e",  "nan", "inf", "-inf", "0x1", "1,5",
+                   "1_0",  "1e999", "--1", "99999999999999999999", "-99999999999999999999", "1000000000000001e9"};
+            bad.push_back(strprintf("%.0f", flag.min - 1));
+            bad.push_back(strprintf("%.0f", flag.max + 1));
+            const bool whole = !std::holds_alternative<double Options::*>(flag.member);
+            if (whole) bad.insert(bad.end(), {"1.5", "1e2", "4294967297000000000"});
+            const std::string above = strprintf("%.17g", std::nextafter(flag.max, 1e300));
+            if (!whole) bad.insert(bad.end(), {above, "1.2.3", "-1e-300"});
+            if (dashed == "--muon_weight_decay") bad.back() = "-0.5", bad.push_back("-1.01");
+        } else if (is_bool(flag)) {
+            bad = {"2", "yes", "True", "00", "x"};
+        } else if (split_choices(flag.values).size() > 1 && !isupper(split_choices(flag.values).back()[0])) {
+            bad = {"x", "Adamw", "cosine|linear", flag.values, split_choices(flag.values)[0] + "x", "CAPITALS"};
+        }
+        for (const std::string& value : bad) {
+            CAPTURE(value);
+            if (value.compare(0, 2, "--") != 0 && !is_help) refused(flag, with_context(flag.name, {dashed, value}));
+            refused(flag, with_context(flag.name, {dashed + "=" + value}));
+        }
+    }
+}
+
+TEST_CASE("flags: whole numbers keep 64 bits") {
+    CHECK(parse({"--train", "t", "--steps", "999999999999999"}).steps == 999999999999999);
+    CHECK(parse({"--train", "t", "--seed", "3000000000"}).seed == 3000000000);
+}
+
+TEST_CASE("flags: help is made of the table") {
+    char* memory = nullptr;
+    size_t size = 0;
+    FILE* file = open_memstream(&memory, &size);
+    print_help(file);
+    fclose(file);
+    const std::string help(memory, size);
+    free(memory);
+    std::istringstream words_of(help);
+    std::string words; // with single spaces, as lines are broken anywhere
+    for (std::string word; words_of >> word;) words += word + " ";
+    for (const Flag& flag : flag_table()) {
+        CAPTURE(flag.name);
+        std::string row = std::string("--") + flag.name + " " + flag.values + " " + flag.help;
+        if (is_number(flag)) row += strprintf(" (%.15g to %.15g)", flag.min, flag.max);
+        const std::string value = flag_value(flag, Options());
+        if (!value.empty()) row += " [" + value + "]";
+        CHECK(mentions(words, row + " "));
+        CHECK(mentions(help, std::string("\n") + flag.group + "\n"));
+    }
+    std::istringstream lines(help);
+    for (std::string line; std::getline(lines, line);) {
+        CAPTURE(line);
+        CHECK(line.size() <= 112);
+        CHECK((line.empty() || line.back() != ' '));
+    }
+    CHECK(parse({"--help"}).help);
+    CHECK(parse({"-h"}).help);
+    CHECK(parse({"--nonsense", "--lr", "x", "--help"}).help); // whoever asks for help gets it
+}
+
+TEST_CASE("flags: unknown ones are named, with the nearest known one") {
+    CHECK(mentions(parse_error({"--seq-len", "5"}), "2: unknown flag --seq-len: did you mean --seq_len?"));
+    CHECK(mentions(parse_error({"--bacth=5"}), "--bacth: did you mean --batch?"));
+    CHECK(mentions(parse_error({"--total-batch-size=5"}), "--total_batch?"));
+    CHECK(mentions(parse_error({"--zzzzzz"}), "2: unknown flag --zzzzzz: see --help"));
+    for (const char* word : {"--", "--=3", "stray", "-b", "-", ""}) {
+        CAPTURE(word);
+        CHECK(parse_error({"--train", "t", word}).substr(0, 3) == "2: ");
+    }
+    CHECK(mentions(parse_error({"--train", "a.bin", "b.bin"}), "'b.bin'")); // a glob that the shell expanded
+}
+
+TEST_CASE("flags: contradictions name the flags") {
+    const struct {
+        Args args;
+        std::vector<std::string> named;
+    } cases[] = {
+        {{}, {"--train"}},
+        {{"--val", "v"}, {"--train"}},
+        {{"--eval_every", "5"}, {"--eval_every", "--val"}},
+        {{"--eval_batches", "5"}, {"--eval_batches", "--val"}},
+        {{"--model", "d6", "--layers", "2"}, {"--model", "--layers"}},
+        {{"--model", "d6", "--layers", "2", "--heads", "2", "--channels", "16"}, {"--model", "--layers"}},
+        {{"--model", "d13"}, {"--model", "d13", "d12"}},
+        {{"--model", "/no/such/file.ckpt"}, {"--model", "/no/such/file.ckpt"}},
+        {{"--layers", "2"}, {"--layers", "--heads", "--channels"}},
+        {{"--layers", "2", "--heads", "2"}, {"--channels"}},
+        {{"--heads", "2", "--channels", "16"}, {"--layers"}},
+        {{"--layers", "2", "--heads", "3", "--channels", "16"}, {"--channels 16", "--heads 3"}},
+        {{"--layers", "2", "--heads", "2", "--channels", "12"}, {"--channels 12", "8"}},
+        {{"--batch", "65536", "--seq_len", "65536"}, {"--batch", "--seq_len"}},
+        {{"--batch", "4", "--seq_len", "64", "--total_batch", "1000"},
+         {"--total_batch 1000", "--batch 4", "--seq_len 64", "1024"}},
+        {{"--warmup", "11", "--steps", "10"}, {"--warmup 11", "--steps 10"}},
+        {{"--decay_frac", "0.5"}, {"--decay_frac", "wsd"}},
+        {{"--schedule", "constant", "--final_lr_frac", "0.5"}, {"--final_lr_frac", "--schedule"}},
+        {{"--schedule", "wsd", "--warmup", "60", "--steps", "100", "--decay_frac", "0.5"},
+         {"--warmup", "--decay_frac"}},
+        {{"--muon_lr", "0.1"}, {"--muon_lr", "--optimizer"}},
+        {{"--muon_momentum", "0.1"}, {"--muon_momentum", "--optimizer"}},
+        {{"--nesterov"}, {"--nesterov", "--optimizer"}},
+        {{"--muon_weight_decay", "0"}, {"--muon_weight_decay", "--optimizer"}},
+        {{"--muon_scale", "keller"}, {"--muon_scale", "--optimizer"}},
+        {{"--muon_qkv", "split"}, {"--muon_qkv", "--optimizer"}},
+        {{"--muon_tile", "64"}, {"--muon_tile", "--optimizer"}},
+        {{"--ns", "gram"}, {"--ns ", "--optimizer"}},
+        {{"--ns_coefficients", "you"}, {"--ns_coefficients", "--optimizer"}},
+        {{"--ns_steps", "3"}, {"--ns_steps", "--optimizer"}},
+        {{"--ns_dtype", "fp16"}, {"--ns_dtype", "--optimizer"}},
+        {{"--owner", "lpt"}, {"--owner", "--optimizer"}},
+        {{"--optimizer", "muon", "--owner", "lpt"}, {"--owner", "--optimizer dmuon"}},
+        {{"--optimizer", "muon", "--ns_steps", "6"}, {"--ns_steps 6", "polar_express"}},
+        {{"--optimizer", "muon", "--ns_steps", "6", "--ns_coefficients", "you"}, {"--ns_steps 6", "you"}},
+        {{"--ranks", "4"}, {"--ranks", "--print_plan"}},
+        {{"--sample_tokens", "4"}, {"--sample_tokens", "--sample_every"}},
+        {{"--temperature", "1", "--sample_every", "0"}, {"--temperature", "--sample_every"}},
+        {{"--save_every", "4"}, {"--save_every", "--out"}},
+        {{"--keep", "4"}, {"--keep", "--out"}},
+        {{"--resume", "auto"}, {"--resume auto", "--out"}},
+        {{"--switch_optimizer"}, {"--switch_optimizer", "--resume"}},
+        {{"--gpus", "2", "--device", "cpu"}, {"--gpus", "--device cpu"}},
+    };
+    for (const auto& c : cases) {
+        Args args = c.args;
+        CAPTURE(joined(args));
+        const bool wants_train = c.named[0] == "--train";
+        if (!wants_train) args.insert(args.end(), {"--train", "t"});
+        const std::string message = parse_error(args);
+        CAPTURE(message);
+        CHECK(message.substr(0, 3) == "2: ");
+        for (const std::string& name : c.named) CHECK(mentions(message, name));
+    }
+}
+
+TEST_CASE("flags: what is no contradiction") {
+    TempDir dir;
+    write_file(dir / "some.ckpt", "x");
+    const Args cases[] = {
+        {"--val", "v", "--eval_every", "5"},
+        {"--model", "d48"},
+        {"--model", dir / "some.ckpt"},
+        {"--layers", "2", "--heads", "3", "--channels", "24"},
+        {"--warmup", "10", "--steps", "10"},
+        {"--schedule", "wsd", "--warmup", "50", "--steps", "100", "--decay_frac", "0.5"},
+        {"--optimizer", "muon", "--ns_coefficients", "keller", "--ns_steps", "20"},
+        {"--optimizer", "muon", "--muon_weight_decay", "-1"},
+        {"--optimizer", "dmuon", "--owner", "lpt"},
+        {"--print_plan", "--ranks", "1000", "--owner", "lpt", "--muon_qkv", "heads"}, // of any optimizer
+        {"--resume", "some.ckpt"},                                                   // without --out nothing is written
+        {"--out", "o", "--resume", "auto", "--save_every", "5", "--keep", "9"},
+        {"--gpus", "0", "--device", "cpu"},
+    };
+    for (Args args : cases) {
+        args.insert(args.end(), {"--train", "t"});
+        CAPTURE(joined(args));
+        CHECK(parse_error(args) == "");
+    }
+    CHECK(parse_error({"--print_plan", "--ranks", "8"}) == ""); // needs no data
+    CHECK(find_preset("d12")->channels == 768);
+    CHECK(find_preset("d13") == nullptr);
+}
+
+// ----------------------------------------------------------------------------------------------------
+// dataloader.h
+
+static std::string shard_bytes(int32_t magic, int32_t version, uint32_t count, const std::vector<uint16_t>& tokens) {
+    int32_t header[256] = {magic, version, (int32_t)count};
+    std::string content((const char*)header, sizeof(header));
+    content.append((const char*)tokens.data(), tokens.size() * sizeof(uint16_t));
+    return content;
+}
+
+static void write_shard(const std::string& path, const std::vector<uint16_t>& tokens) {
+    write_file(path, shard_bytes(20240520, 1, (uint32_t)tokens.size(), tokens));
+}
+
+// n tokens first, first + 1, ...: a window's first token tells which window it is.
+static std::vector<uint16_t> counting(size_t n, uint16_t first) {
+    std::vector<uint16_t> tokens(n);
+    std::iota(tokens.begin(), tokens.end(), first);
+    return tokens;
+}
+
+static std::vector<std::unique_ptr<char[]>> allocations; // kept to the end: a loader's thread may still be writing
+static void* test_alloc(size_t bytes) {
+    allocations.emplace_back(new char[bytes]());
+    return allocations.back().get();
+}
+
+// Four shards of 37, 11, 0 and 1 windows of 4 + 1 tokens, no token twice.
+struct SmallData {
+    static constexpr int T = 4;
+    TempDir dir;
+    std::unique_ptr<Shards> shards;
+    SmallData() {
+        write_shard(dir / "x_train_000.bin", counting(37 * T + 1, 0));
+        write_shard(dir / "x_train_001.bin", counting(11 * T + 3, 1000));
+        write_shard(dir / "x_train_002.bin", counting(3, 2000));
+        write_shard(dir / "x_train_003.bin", counting(T + 1, 3000));
+        write_shard(dir / "x_val_000.bin", counting(5 * T, 4000)); // not in the glob
+        shards.reset(new Shards(dir / "x_train_*.bin", T));
+    }
+};
+
+TEST_CASE("loader: permute is one-to-one, and another shuffle under another key") {
+    for (uint64_t n = 1; n < 200; n++) {
+        for (uint64_t key = 0; key < 3; key++) {
+            std::set<uint64_t> seen;
+            for (uint64_t i = 0; i < n; i++) {
+                const uint64_t p = permute(i, n, key);
+                CHECK(p < n);
+                seen.insert(p);
+            }
+            CHECK(seen.size() == n);
+        }
+    }
+    for (uint64_t n : {uint64_t(65537), (uint64_t(1) << 40) + 1, ~uint64_t(0)}) {
+        std::set<uint64_t> seen;
+        for (uint64_t i = 0; i < 65537; i++) seen.insert(permute(i, n, 7));
+        CHECK(seen.size() == 65537);
+        CHECK(*seen.rbegin() < n);
+    }
+    // Every element comes first about equally often, and successive ones are not neighbours more often than by chance.
+    std::vector<int> first(10, 0);
+    int neighbours = 0;
+    for (uint64_t key = 0; key < 10000; key++) {
+        first[permute(0, 10, mix(key))]++;
+        neighbours += permute(0, 10, mix(key)) + 1 == permute(1, 10, mix(key));
+    }
+    for (int times : first) CHECK(times == doctest::Approx(1000).epsilon(0.15)); // sigma is 3%
+    CHECK(neighbours == doctest::Approx(1000).epsilon(0.15));                     // 9 of 90 pairs
+}
+
+TEST_CASE("loader: an epoch is every window once, in a new order each time") {
+    SmallData data;
+    const uint64_t windows = data.shards->windows();
+    CHECK(windows == 49);
+    CHECK(data.shards->tokens() == 149 + 47 + 3 + 5);
+    CHECK(data.shards->paths().size() == 4);
+    std::set<int> expected;
+    for (int w = 0; w < 37; w++) expected.insert(w * 4);
+    for (int w = 0; w < 11; w++) expected.insert(1000 + w * 4);
+    expected.insert(3000);
+    std::set<std::vector<int>> orders;
+    for (uint64_t seed : {1, 2}) {
+        for (uint64_t epoch = 0; epoch < 5; epoch++) {
+            std::vector<int> order;
+            for (uint64_t i = 0; i < windows; i++) {
+                const uint16_t* tokens = data.shards->sample(epoch * windows + i, seed);
+                for (int t = 1; t <= 4; t++) CHECK(tokens[t] == tokens[0] + t); // within one shard
+                order.push_back(tokens[0]);
+            }
+            CHECK(std::set<int>(order.begin(), order.end()) == expected);
+            orders.insert(order);
+        }
+    }
+    CHECK(orders.size() == 10);
+    CHECK(data.shards->sample(~uint64_t(0), 3) != nullptr); // no number is too large
+}
+
+// The first tokens of the windows of each step, in the order of (micro-step, rank, row).
+static std::vector<std::vector<int>> windows_by_step(const Shards& shards, int ranks, int batch, int accumulation,
+                                                     uint64_t first_step, int steps) {
+    std::vector<std::unique_ptr<DataLoader>> loaders;
+    for (int rank = 0; rank < ranks; rank++) {
+        loaders.emplace_back(new DataLoader(shards, 42, batch, rank, ranks, accumulation, first_step, test_alloc));
+    }
+    std::vector<std::vector<int>> result((size_t)steps);
+    for (std::vector<int>& windows : result) {
+        for (int m = 0; m < accumulation; m++) {
+            for (auto& loader : loaders) {
+                const Batch got = loader->next();
+                for (int b = 0; b < batch; b++) windows.push_back(got.inputs[b * shards.seq_len]);
+            }
+        }
+    }
+    return result;
+}
+
+TEST_CASE("loader: ranks and batch divide a step's windows, they don't choose them") {
+    SmallData data;
+    const auto expected = windows_by_step(*data.shards, 1, 12, 1, 0, 9); // 108 windows: two epochs and a bit
+    std::vector<int> epoch;
+    for (const auto& step : expected) epoch.insert(epoch.end(), step.begin(), step.end());
+    epoch.resize(49);
+    CHECK(std::set<int>(epoch.begin(), epoch.end()).size() == 49); // disjoint, whoever reads them
+    const int splits[][3] = {{1, 1, 12}, {1, 4, 3}, {2, 3, 2}, {2, 6, 1}, {3, 2, 2}, {3, 4, 1}, {12, 1, 1}};
+    for (const auto& split : splits) {
+        CAPTURE(split[0]);
+        CAPTURE(split[1]);
+        CHECK(windows_by_step(*data.shards, split[0], split[1], split[2], 0, 9) == expected);
+    }
+    // Going on in the middle of an epoch, on any number of ranks, is as if nothing had happened.
+    for (size_t at : {1, 3, 5, 8}) {
+        const std::vector<std::vector<int>> rest(expected.begin() + (long)at, expected.end());
+        CHECK(windows_by_step(*data.shards, 1, 12, 1, at, (int)rest.size()) == rest);
+        CHECK(windows_by_step(*data.shards, 3, 2, 2, at, (int)rest.size()) == rest);
+    }
+}
+
+TEST_CASE("loader: targets, order, and how long a batch lasts") {
+    TempDir dir;
+    std::mt19937 random(1);
+    std::vector<uint16_t> tokens(5000);
+    for (uint16_t& token : tokens) token = (uint16_t)(random() % 2 ? random() % 50 : 65535 - random() % 3);
+    write_shard(dir / "a.bin", tokens);
+    const int T = 77, B = 5;
+    Shards shards(dir / "a.bin", T);
+    DataLoader loader(shards, 9, B, 1, 2, 3, 4, test_alloc);
+    Batch before = {};
+    std::vector<int> inputs_before;
+    for (uint64_t number = 0; number < 40; number++) {
+        const Batch batch = loader.next();
+        const uint64_t step = 4 + number / 3, first = (step * 3 + number % 3) * 2 * B + B;
+        for (int b = 0; b < B; b++) {
+            const uint16_t* expected = shards.sample(first + (uint64_t)b, 9);
+            for (int t = 0; t < T; t++) {
+                REQUIRE(batch.inputs[b * T + t] == expected[t]);
+                REQUIRE(batch.targets[b * T + t] == expected[t + 1]);
+            }
+        }
+        std::vector<int> order(B * T);
+        std::iota(order.begin(), order.end(), 0);
+        std::stable_sort(order.begin(), order.end(), [&](int i, int j) { return batch.inputs[i] < batch.inputs[j]; });
+        CHECK(std::vector<int>(batch.order, batch.order + B * T) == order);
+
+        if (number % 8 == 0) usleep(2000); // let the thread run ahead as far as it may
+        if (number > 0) CHECK(std::vector<int>(before.inputs, before.inputs + B * T) == inputs_before);
+        before = batch;
+        inputs_before.assign(batch.inputs, batch.inputs + B * T);
+    }
+}
+
+TEST_CASE("loader: evaluation reads the files in their order, the same each time") {
+    SmallData data;
+    DataLoader loader(*data.shards, 0, 5, 1, 2, 6, 0, test_alloc, DataLoader::Order::in_order);
+    for (int evaluation = 0; evaluation < 3; evaluation++) {
+        for (int m = 0; m < 6; m++) {
+            const Batch batch = loader.next();
+            for (int b = 0; b < 5; b++) {
+                const int w = ((m * 2 + 1) * 5 + b) % 49;
+                const int expected = w < 37 ? w * 4 : w < 48 ? 1000 + (w - 37) * 4 : 3000;
+                CHECK(batch.inputs[b * 4] == expected);
+            }
+        }
+    }
+}
+
+TEST_CASE("loader: malformed shards are refused by name") {
+    TempDir dir;
+    const std::vector<uint16_t> good = counting(100, 0);
+    const std::string whole = shard_bytes(20240520, 1, 100, good);
+    const struct {
+        const char* what;
+        std::string content, says;
+    } cases[] = {
+        {"empty", "", "is empty"},
+        {"one byte", "x", "less than its header"},
+        {"cut in the header", whole.substr(0, 1023), "less than its header"},
+        {"cut after the header", whole.substr(0, 1024), "has 1024 bytes"},
+        {"one byte short", whole.substr(0, whole.size() - 1), "has 1223 bytes"},
+        {"one byte more", whole + "x", "has 1225 bytes"},
+        {"two bytes more", whole + "xy", "1224"},
+        {"magic", shard_bytes(20240521, 1, 100, good), "magic number 20240521"},
+        {"magic of zeros", std::string(2000, '\0'), "magic number 0"},
+        {"a tokenizer", shard_bytes(20240328, 2, 100, good), "is a tokenizer"},
+        {"version 0", shard_bytes(20240520, 0, 100, good), "version 0"},
+        {"version 2", shard_bytes(20240520, 2, 100, good), "version 2"},
+        {"no tokens", shard_bytes(20240520, 1, 0, {}), "holds no tokens"},
+        {"count 0 but tokens", shard_bytes(20240520, 1, 0, good), "holds no tokens"},
+        {"count too low", shard_bytes(20240520, 1, 99, good), "promises 99 tokens"},
+        {"count too high", shard_bytes(20240520, 1, 101, good), "promises 101 tokens"},
+        {"count of 2^31", shard_bytes(20240520, 1, 0x80000000u, good), "promises 2147483648 tokens"},
+        {"count of -1", shard_bytes(20240520, 1, 0xffffffffu, good), "promises 4294967295 tokens"},
+    };
+    write_shard(dir / "a.bin", good); // a good one beside it doesn't help
+    for (const auto& c : cases) {
+        CAPTURE(c.what);
+        write_file(dir / "b.bin", c.content);
+        const std::string message = error_of([&] { Shards shards(dir / "*.bin", 10); });
+        CAPTURE(message);
+        CHECK(message.substr(0, 3) == "1: ");
+        CHECK(mentions(message, dir / "b.bin"));
+        CHECK(mentions(message, c.says));
+        CHECK(mentions(message, "scripts/data.py"));
+    }
+    fs::remove(dir / "b.bin");
+
+    CHECK(mentions(error_of([&] { Shards shards(dir / "none*.bin", 10); }), "no file matches"));
+    CHECK(mentions(error_of([&] { Shards shards("", 10); }), "no file matches"));
+    CHECK(mentions(error_of([&] { Shards shards(dir.path, 10); }), "is a directory"));
+    CHECK(mentions(error_of([&] { Shards shards("/dev/zero", 10); }), "is not a file"));
+    CHECK(error_of([&] { Shards shards(dir / "a.bin", 99); }) == "");
+    const std::string few = error_of([&] { Shards shards(dir / "a.bin", 100); });
+    CHECK(mentions(few, "too few tokens (100 in 1 files)"));
+    CHECK(mentions(few, "--seq_len"));
+}
+
+TEST_CASE("loader: every token is looked at") {
+    TempDir dir;
+    const size_t n = 3 * 4096 + 17; // whole blocks and a rest
+    write_shard(dir / "a.bin", counting(100, 0));
+    for (size_t at : {size_t(0), size_t(1), size_t(4095), size_t(4096), size_t(9000), n - 18, n - 1}) {
+        std::vector<uint16_t> tokens(n, 255);
+        tokens[at] = 256;
+        write_shard(dir / "b.bin", tokens);
+        Shards shards(dir / "*.bin", 10);
+        CHECK(error_of([&] { shards.check_tokens(257); }) == "");
+        CHECK(error_of([&] { shards.check_tokens(65536); }) == "");
+        const std::string message = error_of([&] { shards.check_tokens(256); });
+        CAPTURE(message);
+        CHECK(mentions(message, dir / "b.bin"));
+        CHECK(mentions(message, strprintf("token 256 at position %zu", at)));
+        CHECK(mentions(message, "--vocab"));
+    }
+}
+
+TEST_CASE("loader: a shard cut short under a running loader is an error, not a crash") {
+    TempDir dir;
+    write_shard(dir / "a.bin", counting(60000, 0));
+    Shards shards(dir / "a.bin", 16);
+    DataLoader loader(shards, 1, 4, 0, 1, 1, 0, test_alloc);
+    loader.next();
+    fs::resize_file(dir / "a.bin", 2048);
+    std::string message; // a batch or two were prepared before
+    for (int i = 0; i < 4 && message.empty(); i++) message = error_of([&] { loader.next(); });
+    CHECK(mentions(message, "cut short"));
+    CHECK(error_of([&] { loader.next(); }) == message); // and it stays one
+}
+
+TEST_CASE("loader: a shard of 5 GB") {
+    TempDir dir;
+    const uint64_t n = 2500000000; // tokens, beyond 2^31; a sparse file takes no room on the disk
+    const std::string path = dir / "big.bin";
+    write_file(path, shard_bytes(20240520, 1, (uint32_t)n, {}));
+    fs::resize_file(path, 1024 + 2 * n);
+    const int T = 1000;
+    const uint64_t last = (n - 1) / T - 1;            // window
+    const uint64_t marks[] = {0, 2147484, last};      // the middle one is the first that begins beyond token 2^31
+    std::fstream file(path, std::ios::binary | std::ios::in | std::ios::out);
+    for (uint64_t mark : marks) {
+        const std::vector<uint16_t> tokens = counting(T, (uint16_t)(1 + mark % 1009));
+        file.seekp((std::streamoff)(1024 + 2 * mark * T));
+        file.write((const char*)tokens.data(), 2 * T);
+    }
+    file.close();
+    REQUIRE(file.good());
+
+    Shards shards(path, T);
+    CHECK(shards.tokens() == n);
+    CHECK(shards.windows() == 2499999);
+    for (uint64_t mark : marks) {
+        const uint16_t* tokens = shards.in_order(mark);
+        for (int t = 0; t < T; t++) REQUIRE(tokens[t] == 1 + mark % 1009 + (uint64_t)t);
+    }
+    int marked = 0; // the loader finds the three marked windows among 2.5 million, and zeros elsewhere
+    for (uint64_t g = 0; g < shards.windows(); g++) {
+        const uint64_t w = permute(g, shards.windows(), mix(mix(mix(5)) + 1));
+        for (uint64_t mark : marks) {
+            if (w != mark) continue;
+            DataLoader loader(shards, 5, 1, 0, 1, 1, g, test_alloc);
+            const Batch batch = loader.next();
+            CHECK(batch.inputs[0] == (int)(1 + mark % 1009));
+            CHECK(batch.inputs[T - 1] == (int)(1 + mark % 1009) + T - 1);
+            marked++;
+        }
+    }
+    CHECK(marked == 3);
+    struct statfs system;
+    REQUIRE(statfs(path.c_str(), &system) == 0);
+    if (system.f_type == 0x01021994) { // tmpfs: reading a hole would fill the memory
+        MESSAGE("check_tokens skipped: the temporary directory is in memory");
+        return;
+    }
+    const int highest = (int)(1 + last % 1009) + T - 1;
+    const std::string message = error_of([&] { shards.check_tokens(highest); });
+    CAPTURE(message);
+    CHECK(mentions(message, strprintf("token %d at position %llu", highest, (unsigned long long)(last * T + T - 1))));
+}
+
+// ----------------------------------------------------------------------------------------------------
+// Tokenizer
+
+static std::string tokenizer_bytes(int32_t magic, int32_t version, int32_t vocab, int32_t end, const Args& texts) {
+    int32_t header[256] = {magic, version, vocab, end};
+    std::string content((const char*)header, sizeof(header));
+    for (const std::string& text : texts) content += (char)(uint8_t)text.size() + text;
+    return content;
+}
+
+TEST_CASE("tokenizer: every token comes back") {
+    TempDir dir;
+    Args texts;
+    for (int i = 0; i < 256; i++) texts.push_back(std::string(1, (char)i));
+    texts.push_back("<|endoftext|>");
+    texts.push_back(std::string(255, 'x'));
+    write_file(dir / "tokenizer.bin", tokenizer_bytes(20240328, 2, 258, 256, texts));
+    const Tokenizer tokenizer(dir / "tokenizer.bin");
+    CHECK(tokenizer.vocab == 258);
+    CHECK(tokenizer.end_of_text == 256);
+    for (int i = 0; i < 258; i++) CHECK(tokenizer.decode(i) == texts[(size_t)i]);
+    for (int i : {-1, 258, 1 << 30}) CHECK(mentions(error_of([&] { tokenizer.decode(i); }), "outside"));
+
+    CHECK(tokenizer.identity == Tokenizer(dir / "tokenizer.bin").identity);
+    texts[7] = "?";
+    write_file(dir / "other.bin", tokenizer_bytes(20240328, 2, 258, 256, texts));
+    CHECK(tokenizer.identity != Tokenizer(dir / "other.bin").identity);
+}
+
+TEST_CASE("tokenizer: malformed files are refused by name") {
+    TempDir dir;
+    const std::string path = dir / "tokenizer.bin";
+    auto refused = [&](const std::string& content, const std::string& says) {
+        write_file(path, content);
+        const std::string message = error_of([&] { Tokenizer tokenizer(path); });
+        CAPTURE(message);
+        CHECK(message.substr(0, 3) == "1: ");
+        CHECK(mentions(message, path));
+        CHECK(mentions(message, says));
+    };
+    const Args texts = {"a", "bc", "def"};
+    const std::string whole = tokenizer_bytes(20240328, 2, 3, 0, texts);
+    for (size_t size = 0; size < whole.size(); size += size < 1000 ? 125 : 1) {
+        refused(whole.substr(0, size), size < 1024 ? "header" : "ends within");
+    }
+    refused(whole + "x", "1 bytes after");
+    refused(tokenizer_bytes(20240520, 2, 3, 0, texts), "magic number 20240520");
+    refused(tokenizer_bytes(20240328, 1, 3, 0, texts), "version 1");
+    for (int vocab : {0, -1, 65537}) refused(tokenizer_bytes(20240328, 2, vocab, 0, texts), "vocabulary of");
+    for (int end : {-1, 3}) refused(tokenizer_bytes(20240328, 2, 3, end, texts), "ends a text");
+    refused(tokenizer_bytes(20240328, 2, 4, 0, texts), "within token 3");
+    refused(tokenizer_bytes(20240328, 2, 2, 0, texts), "4 bytes after");
+    refused(tokenizer_bytes(20240328, 2, 3, 0, {"a", "", "b"}), "empty token 1");
+    CHECK(mentions(error_of([&] { Tokenizer tokenizer(dir / "none"); }), "cannot open"));
+    CHECK(mentions(error_of([&] { Tokenizer tokenizer(dir.path); }), dir.path));
+}
+
+// ----------------------------------------------------------------------------------------------------
+// checkpoint.h
+
+using Tensors = std::vector<std::pair<TensorInfo, std::vector<float>>>;
+
+static Tensors make_tensors(const std::vector<std::vector<int64_t>>& shapes, unsigned seed) {
+    std::mt19937 random(seed);
+    Tensors tensors;
+    for (const auto& shape : shapes) {
+        TensorInfo info = {strprintf("blocks.%zu.weight", tensors.size()), shape};
+        std::vector<float> values(info.elements());
+        for (float& value : values) {
+            const uint32_t bits = (uint32_t)random(); // NaNs, infinities and denormals are values like any other
+            memcpy(&value, &bits, 4);
+        }
+        tensors.emplace_back(info, values);
+    }
+    return tensors;
+}
+
+static const Meta some_meta = {{"step", "100"}, {"config", "layers 2, heads 3"}, {"empty", ""}, {"text", "  naïve  "}};
+
+// chunks: 0 hands the bytes over in one piece, other numbers in random pieces.
+static void save(const std::string& dir, int64_t step, const Tensors& tensors, int64_t keep = 99, unsigned chunks = 0) {
+    std::vector<TensorInfo> infos;
+    std::string bytes;
+    for (const auto& [info, values] : tensors) {
+        infos.push_back(info);
+        bytes.append((const char*)values.data(), values.size() * sizeof(float));
+    }
+    CheckpointWriter writer(dir, step, some_meta, infos);
+    std::mt19937 random(chunks);
+    for (size_t done = 0; done < bytes.size();) {
+        const size_t some = random() % (bytes.size() / 5 + 2);
+        const size_t piece = chunks ? std::min(bytes.size() - done, some) : bytes.size();
+        writer.append(bytes.data() + done, piece);
+        done += piece;
+    }
+    writer.finish(keep);
+}
+
+static void check_equal(const std::string& path, const Tensors& tensors) {
+    const Checkpoint checkpoint(path);
+    CHECK(checkpoint.meta == some_meta);
+    REQUIRE(checkpoint.tensors.size() == tensors.size());
+    for (size_t i = 0; i < tensors.size(); i++) {
+        const auto& [info, values] = tensors[i];
+        CHECK(checkpoint.tensors[i].name == info.name);
+        CHECK(checkpoint.tensors[i].shape == info.shape);
+        CHECK(memcmp(checkpoint.data(info.name, values.size()), values.data(), values.size() * 4) == 0);
+    }
+}
+
+static std::set<std::string> names_in(const std::string& dir) {
+    std::set<std::string> names;
+    for (const auto& entry : fs::directory_iterator(dir)) names.insert(entry.path().filename().string());
+    return names;
+}
+
+static std::string open_error(const std::string& path) {
+    return error_of([&] { Checkpoint checkpoint(path); });
+}
+
+static const std::vector<std::vector<int64_t>> small_shapes = {{3, 5}, {1}, {16}, {2, 3, 4}, {}};
+
+TEST_CASE("checksum: any change within 32 bytes of anything shows, and pieces don't matter") {
+    std::mt19937 random(3);
+    std::string data(1000, '\0');
+    for (size_t size : {size_t(0), size_t(1), size_t(31), size_t(32), size_t(33), size_t(1000)}) {
+        const uint64_t sum = Checksum::of(data.data(), size);
+        CHECK(sum != Checksum::of(data.data(), size + 1 > 1000 ? 0 : size + 1)); // zeros count
+        for (size_t bit = 0; bit < size * 8; bit++) {
+            std::string other = data;
+            other[bit / 8] = (char)(other[bit / 8] ^ (1 << bit % 8));
+            REQUIRE(Checksum::of(other.data(), size) != sum);
+        }
+    }
+    for (char& c : data) c = (char)random();
+    Checksum pieces;
+    pieces.update(data.data(), 320);
+    pieces.update(data.data() + 320, 32);
+    pieces.update(data.data() + 352, 648);
+    CHECK(pieces.value() == Checksum::of(data.data(), 1000));
+}
+
+TEST_CASE("checkpoint: round trip, and equal content makes equal files") {
+    TempDir dir;
+    const Tensors tensors = make_tensors({{300, 1001}, {1}, {64}, {}, {3, 5, 7}, {262144}}, 1); // the last is 1 MiB
+    save(dir / "run/a", 100, tensors);                                                         // makes the directories
+    check_equal(dir / "run/a/step_00000100.ckpt", tensors);
+    for (unsigned chunks : {1, 2, 3}) {
+        save(dir / "b", 100, tensors, 100, chunks);
+        CHECK(read_file(dir / "b/step_00000100.ckpt") == read_file(dir / "run/a/step_00000100.ckpt"));
+    }
+    CHECK(names_in(dir / "b") == std::set<std::string>{"step_00000100.ckpt"});
+    save(dir / "b", 7, {}); // no tensors at all
+    check_equal(dir / "b/step_00000007.ckpt", {});
+
+    const Checkpoint checkpoint(dir / "run/a/step_00000100.ckpt");
+    CHECK(checkpoint.has("blocks.0.weight"));
+    CHECK(!checkpoint.has("blocks.9.weight"));
+    CHECK(mentions(error_of([&] { checkpoint.data("blocks.9.weight", 1); }), "no tensor blocks.9.weight"));
+    CHECK(mentions(error_of([&] { checkpoint.data("blocks.2.weight", 65); }), "blocks.2.weight has 64 elements"));
+}
+
+TEST_CASE("checkpoint: too many or too few bytes make no file") {
+    TempDir dir;
+    const std::vector<TensorInfo> infos = {{"a", {4}}, {"b", {2}}};
+    const float values[7] = {};
+    CHECK(error_of([&] {
+        CheckpointWriter writer(dir.path, 1, {}, infos);
+        writer.append(values, 28);
+    }) != "");
+    CHECK(error_of([&] {
+        CheckpointWriter writer(dir.path, 1, {}, infos);
+        writer.append(values, 23);
+        writer.finish(1);
+    }) != "");
+    { CheckpointWriter abandoned(dir.path, 1, {}, infos); }
+    CHECK(names_in(dir.path).empty());
+}
+
+TEST_CASE("checkpoint: cut anywhere, it is refused") {
+    TempDir dir;
+    const Tensors tensors = make_tensors(small_shapes, 2);
+    save(dir.path, 1, tensors);
+    const std::string path = dir / "step_00000001.ckpt", whole = read_file(path);
+    uint64_t table;
+    memcpy(&table, whole.data() + 8, 8);
+    std::set<size_t> cuts = {0, 1, 8, 16, 24}; // the header's fields, then the sections, then each checksum
+    size_t at = 24 + table;
+    cuts.insert(at);
+    for (const auto& [info, values] : tensors) {
+        cuts.insert(at + values.size() * 4);
+        cuts.insert(at += round_up<size_t>(values.size() * 4, 64));
+    }
+    for (size_t i = 0; i <= tensors.size(); i++) cuts.insert(at += 8);
+    CHECK(at == whole.size());
+    std::mt19937 random(4);
+    for (int i = 0; i < 200; i++) cuts.insert(random() % whole.size());
+    for (size_t cut : std::set<size_t>(cuts)) {
+        if (cut > 0) cuts.insert(cut - 1);
+        cuts.insert(cut + 1);
+    }
+    for (size_t cut : cuts) {
+        if (cut == whole.size()) continue;
+        std::string content = whole.substr(0, cut);
+        content.resize(cut, 'x'); // one cut is beyond the end: a byte too many
+        write_file(path, content);
+        const std::string message = open_error(path);
+        CAPTURE(cut);
+        CHECK(message.substr(0, 3) == "1: ");
+        CHECK(mentions(message, path));
+    }
+    write_file(path, whole + whole);
+    CHECK(open_error(path) != "");
+    write_file(path, whole);
+    check_equal(path, tensors);
+}
+
+TEST_CASE("checkpoint: every single bit counts") {
+    TempDir dir;
+    auto flip = [](int fd, size_t bit) {
+        char byte;
+        REQUIRE(pread(fd, &byte, 1, (off_t)(bit / 8)) == 1);
+        byte = (char)(byte ^ (1 << bit % 8));
+        REQUIRE(pwrite(fd, &byte, 1, (off_t)(bit / 8)) == 1);
+    };
+    std::mt19937 random(5);
+    SUBCASE("all of a small one") {
+        save(dir.path, 1, make_tensors({{3}, {17}}, 3));
+        const std::string path = dir / "step_00000001.ckpt";
+        const int fd = open(path.c_str(), O_RDWR);
+        std::set<std::string> messages;
+        for (size_t bit = 0; bit < fs::file_size(path) * 8; bit++) {
+            flip(fd, bit);
+            const std::string message = open_error(path);
+            CAPTURE(bit);
+            CHECK(message != "");
+            messages.insert(message.substr(message.rfind(".ckpt")));
+            flip(fd, bit);
+        }
+        close(fd);
+        CHECK(open_error(path) == "");
+        CHECK(messages.count(".ckpt is not a checkpoint of train_gpt") == 1);
+        CHECK(messages.count(".ckpt is damaged: its table has changed. Resume from an older one") == 1);
+        CHECK(messages.count(".ckpt is damaged: its list of checksums has changed. Resume from an older one") == 1);
+        CHECK(messages.count(".ckpt is damaged: tensor blocks.1.weight has changed. Resume from an older one") == 1);
+    }
+    SUBCASE("1,000 at random of a larger one, one to four at a time") {
+        save(dir.path, 1, make_tensors({{100, 100}, {77}, {33, 5}}, 3));
+        const std::string path = dir / "step_00000001.ckpt";
+        const size_t bits = fs::file_size(path) * 8;
+        const int fd = open(path.c_str(), O_RDWR);
+        for (int i = 0; i < 1000; i++) {
+            std::set<size_t> flips;
+            for (int k = 0; k <= i % 4; k++) flips.insert(random() % bits);
+            for (size_t bit : flips) flip(fd, bit);
+            CHECK(open_error(path) != "");
+            for (size_t bit : flips) flip(fd, bit);
+        }
+        close(fd);
+        CHECK(open_error(path) == "");
+    }
+}
+
+TEST_CASE("checkpoint: a table that makes no sense is refused even under a right checksum") {
+    TempDir dir;
+    const std::string path = dir / "a.ckpt";
+    for (const std::string table :
+         {"garbage", "tensor", "tensor a", "tensor a f16 3", "tensor a f32 x", "tensor a f32 3x", "tensor a f32 -1",
+          "tensor a f32 0", "tensor a f32 99999999999999999999", "tensor a f32 4294967296 4294967296",
+          "tensor a f32 4611686018427387904", "tensor a f32 3 3 3 3 3 3 3 3 3 3 3", "tensor a f32 1",
+          "\n\ntensor a f32"}) {
+        const uint64_t header[2] = {table.size(), Checksum::of(table.data(), table.size())};
+        write_file(path, "TRAINGPT" + std::string((const char*)header, 16) + table + std::string(100, '\0'));
+        CAPTURE(table);
+        CHECK(open_error(path) != "");
+    }
+    for (uint64_t size : {~uint64_t(0), ~uint64_t(0) - 23, uint64_t(1) << 63, uint64_t(101)}) {
+        const uint64_t header[2] = {size, 0};
+        write_file(path, "TRAINGPT" + std::string((const char*)header, 16) + std::string(100, '\0'));
+        CHECK(mentions(open_error(path), "ends within its table"));
+    }
+    CHECK(mentions(open_error(dir / "none.ckpt"), "cannot open"));
+    CHECK(mentions(open_error(dir.path), "not a file"));
+    write_shard(path, counting(100, 0));
+    CHECK(mentions(open_error(path), "not a checkpoint of train_gpt"));
+}
+
+TEST_CASE("checkpoint: the newest stay, others' files too") {
+    TempDir dir;
+    const Tensors tensors = make_tensors({{3}}, 1);
+    const Args others = {"log.jsonl",           "step_1.ckpt.bak",    "step_x.ckpt", "my_step_00000001.ckpt",
+                         "step_0000000a.ckpt", "step_.ckpt", "step_1.ckpt"};
+    for (const std::string& other : others) write_file(dir / other, "x");
+    auto expect = [&](const Args& names) {
+        std::set<std::string> expected(others.begin(), others.end());
+        expected.insert(names.begin(), names.end());
+        CHECK(names_in(dir.path) == expected);
+    };
+    for (int64_t step : {5, 10, 15, 20}) save(dir.path, step, tensors, 2);
+    expect({"step_00000015.ckpt", "step_00000020.ckpt"});
+    save(dir.path, 25, tensors, 3);
+    expect({"step_00000015.ckpt", "step_00000020.ckpt", "step_00000025.ckpt"});
+    save(dir.path, 17, tensors, 3); // resumed at 15: what came later then is no longer part of this run
+    expect({"step_00000015.ckpt", "step_00000017.ckpt"});
+    save(dir.path, 17, tensors, 1); // the same step again
+    expect({"step_00000017.ckpt"});
+    save(dir.path, 99999999, tensors, 2);
+    save(dir.path, 100000000, tensors, 2); // ordered as numbers, not as words
+    save(dir.path, 123456789012, tensors, 3);
+    CHECK(list_checkpoints(dir.path) ==
+          Args{dir / "step_123456789012.ckpt", dir / "step_100000000.ckpt", dir / "step_99999999.ckpt"});
+    CHECK(list_checkpoints(dir / "none").empty());
+}
+
+TEST_CASE("checkpoint: auto takes the newest good one and says what it passes over") {
+    TempDir dir;
+    const Tensors tensors = make_tensors(small_shapes, 1);
+    for (int64_t step : {1, 2, 3, 4}) save(dir.path, step, tensors);
+    fs::resize_file(dir / "step_00000004.ckpt", 300);
+    std::string content = read_file(dir / "step_00000003.ckpt");
+    content[content.size() - 100] ^= 1;
+    write_file(dir / "step_00000003.ckpt", content);
+    write_file(dir / "step_00000009.ckpt.tmp", content);
+
+    char* memory = nullptr;
+    size_t size = 0;
+    FILE* file = open_memstream(&memory, &size);
+    CHECK(newest_good_checkpoint(dir.path, file) == dir / "step_00000002.ckpt");
+    fflush(file);
+    CHECK(mentions(memory, dir / "step_00000004.ckpt"));
+    CHECK(mentions(memory, dir / "step_00000003.ckpt"));
+    CHECK(!mentions(memory, dir / "step_00000002.ckpt"));
+    fs::resize_file(dir / "step_00000001.ckpt", 0);
+    fs::resize_file(dir / "step_00000002.ckpt", 0);
+    CHECK(newest_good_checkpoint(dir.path, file) == "");
+    CHECK(newest_good_checkpoint(dir / "none", file) == "");
+    fclose(file);
+    free(memory);
+}
+
+TEST_CASE("checkpoint: a directory that can't be written is one clear line") {
+    TempDir dir;
+    const Tensors tensors = make_tensors({{3}}, 1);
+    write_file(dir / "file", "x");
+    for (const std::string out : {"file", "file/below", "/proc/no/such/place"}) {
+        const std::string where = out[0] == '/' ? out : dir / out;
+        const std::string message = error_of([&] { save(where, 1, tensors); });
+        CAPTURE(message);
+        CHECK(mentions(message, "1: cannot write checkpoint " + where));
+        CHECK(mentions(message, "--out"));
+    }
+    save(dir / "out", 1, tensors);
+    fs::permissions(dir / "out", fs::perms(0555));
+    const bool root = geteuid() == 0; // to whom permissions mean nothing: be nobody for a moment
+    if (root) {
+        fs::permissions(dir.path, fs::perms(0755));
+        REQUIRE(seteuid(65534) == 0);
+    }
+    const std::string message = error_of([&] { save(dir / "out", 2, tensors); });
+    if (root) REQUIRE(seteuid(0) == 0);
+    CHECK(mentions(message, "Permission denied"));
+    fs::permissions(dir / "out", fs::perms(0755));
+    check_equal(dir / "out/step_00000001.ckpt", tensors);
+    CHECK(names_in(dir / "out").size() == 1);
+}
+
+// Runs body in a child process, which ends with what it returns, or with 99 if it throws.
+static pid_t start_child(const std::function<int()>& body) {
+    const pid_t child = fork();
+    REQUIRE(child >= 0);
+    if (child > 0) return child;
+    try {
+        _exit(body());
+    } catch (const std::exception& error) {
+        fprintf(stderr, "in a child process: %s\n", error.what());
+        _exit(99);
+    }
+}
+
+// The exit code, or 128 + the signal that ended it.
+static int wait_for(pid_t child) {
+    int status = 0;
+    REQUIRE(waitpid(child, &status, 0) == child);
+    return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+}
+
+// Saves step 2 into a place with no room for it. 0: refused as it should be.
+static int save_without_room(const std::string& dir, const std::string& reason) {
+    std::string message;
+    try {
+        save(dir, 2, make_tensors({{500, 1000}}, 2));
+    } catch (const Error& error) {
+        message = error.what();
+    }
+    const bool said = mentions(message, reason) && mentions(message, "step_00000002.ckpt");
+    const bool clean = names_in(dir) == std::set<std::string>{"step_00000001.ckpt"};
+    const bool older_good = newest_good_checkpoint(dir, stderr) == dir + "/step_00000001.ckpt";
+    if (!said) fprintf(stderr, "message: %s\n", message.c_str());
+    return (said ? 0 : 1) + (clean ? 0 : 2) + (older_good ? 0 : 4);
+}
+
+TEST_CASE("checkpoint: no room, and the older one stays") {
+    TempDir dir;
+    const Tensors tensors = make_tensors({{3}}, 1);
+    SUBCASE("a limit on the size of files") {
+        save(dir.path, 1, tensors);
+        for (rlim_t limit : {0, 100, 1000000, 2000100}) { // in the table, in the tensor, in the checksums
+            CHECK(wait_for(start_child([&] {
+                signal(SIGXFSZ, SIG_IGN);
+                const rlimit size = {limit, limit};
+                setrlimit(RLIMIT_FSIZE, &size);
+                return save_without_room(dir.path, "File too large");
+            })) == 0);
+        }
+    }
+    SUBCASE("a file system that is full") {
+        const int result = wait_for(start_child([&] { // mounted in the child's own view: gone when it ends
+            if (unshare(CLONE_NEWNS) != 0) return 77;
+            if (mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0) return 77;
+            if (mount("tmpfs", dir.path.c_str(), "tmpfs", 0, "size=1m") != 0) return 77;
+            save(dir.path, 1, tensors);
+            return save_without_room(dir.path, "No space left on device");
+        }));
+        if (result == 77) MESSAGE("skipped: no right to mount a small file system here");
+        else CHECK(result == 0);
+    }
+}
+
+TEST_CASE("checkpoint: killed while writing, the older one stays") {
+    TempDir dir;
+    const Tensors tensors = make_tensors({{1000, 1000}, {7}}, 1);
+    save(dir.path, 1, tensors);
+    SUBCASE("in the middle of a tensor") {
+        CHECK(wait_for(start_child([&] {
+            CheckpointWriter writer(dir.path, 2, {}, {tensors[0].first});
+            writer.append(tensors[0].second.data(), 3000000);
+            return raise(SIGKILL);
+        })) == 128 + SIGKILL);
+        CHECK(names_in(dir.path) == std::set<std::string>{"step_00000001.ckpt", "step_00000002.ckpt.tmp"});
+        CHECK(newest_good_checkpoint(dir.path, stderr) == dir / "step_00000001.ckpt");
+        save(dir.path, 3, tensors); // sweeps what was left
+        CHECK(names_in(dir.path) == std::set<std::string>{"step_00000001.ckpt", "step_00000003.ckpt"});
+    }
+    SUBCASE("at any moment") {
+        std::mt19937 random(6);
+        int64_t newest = 1;
+        for (int round = 0; round < 30; round++) {
+            const pid_t child = start_child([&]() -> int {
+                for (int64_t step = newest + 1;; step++) save(dir.path, step, tensors, 2);
+            });
+            usleep(random() % 60000);
+            kill(child, SIGKILL);
+            CHECK(wait_for(child) == 128 + SIGKILL);
+            const std::vector<std::string> files = list_checkpoints(dir.path);
+            REQUIRE(!files.empty());
+            CHECK(files.size() <= 3); // a new one may be there before the oldest is gone
+            for (const std::string& path : files) check_equal(path, tensors);
+            const int64_t now = ckpt::step_in_name(fs::path(files[0]).filename().string(), ckpt::suffix);
+            CHECK(now >= newest);
+            newest = now;
+        }
+        MESSAGE("saved " << newest << " times in 30 lives");
+    }
+}
