@@ -1,0 +1,700 @@
+// cpu_backend.h: every operation of the model and of the optimizer in plain C++: fp32, OpenMP over independent pieces of
+// work, a BLAS for the matrix products (or our own loops where none is installed). It trains small models on a machine
+// without a GPU, and it is the truth that the CUDA kernels are tested against, so it is clear before it is fast.
+//
+// Read in this order: the start and memory; sums, exp and gemm, which the rest stands on; the model from the embedding to
+// the classifier, each forward beside its backward; the optimizer, AdamW first, then Newton-Schulz.
+//
+// Results do not depend on the number of threads. Work is cut into pieces that depend on the shapes alone, each piece is
+// computed by one thread, and sums over pieces are taken in a fixed order. Sums inside a piece are written as partial sums
+// (lanes) in the source: the compiler may then vectorise them without being allowed to reorder anything.
+//
+// Letters: B sequences, T positions, N = B*T rows, C channels, OC output channels, H heads, hd = C/H, V vocabulary,
+// Vp = V rounded up (the padding is masked). Tensors are row-major and contiguous unless a comment says otherwise.
+#pragma once
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <string>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "common.h"
+
+#ifdef HAVE_CBLAS
+#include <cblas.h>
+// Present in OpenBLAS only; weak, so that another BLAS links as well.
+extern "C" __attribute__((weak)) void openblas_set_num_threads(int threads);
+#endif
+
+struct CpuOps {
+    using real = float;
+
+    // ----------------------------------------------------------------------------------------------------------------
+    // Start, memory, time
+
+    // The ranks of one machine share its cores, unless OMP_NUM_THREADS says otherwise.
+    static void start(int local_ranks) {
+#ifdef _OPENMP
+        if (!getenv("OMP_NUM_THREADS")) {
+            const int cores = (int)sysconf(_SC_NPROCESSORS_ONLN);
+            const int allowed = omp_get_num_procs();  // fewer than cores where a launcher bound this rank to some of them
+            omp_set_num_threads(std::max(1, std::min(allowed, cores / local_ranks)));
+        }
+#else
+        (void)local_ranks;
+#endif
+#ifdef HAVE_CBLAS
+        // Threads inside the BLAS would fight with ours, and cut a product differently for each thread count.
+        if (openblas_set_num_threads) openblas_set_num_threads(1);
+#endif
+    }
+
+    static const char* device_name() {
+        static const std::string name = [] {
+            std::ifstream cpuinfo("/proc/cpuinfo");
+            for (std::string line; std::getline(cpuinfo, line);) {
+                const size_t colon = line.find(": ");
+                if (line.compare(0, 10, "model name") == 0 && colon != std::string::npos) return line.substr(colon + 2);
+            }
+            return std::string("CPU");
+        }();
+        return name.c_str();
+    }
+
+    static double peak_flops() { return 0; }  // unknown: utilisation is then printed as n/a
+
+    // Bytes that can still be allocated without swapping; SIZE_MAX where the system does not say.
+    static size_t memory_available() {
+        std::ifstream meminfo("/proc/meminfo");
+        std::string key, unit;
+        for (size_t kib; meminfo >> key >> kib && std::getline(meminfo, unit);) {
+            if (key == "MemAvailable:") return kib * 1024;
+        }
+        return SIZE_MAX;
+    }
+
+    // Linux hands out more memory than it has and kills the process later: ask first, so that we can say it in words.
+    static void* alloc(size_t bytes, const char* what) {
+        const size_t rounded = round_up<size_t>(std::max<size_t>(bytes, 1), 256);
+        void* memory = rounded <= memory_available() ? std::aligned_alloc(256, rounded) : nullptr;
+        if (!memory) {
+            fail("out of memory: %s needs %.1f MiB of host memory; choose a smaller --batch or a smaller model", what,
+                 (double)bytes / (1 << 20));
+        }
+        memset(memory, 0, rounded);
+        return memory;
+    }
+    static void release(void* memory) { free(memory); }
+    static void* alloc_host(size_t bytes) { return alloc(bytes, "a host buffer"); }
+    static void upload(void* dst, const void* src, size_t bytes) { memcpy(dst, src, bytes); }
+    static void download(void* dst, const void* src, size_t bytes) { memcpy(dst, src, bytes); }
+    static void copy(void* dst, const void* src, size_t bytes) { memcpy(dst, src, bytes); }
+    static void zero(void* dst, size_t bytes) { memset(dst, 0, bytes); }
+    static void synchronize() {}  // every operation here has finished when it returns
+
+    struct Event {
+        std::chrono::steady_clock::time_point time;
+        void record() { time = std::chrono::steady_clock::now(); }
+        bool done() { return true; }
+        static float ms(const Event& a, const Event& b) {
+            return std::chrono::duration<float, std::milli>(b.time - a.time).count();
+        }
+    };
+
+    // ----------------------------------------------------------------------------------------------------------------
+    // What the rest stands on: sums, exp, matrix products
+
+    // sum of term(i) over i < n: kLanes partial sums, then one after the other. The same bits on every machine width.
+    static constexpr int kLanes = 16;
+    template <class Sum = float, class Term> static Sum sum(size_t n, Term term) {
+        Sum lanes[kLanes] = {};
+        const size_t whole = n - n % kLanes;
+        for (size_t i = 0; i < whole; i += kLanes) {
+            for (int lane = 0; lane < kLanes; lane++) lanes[lane] += term(i + lane);
+        }
+        for (size_t i = whole; i < n; i++) lanes[i % kLanes] += term(i);
+        Sum total = 0;
+        for (int lane = 0; lane < kLanes; lane++) total += lanes[lane];
+        return total;
+    }
+
+    static float maximum(const float* x, size_t n) {
+        float lanes[kLanes];
+        std::fill(lanes, lanes + kLanes, -INFINITY);
+        const size_t whole = n - n % kLanes;
+        for (size_t i = 0; i < whole; i += kLanes) {
+            for (int lane = 0; lane < kLanes; lane++) lanes[lane] = x[i + lane] > lanes[lane] ? x[i + lane] : lanes[lane];
+        }
+        for (size_t i = whole; i < n; i++) lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
+        return *std::max_element(lanes, lanes + kLanes);
+    }
+
+    // e^x to about one unit in the last place, without a call or a branch, so that loops over it vectorise (loops over
+    // std::exp do not). x = n ln2 + r with |r| <= ln2/2; e^r by its Taylor series, 2^n by writing the exponent's bits.
+    static inline float exponential(float x) {
+        x = x < -87.0f ? -87.0f : x;  // e^-87 = 1.6e-38 and e^88 = 1.7e38: near the ends of fp32's range
+        x = x > 88.0f ? 88.0f : x;
+        const float magic = 12582912.0f;  // 1.5 * 2^23: added, it leaves no bits for a fraction: the sum is rounded
+        const float n = (x * 1.44269504f + magic) - magic;
+        const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln2 in two parts; n times the first is exact
+        float p = 1.0f / 5040;
+        p = p * r + 1.0f / 720;
+        p = p * r + 1.0f / 120;
+        p = p * r + 1.0f / 24;
+        p = p * r + 1.0f / 6;
+        p = p * r + 0.5f;
+        p = p * r + 1.0f;
+        p = p * r + 1.0f;
+        const uint32_t power_bits = (uint32_t)((int32_t)n + 127) << 23;
+        float power;
+        memcpy(&power, &power_bits, sizeof(power));
+        return p * power;
+    }
+
+    // C (M,N) = alpha * op(A) op(B) + beta * C on one thread; op(A) is (M,K), op(B) is (K,N), op transposes where asked.
+    static void gemm(bool transpose_a, bool transpose_b, int M, int N, int K, float alpha, const float* A, int lda,
+                     const float* B, int ldb, float beta, float* C, int ldc) {
+#ifdef HAVE_CBLAS
+        // A BLAS refuses row strides of 0, which matrices with K = 0 have.
+        cblas_sgemm(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans, transpose_b ? CblasTrans : CblasNoTrans, M, N, K,
+                    alpha, A, std::max(lda, 1), B, std::max(ldb, 1), beta, C, ldc);
+#else
+        // A 4 x 32 piece of C stays in registers while k runs; op(B)'s 32 columns are first copied into one dense panel.
+        constexpr int kRows = 4, kColumns = 32;
+        static thread_local std::vector<float> panel;
+        panel.resize((size_t)K * kColumns);
+        const size_t row_a = transpose_a ? 1 : lda, column_a = transpose_a ? lda : 1;  // strides of op(A) and op(B)
+        const size_t row_b = transpose_b ? 1 : ldb, column_b = transpose_b ? ldb : 1;
+        for (int j0 = 0; j0 < N; j0 += kColumns) {
+            const int columns = std::min(kColumns, N - j0);
+            for (int k = 0; k < K; k++) {
+                for (int j = 0; j < kColumns; j++) {
+                    panel[(size_t)k * kColumns + j] = j < columns ? B[k * row_b + (j0 + j) * column_b] : 0.0f;
+                }
+            }
+            for (int i0 = 0; i0 < M; i0 += kRows) {
+                const int rows = std::min(kRows, M - i0);
+                const float* a[kRows];  // past the last row, the last row again: computed, not stored
+                for (int i = 0; i < kRows; i++) a[i] = A + (i0 + std::min(i, rows - 1)) * row_a;
+                float sums[kRows][kColumns] = {};
+                for (int k = 0; k < K; k++) {
+                    const float* b = panel.data() + (size_t)k * kColumns;
+                    for (int i = 0; i < kRows; i++) {
+                        const float a_ik = a[i][k * column_a];
+#pragma omp simd
+                        for (int j = 0; j < kColumns; j++) sums[i][j] += a_ik * b[j];
+                    }
+                }
+                for (int i = 0; i < rows; i++) {
+                    for (int j = 0; j < columns; j++) {
+                        float* c = C + (size_t)(i0 + i) * ldc + j0 + j;
+                        *c = alpha * sums[i][j] + (beta == 0.0f ? 0.0f : beta * *c);
+                    }
+                }
+            }
+        }
+#endif
+    }
+
+    // C (M,N) = op(A) op(B) + beta * C, or + bias (N) in each row, on all threads: tiles of 128 x 128 (smaller ones give
+    // more threads work, but repack more often). A tile is the same call of gemm whoever computes it.
+    static constexpr int kTile = 128;
+    static void parallel_gemm(bool transpose_a, bool transpose_b, int M, int N, int K, const float* A, int lda,
+                              const float* B, int ldb, float beta, float* C, int ldc, const float* bias = nullptr) {
+#pragma omp parallel for collapse(2) schedule(dynamic)
+        for (int i = 0; i < M; i += kTile) {
+            for (int j = 0; j < N; j += kTile) {
+                const int rows = std::min(kTile, M - i), columns = std::min(kTile, N - j);
+                float* tile = C + (size_t)i * ldc + j;
+                if (bias) {
+                    for (int row = 0; row < rows; row++) memcpy(tile + (size_t)row * ldc, bias + j, columns * sizeof(float));
+                }
+                gemm(transpose_a, transpose_b, rows, columns, K, 1.0f, A + (size_t)i * (transpose_a ? 1 : lda), lda,
+                     B + (size_t)j * (transpose_b ? ldb : 1), ldb, bias ? 1.0f : beta, tile, ldc);
+            }
+        }
+    }
+
+    // Weights are (OC,C): one row per output, as in PyTorch's Linear.
+    static void matmul_forward(real* out /*(N,OC), row stride ldo*/, int ldo, const real* inp /*(N,C)*/,
+                               const real* weight /*(OC,C)*/, const real* bias /*(OC) or null*/, int N, int C, int OC) {
+        parallel_gemm(false, true, N, OC, C, inp, C, weight, C, 0.0f, out, ldo, bias);
+    }
+    static void matmul_backward_input(real* dinp /*(N,C)*/, const real* dout /*(N,OC)*/, const real* weight /*(OC,C)*/,
+                                      int N, int C, int OC) {
+        parallel_gemm(false, false, N, C, OC, dout, OC, weight, C, 0.0f, dinp, C);
+    }
+    static void matmul_backward_weight(float* dweight /*(OC,C) +=*/, const real* dout /*(N,OC), row stride ldo*/, int ldo,
+                                       const real* inp /*(N,C)*/, int N, int C, int OC) {
+        parallel_gemm(true, false, OC, C, N, dout, ldo, inp, C, 1.0f, dweight, C);
+    }
+
+    // Sums over rows are taken in kSlices runs of rows, each by one thread into its own partial sums.
+    static constexpr int kSlices = 32;
+    static int slice_begin(int N, int slice) { return (int)((int64_t)N * slice / kSlices); }
+    static void add_partials(float* dst /*(n) +=*/, const float* partials /*(kSlices,n), row stride ld*/, int ld, int n) {
+#pragma omp parallel for
+        for (int i = 0; i < n; i++) {
+            float total = 0;
+            for (int slice = 0; slice < kSlices; slice++) total += partials[(size_t)slice * ld + i];
+            dst[i] += total;
+        }
+    }
+
+    static size_t bias_scratch_floats(int OC) { return (size_t)kSlices * OC; }
+    static void bias_backward(float* dbias /*(OC) +=*/, const real* dout /*(N,OC)*/, int N, int OC,
+                              float* scratch /*(kSlices,OC)*/) {
+#pragma omp parallel for
+        for (int slice = 0; slice < kSlices; slice++) {
+            float* partial = scratch + (size_t)slice * OC;
+            std::fill(partial, partial + OC, 0.0f);
+            for (int n = slice_begin(N, slice); n < slice_begin(N, slice + 1); n++) {
+                for (int i = 0; i < OC; i++) partial[i] += dout[(size_t)n * OC + i];
+            }
+        }
+        add_partials(dbias, scratch, OC, OC);
+    }
+
+    // ----------------------------------------------------------------------------------------------------------------
+    // The model, in the order in which a forward pass meets it
+
+    static void embedding_forward(real* out /*(B,T,C)*/, const int* tokens /*(B,T)*/, const real* wte /*(Vp,C)*/,
+                                  const real* wpe /*(maxT,C)*/, int B, int T, int C) {
+#pragma omp parallel for
+        for (int n = 0; n < B * T; n++) {
+            const real* token = wte + (size_t)tokens[n] * C;
+            const real* position = wpe + (size_t)(n % T) * C;
+            for (int i = 0; i < C; i++) out[(size_t)n * C + i] = token[i] + position[i];
+        }
+    }
+
+    // order: the positions 0..B*T-1 sorted by their token, earlier first: the run of one token is one thread's work.
+    static void embedding_backward(float* dwte /*(Vp,C) +=*/, float* dwpe /*(maxT,C) +=*/, const real* dout /*(B,T,C)*/,
+                                   const int* tokens /*(B,T)*/, const int* order /*(B*T)*/, int B, int T, int C) {
+        const int N = B * T;
+#pragma omp parallel for schedule(dynamic, 16)
+        for (int first = 0; first < N; first++) {
+            const int token = tokens[order[first]];
+            if (first > 0 && tokens[order[first - 1]] == token) continue;  // inside a run: done by its first position
+            float* row = dwte + (size_t)token * C;
+            for (int k = first; k < N && tokens[order[k]] == token; k++) {
+                const real* d = dout + (size_t)order[k] * C;
+                for (int i = 0; i < C; i++) row[i] += d[i];
+            }
+        }
+#pragma omp parallel for
+        for (int t = 0; t < T; t++) {
+            for (int b = 0; b < B; b++) {
+                const real* d = dout + ((size_t)b * T + t) * C;
+                for (int i = 0; i < C; i++) dwpe[(size_t)t * C + i] += d[i];
+            }
+        }
+    }
+
+    static void residual_forward(real* out, const real* a, const real* b, size_t n) {
+#pragma omp parallel for simd
+        for (size_t i = 0; i < n; i++) out[i] = a[i] + b[i];
+    }
+
+    // out = (x - mean) / sqrt(variance + 1e-5) * weight + bias over each row; mean and rstd are kept for the backward.
+    static void layernorm_forward(real* out /*(N,C)*/, float* mean /*(N)*/, float* rstd /*(N)*/, const real* x /*(N,C)*/,
+                                  const real* weight /*(C)*/, const real* bias /*(C)*/, int N, int C) {
+#pragma omp parallel for
+        for (int n = 0; n < N; n++) {
+            const real* row = x + (size_t)n * C;
+            const float m = sum(C, [&](size_t i) { return row[i]; }) / C;
+            const float variance = sum(C, [&](size_t i) { return (row[i] - m) * (row[i] - m); }) / C;
+            const float r = 1.0f / std::sqrt(variance + 1e-5f);
+            real* o = out + (size_t)n * C;
+#pragma omp simd
+            for (int i = 0; i < C; i++) o[i] = (row[i] - m) * r * weight[i] + bias[i];
+            mean[n] = m;
+            rstd[n] = r;
+        }
+    }
+
+    static void residual_layernorm_forward(real* residual /*(N,C)*/, real* out /*(N,C)*/, float* mean, float* rstd,
+                                           const real* a, const real* b, const real* weight, const real* bias, int N,
+                                           int C) {
+        residual_forward(residual, a, b, (size_t)N * C);
+        layernorm_forward(out, mean, rstd, residual, weight, bias, N, C);
+    }
+
+    // With y = (x - mean) * rstd and g = dout * weight:  dx = rstd * (g - mean(g) - y * mean(g * y)).
+    static size_t layernorm_scratch_floats(int C) { return (size_t)kSlices * 2 * C; }
+    static void layernorm_backward(real* dx /*(N,C) +=*/, float* dweight /*(C) +=*/, float* dbias /*(C) +=*/,
+                                   const real* dout /*(N,C)*/, const real* x /*(N,C)*/, const real* weight /*(C)*/,
+                                   const float* mean /*(N)*/, const float* rstd /*(N)*/, int N, int C,
+                                   float* scratch /*(kSlices,2,C)*/) {
+#pragma omp parallel for
+        for (int slice = 0; slice < kSlices; slice++) {
+            float* dweight_partial = scratch + (size_t)slice * 2 * C;
+            float* dbias_partial = dweight_partial + C;
+            std::fill(dweight_partial, dweight_partial + 2 * C, 0.0f);
+            for (int n = slice_begin(N, slice); n < slice_begin(N, slice + 1); n++) {
+                const float m = mean[n], r = rstd[n];
+                const real* d = dout + (size_t)n * C;
+                const real* row = x + (size_t)n * C;
+                const float mean_g = sum(C, [&](size_t i) { return d[i] * weight[i]; }) / C;
+                const float mean_gy = sum(C, [&](size_t i) { return d[i] * weight[i] * ((row[i] - m) * r); }) / C;
+                real* o = dx + (size_t)n * C;
+#pragma omp simd
+                for (int i = 0; i < C; i++) {
+                    const float y = (row[i] - m) * r;
+                    o[i] += r * (d[i] * weight[i] - mean_g - y * mean_gy);
+                    dweight_partial[i] += d[i] * y;
+                    dbias_partial[i] += d[i];
+                }
+            }
+        }
+        add_partials(dweight, scratch, 2 * C, C);
+        add_partials(dbias, scratch + C, 2 * C, C);
+    }
+
+    // Causal attention, one head of one sequence at a time: blocks of kQueryBlock queries against all keys up to the
+    // block's last, so that no more than (kQueryBlock, T) scores exist at once. lse[t], the logarithm of the sum of
+    // exp(score), is all that the backward needs to compute the probabilities again.
+    static constexpr int kQueryBlock = 64;
+    static void attention_forward(real* out /*(B,T,C)*/, float* lse /*(B,H,T)*/,
+                                  const real* qkv /*(B,T,3C): q|k|v, head h at columns h*hd*/, int B, int T, int C, int H) {
+        const int hd = C / H;
+        const float scale = 1.0f / std::sqrt((float)hd);
+#pragma omp parallel for collapse(2) schedule(dynamic)
+        for (int b = 0; b < B; b++) {
+            for (int h = 0; h < H; h++) {
+                static thread_local std::vector<float> scores;  // (kQueryBlock, keys)
+                scores.resize((size_t)kQueryBlock * T);
+                const real* q = qkv + (size_t)b * T * 3 * C + h * hd;  // (T,hd), row stride 3C; so are k and v
+                const real *k = q + C, *v = q + 2 * C;
+                for (int t0 = 0; t0 < T; t0 += kQueryBlock) {
+                    const int rows = std::min(kQueryBlock, T - t0), keys = t0 + rows;
+                    gemm(false, true, rows, keys, hd, scale, q + (size_t)t0 * 3 * C, 3 * C, k, 3 * C, 0.0f, scores.data(),
+                         keys);
+                    for (int row = 0; row < rows; row++) {
+                        float* p = scores.data() + (size_t)row * keys;
+                        const int visible = t0 + row + 1;
+                        const float largest = maximum(p, visible);
+                        for (int s = 0; s < visible; s++) p[s] = exponential(p[s] - largest);
+                        const float total = sum(visible, [&](size_t s) { return p[s]; });
+                        for (int s = 0; s < visible; s++) p[s] *= 1.0f / total;
+                        std::fill(p + visible, p + keys, 0.0f);
+                        lse[((size_t)b * H + h) * T + t0 + row] = largest + std::log(total);
+                    }
+                    gemm(false, false, rows, hd, keys, 1.0f, scores.data(), keys, v, 3 * C, 0.0f,
+                         out + ((size_t)b * T + t0) * C + h * hd, C);
+                }
+            }
+        }
+    }
+
+    // P = exp(scale*QK^T - lse), O = PV.  dV = P^T dO;  dP = dO V^T;  dS = scale * P * (dP - delta), where
+    // delta[t] = sum over s of P[t,s] dP[t,s] = dO[t] . O[t];  dQ = dS K;  dK = dS^T Q.
+    static void attention_backward(real* dqkv /*(B,T,3C)*/, float* delta /*(B,H,T)*/, const real* dout /*(B,T,C)*/,
+                                   const real* qkv /*(B,T,3C)*/, const real* out /*(B,T,C)*/, const float* lse /*(B,H,T)*/,
+                                   int B, int T, int C, int H) {
+        const int hd = C / H;
+        const float scale = 1.0f / std::sqrt((float)hd);
+#pragma omp parallel for collapse(2) schedule(dynamic)
+        for (int b = 0; b < B; b++) {
+            for (int h = 0; h < H; h++) {
+                static thread_local std::vector<float> probabilities, dscores;  // (kQueryBlock, keys)
+                probabilities.resize((size_t)kQueryBlock * T);
+                dscores.resize((size_t)kQueryBlock * T);
+                const size_t qkv_offset = (size_t)b * T * 3 * C + h * hd, head_row = ((size_t)b * H + h) * T;
+                const real *q = qkv + qkv_offset, *k = q + C, *v = q + 2 * C;  // (T,hd), row stride 3C
+                real *dq = dqkv + qkv_offset, *dk = dq + C, *dv = dq + 2 * C;
+                for (int t = 0; t < T; t++) {
+                    std::fill(dk + (size_t)t * 3 * C, dk + (size_t)t * 3 * C + hd, 0.0f);
+                    std::fill(dv + (size_t)t * 3 * C, dv + (size_t)t * 3 * C + hd, 0.0f);
+                }
+                for (int t0 = 0; t0 < T; t0 += kQueryBlock) {
+                    const int rows = std::min(kQueryBlock, T - t0), keys = t0 + rows;
+                    const real* block_q = q + (size_t)t0 * 3 * C;
+                    const real* block_out = out + ((size_t)b * T + t0) * C + h * hd;    // (rows,hd), row stride C
+                    const real* block_dout = dout + ((size_t)b * T + t0) * C + h * hd;  // (rows,hd), row stride C
+                    float *p = probabilities.data(), *ds = dscores.data();
+                    gemm(false, true, rows, keys, hd, scale, block_q, 3 * C, k, 3 * C, 0.0f, p, keys);
+                    gemm(false, true, rows, keys, hd, 1.0f, block_dout, C, v, 3 * C, 0.0f, ds, keys);
+                    for (int row = 0; row < rows; row++) {
+                        const real *o = block_out + (size_t)row * C, *d_o = block_dout + (size_t)row * C;
+                        const float d = sum(hd, [&](size_t i) { return d_o[i] * o[i]; });
+                        const float l = lse[head_row + t0 + row];
+                        delta[head_row + t0 + row] = d;
+                        float *p_row = p + (size_t)row * keys, *ds_row = ds + (size_t)row * keys;
+                        const int visible = t0 + row + 1;
+#pragma omp simd
+                        for (int s = 0; s < visible; s++) {
+                            p_row[s] = exponential(p_row[s] - l);
+                            ds_row[s] = scale * p_row[s] * (ds_row[s] - d);
+                        }
+                        std::fill(p_row + visible, p_row + keys, 0.0f);
+                        std::fill(ds_row + visible, ds_row + keys, 0.0f);
+                    }
+                    gemm(true, false, keys, hd, rows, 1.0f, p, keys, block_dout, C, 1.0f, dv, 3 * C);
+                    gemm(true, false, keys, hd, rows, 1.0f, ds, keys, block_q, 3 * C, 1.0f, dk, 3 * C);
+                    gemm(false, false, rows, hd, keys, 1.0f, ds, keys, k, 3 * C, 0.0f, dq + (size_t)t0 * 3 * C, 3 * C);
+                }
+            }
+        }
+    }
+
+    // GPT-2's GELU: x/2 * (1 + tanh(u)), u = sqrt(2/pi) * (x + 0.044715 x^3). Since (1 + tanh(u))/2 = 1/(1 + e^-2u), it
+    // is x * s with s = sigmoid(2u), and its derivative is s + x * s*(1-s) * 2 du/dx.
+    static constexpr float kTwoRootTwoOverPi = 1.5957691216f;
+    static inline float gelu_sigmoid(float x) {
+        return 1.0f / (1.0f + exponential(-kTwoRootTwoOverPi * (x + 0.044715f * x * x * x)));
+    }
+    static void gelu_forward(real* out, const real* x, size_t n) {
+#pragma omp parallel for simd
+        for (size_t i = 0; i < n; i++) out[i] = x[i] * gelu_sigmoid(x[i]);
+    }
+    static void gelu_backward(real* dx /*may be dout*/, const real* dout, const real* x, size_t n) {
+#pragma omp parallel for simd
+        for (size_t i = 0; i < n; i++) {
+            const float s = gelu_sigmoid(x[i]);
+            const float slope = kTwoRootTwoOverPi * (1.0f + 3.0f * 0.044715f * x[i] * x[i]);
+            dx[i] = dout[i] * (s + x[i] * s * (1.0f - s) * slope);
+        }
+    }
+
+    // losses = -log softmax(logits)[target]; dlogits = (softmax - onehot(target)) * dloss, in the place of the logits.
+    static void classifier(float* losses /*(N)*/, real* logits /*(N,Vp) in: logits, out: dlogits*/,
+                           const int* targets /*(N)*/, float dloss, int N, int V, int Vp, bool write_dlogits) {
+#pragma omp parallel for
+        for (int n = 0; n < N; n++) {
+            real* row = logits + (size_t)n * Vp;
+            const float largest = maximum(row, V), target_logit = row[targets[n]];
+            const float total = sum(V, [&](size_t i) { return exponential(row[i] - largest); });
+            losses[n] = largest + std::log(total) - target_logit;
+            if (!write_dlogits) continue;
+            const float scale = dloss / total;
+#pragma omp simd
+            for (int i = 0; i < V; i++) row[i] = exponential(row[i] - largest) * scale;
+            row[targets[n]] -= dloss;
+            std::fill(row + V, row + Vp, 0.0f);
+        }
+    }
+
+    static void sum_losses(double* acc /*(1) +=*/, const float* losses /*(n)*/, int n) {
+        *acc += sum<double>(n, [&](size_t i) { return (double)losses[i]; });
+    }
+
+    // ----------------------------------------------------------------------------------------------------------------
+    // The optimizer
+
+    // sums[i] = sum of squares of range i, each by one thread, whatever its place in the arena.
+    static void sum_squares(double* sums /*(n)*/, const float* x, const Range* ranges /*(n)*/, int n) {
+#pragma omp parallel for schedule(dynamic)
+        for (int i = 0; i < n; i++) {
+            const float* begin = x + ranges[i].begin;
+            sums[i] = sum<double>(ranges[i].count, [&](size_t j) { return (double)begin[j] * (double)begin[j]; });
+        }
+    }
+
+    // clip = {scale, norm}. scale 0 says that the norm is not finite: the updates below then change nothing.
+    static void clip_scale(float* clip /*(2)*/, const double* sums /*(n)*/, int n, float max_norm) {
+        double total = 0;
+        for (int i = 0; i < n; i++) total += sums[i];
+        const float norm = (float)std::sqrt(total);
+        clip[0] = !std::isfinite(norm) ? 0.0f : max_norm > 0 && norm > max_norm ? max_norm / norm : 1.0f;
+        clip[1] = norm;
+    }
+
+    static void adamw(real* params, float* master, float* m, float* v, const float* grads, size_t n, float lr, float beta1,
+                      float beta2, float eps, float weight_decay, float correction1 /*1-beta1^t*/,
+                      float correction2 /*1-beta2^t*/, const float* clip) {
+        const float scale = clip[0];
+        if (scale == 0) return;
+#pragma omp parallel for simd
+        for (size_t i = 0; i < n; i++) {
+            const float g = grads[i] * scale;
+            m[i] = beta1 * m[i] + (1 - beta1) * g;
+            v[i] = beta2 * v[i] + (1 - beta2) * g * g;
+            const float update = (m[i] / correction1) / (std::sqrt(v[i] / correction2) + eps);
+            master[i] = master[i] * (1 - lr * weight_decay) - lr * update;
+            params[i] = master[i];
+        }
+    }
+
+    static void cast_params(real* params, const float* master, size_t n) { memmove(params, master, n * sizeof(float)); }
+
+    // Muon's input to Newton-Schulz takes the gradient's place.
+    static void muon_momentum(float* grads, float* momentum, size_t n, float mu, bool nesterov, const float* clip) {
+        const float scale = clip[0];
+        if (scale == 0) return;
+#pragma omp parallel for simd
+        for (size_t i = 0; i < n; i++) {
+            const float g = grads[i] * scale;
+            momentum[i] = mu * momentum[i] + g;
+            grads[i] = nesterov ? g + mu * momentum[i] : momentum[i];
+        }
+    }
+
+    // The iterate of Newton-Schulz is stored in 16 bits, like the GPU's: every product rounds its result to nearest, ties
+    // to even. bf16 is the upper half of an fp32; rounding may carry into the exponent, up to infinity, as it should.
+    static inline uint16_t to_bf16(float x) {
+        uint32_t bits;
+        memcpy(&bits, &x, sizeof(bits));
+        const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+        return (uint16_t)(nan ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    }
+    static inline float from_bf16(uint16_t h) {
+        const uint32_t bits = (uint32_t)h << 16;
+        float x;
+        memcpy(&x, &bits, sizeof(x));
+        return x;
+    }
+    // fp16: 5 bits of exponent (bias 15, fp32's is 127), 10 of mantissa. Below 2^-14 it counts in units of 2^-24, the last
+    // place of an fp32 in [0.5, 1): adding 0.5 lets the adder do that rounding.
+    static inline uint16_t to_fp16(float x) {
+        uint32_t bits, small_bits;
+        memcpy(&bits, &x, sizeof(bits));
+        const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+        const float small = std::fabs(x) + 0.5f;
+        memcpy(&small_bits, &small, sizeof(small_bits));
+        const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+        const uint32_t huge = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;  // NaN or infinity
+        const uint32_t rounded = magnitude < (113u << 23)    ? small_bits - 0x3f000000u
+                                 : magnitude >= (143u << 23) ? huge
+                                                             : normal;
+        return (uint16_t)(sign | rounded);
+    }
+    static inline float from_fp16(uint16_t h) {
+        const uint32_t sign = (uint32_t)(h & 0x8000u) << 16, magnitude = h & 0x7fffu;
+        const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;  // infinity and NaN stay what they are
+        const uint32_t bits = sign | special | magnitude << 13;
+        float x;
+        memcpy(&x, &bits, sizeof(x));
+        return x * 0x1p112f;  // the difference of the two biases; exact, also where h counts in units of 2^-24
+    }
+    static inline float load(const void* x, size_t i, NsType type) {
+        return type == NsType::bf16   ? from_bf16(((const uint16_t*)x)[i])
+               : type == NsType::fp16 ? from_fp16(((const uint16_t*)x)[i])
+                                      : ((const float*)x)[i];
+    }
+    static inline void store(void* x, size_t i, float value, NsType type) {
+        if (type == NsType::bf16) ((uint16_t*)x)[i] = to_bf16(value);
+        if (type == NsType::fp16) ((uint16_t*)x)[i] = to_fp16(value);
+        if (type == NsType::fp32) ((float*)x)[i] = value;
+    }
+
+    // X = x / ||x||_F, lying down (transposed if rows > cols) and padded with zeros to multiples of 8. The squares are
+    // summed in double and the division happens before the cast: gradients of 1e-20 or 1e+10 come out the same.
+    static size_t ns_scratch_doubles(int batch) { return (size_t)batch * kSlices; }
+    static void ns_normalize(void* X /*(batch,mp,np)*/, double* scratch /*(batch,kSlices)*/, const float* grads,
+                             const MatrixRef* refs /*(batch)*/, int batch, int rows, int cols, NsType type) {
+        const bool transposed = rows > cols;
+        const int m = std::min(rows, cols), n = std::max(rows, cols), mp = round_up(m, 8), np = round_up(n, 8);
+#pragma omp parallel for collapse(2)
+        for (int b = 0; b < batch; b++) {
+            for (int slice = 0; slice < kSlices; slice++) {
+                double squares = 0;
+                for (int r = slice_begin(rows, slice); r < slice_begin(rows, slice + 1); r++) {
+                    const float* x = grads + refs[b].grad + (size_t)r * refs[b].ld;
+                    squares += sum<double>(cols, [&](size_t c) { return (double)x[c] * (double)x[c]; });
+                }
+                scratch[(size_t)b * kSlices + slice] = squares;
+            }
+        }
+#pragma omp parallel for collapse(2)
+        for (int b = 0; b < batch; b++) {
+            for (int i = 0; i < mp; i++) {
+                double squares = 0;
+                for (int slice = 0; slice < kSlices; slice++) squares += scratch[(size_t)b * kSlices + slice];
+                const double inverse = 1.0 / (std::sqrt(squares) + 1e-30);
+                const float* x = grads + refs[b].grad;
+                const size_t ld = refs[b].ld, row = ((size_t)b * mp + i) * np;
+                for (int j = 0; j < np; j++) {
+                    const bool inside = i < m && j < n;
+                    const float g = inside ? transposed ? x[j * ld + i] : x[i * ld + j] : 0.0f;
+                    store(X, row + j, (float)(g * inverse), type);
+                }
+            }
+        }
+    }
+
+    // A (rows,cols) block that begins at element `begin` of a matrix with row stride ld, as floats: where it lies if it is
+    // fp32, else converted into buffer. Products of two 16-bit numbers are exact in fp32, so gemm only rounds its sums.
+    struct FloatBlock {
+        const float* data;
+        int ld;
+    };
+    static FloatBlock as_floats(const void* x, size_t begin, int rows, int cols, int ld, NsType type,
+                                std::vector<float>& buffer) {
+        if (type == NsType::fp32) return {(const float*)x + begin, ld};
+        buffer.resize((size_t)rows * cols);
+        for (int i = 0; i < rows; i++) {
+            const uint16_t* src = (const uint16_t*)x + begin + (size_t)i * ld;
+            float* dst = buffer.data() + (size_t)i * cols;
+            for (int j = 0; j < cols; j++) dst[j] = type == NsType::bf16 ? from_bf16(src[j]) : from_fp16(src[j]);
+        }
+        return {buffer.data(), cols};
+    }
+
+    // D = alpha * A op(B) + beta * C + diag * I for every matrix of a batch; one rounding, at the store. symmetric_nt: B is
+    // (batch,N,K) and op transposes; the result is known to be symmetric, so the lower triangle is computed and mirrored.
+    // nn: B is (batch,K,N). A tile's bits depend on its own rows and columns, not on the batch that it comes in.
+    static void ns_product(void* D /*(batch,M,N)*/, const void* A /*(batch,M,K)*/, const void* B,
+                           const void* C /*(batch,M,N) or null*/, float alpha, float beta, float diag, int batch, int M,
+                           int N, int K, NsProduct kind, NsType type) {
+        const bool symmetric = kind == NsProduct::symmetric_nt;
+#pragma omp parallel for collapse(3) schedule(dynamic)
+        for (int b = 0; b < batch; b++) {
+            for (int i0 = 0; i0 < M; i0 += kTile) {
+                for (int j0 = 0; j0 < N; j0 += kTile) {
+                    if (symmetric && j0 > i0) continue;
+                    static thread_local std::vector<float> buffer_a, buffer_b;
+                    float tile[kTile * kTile];
+                    const int rows = std::min(kTile, M - i0), columns = std::min(kTile, N - j0);
+                    const size_t matrix_b = (size_t)b * N * K;
+                    const FloatBlock a = as_floats(A, ((size_t)b * M + i0) * K, rows, K, K, type, buffer_a);
+                    const FloatBlock bt = symmetric
+                                              ? as_floats(B, matrix_b + (size_t)j0 * K, columns, K, K, type, buffer_b)
+                                              : as_floats(B, matrix_b + j0, K, columns, N, type, buffer_b);
+                    gemm(false, symmetric, rows, columns, K, alpha, a.data, a.ld, bt.data, bt.ld, 0.0f, tile, columns);
+                    for (int i = i0; i < i0 + rows; i++) {
+                        const int end = symmetric ? std::min(j0 + columns, i + 1) : j0 + columns;
+                        for (int j = j0; j < end; j++) {
+                            const size_t at = ((size_t)b * M + i) * N + j;
+                            float value = tile[(i - i0) * columns + j - j0] + (i == j ? diag : 0.0f);
+                            if (C) value += beta * load(C, at, type);
+                            store(D, at, value, type);
+                            if (symmetric) store(D, ((size_t)b * M + j) * N + i, value, type);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    // master = master * decay - step * U (standing up again if it was transposed), and the parameters follow.
+    static void muon_update(real* params, float* master, const void* U /*(batch,mp,np)*/, const MatrixRef* refs /*(batch)*/,
+                            int batch, int rows, int cols, float decay /*1-lr*wd*/, float step /*lr*scale*/, NsType type,
+                            const float* clip) {
+        if (clip[0] == 0) return;
+        const bool transposed = rows > cols;
+        const size_t mp = round_up(std::min(rows, cols), 8), np = round_up(std::max(rows, cols), 8);
+#pragma omp parallel for collapse(2)
+        for (int b = 0; b < batch; b++) {
+            for (int r = 0; r < rows; r++) {
+                float* w = master + refs[b].state + (size_t)r * refs[b].ld;
+                real* p = params + refs[b].param + (size_t)r * refs[b].ld;
+                for (int c = 0; c < cols; c++) {
+                    const size_t at = (size_t)b * mp * np + (transposed ? c * np + r : r * np + c);
+                    w[c] = w[c] * decay - step * load(U, at, type);
+                    p[c] = w[c];
+                }
+            }
+        }
+    }
+};

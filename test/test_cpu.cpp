@@ -1,0 +1,808 @@
+// Tests of cpu_backend.h, the truth that the CUDA kernels are tested against; so it needs a truth of its own:
+//   1. forward operations against the definition, written as plain loops in double;
+//   2. backward operations against central differences of those double loops (error about 1e-9: the bounds below are fp32's);
+//   3. the optimizer against a transcription in double, Newton-Schulz against a singular value decomposition;
+//   4. the same bits on 1, 2 and 3 threads.
+// At the end the whole program, on this backend, against PyTorch: test_golden.cpp.
+#define DOCTEST_CONFIG_IMPLEMENT
+#include <doctest/doctest.h>
+
+#include <functional>
+#include <limits>
+#include <numeric>
+#include <random>
+
+#define TRAIN_GPT_NO_MAIN
+#include "../train_gpt.cu"
+
+using Floats = std::vector<float>;
+using Doubles = std::vector<double>;
+
+static std::mt19937 generator(1337);
+
+static Floats random_normal(size_t n, float scale = 1.0f) {
+    std::normal_distribution<float> distribution(0.0f, scale);
+    Floats x(n);
+    for (float& value : x) value = distribution(generator);
+    return x;
+}
+
+static std::vector<int> integers(size_t n, int below) {
+    std::uniform_int_distribution<int> distribution(0, below - 1);
+    std::vector<int> x(n);
+    for (int& value : x) value = distribution(generator);
+    return x;
+}
+
+static Doubles doubles(const Floats& x) { return Doubles(x.begin(), x.end()); }
+
+static double dot(const Doubles& a, const Doubles& b) { return std::inner_product(a.begin(), a.end(), b.begin(), 0.0); }
+
+// The largest difference, relative to the largest expected value.
+static double error(const Floats& got, const Doubles& want) {
+    REQUIRE(got.size() == want.size());
+    double largest = 1e-30, difference = 0;
+    for (size_t i = 0; i < got.size(); i++) {
+        largest = std::max(largest, std::fabs(want[i]));
+        const double d = std::fabs(got[i] - want[i]);
+        difference = d <= difference ? difference : d;  // keeps a NaN
+    }
+    return difference / largest;
+}
+
+// d f / d x by central differences.
+static Doubles differences(const std::function<double(const Doubles&)>& f, Doubles x) {
+    const double h = 1e-5;
+    Doubles gradient(x.size());
+    for (size_t i = 0; i < x.size(); i++) {
+        const double here = x[i];
+        x[i] = here + h;
+        const double above = f(x);
+        x[i] = here - h;
+        gradient[i] = (above - f(x)) / (2 * h);
+        x[i] = here;
+    }
+    return gradient;
+}
+
+// What a backward that adds must hold: `before` plus the gradient.
+static Doubles plus(const Floats& before, Doubles gradient) {
+    for (size_t i = 0; i < gradient.size(); i++) gradient[i] += before[i];
+    return gradient;
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// The model's operations by definition, in double
+
+namespace truth {
+
+Doubles layernorm(const Doubles& x, const Doubles& weight, const Doubles& bias, int N, int C) {
+    Doubles out(x.size());
+    for (int n = 0; n < N; n++) {
+        double mean = 0, variance = 0;
+        for (int i = 0; i < C; i++) mean += x[n * C + i] / C;
+        for (int i = 0; i < C; i++) variance += (x[n * C + i] - mean) * (x[n * C + i] - mean) / C;
+        for (int i = 0; i < C; i++) {
+            out[n * C + i] = (x[n * C + i] - mean) / std::sqrt(variance + 1e-5) * weight[i] + bias[i];
+        }
+    }
+    return out;
+}
+
+Doubles gelu(Doubles x) {
+    for (double& v : x) v = 0.5 * v * (1 + std::tanh(std::sqrt(2 / M_PI) * (v + 0.044715 * v * v * v)));
+    return x;
+}
+
+// qkv (B,T,3C) -> out (B,T,C), lse (B,H,T)
+Doubles attention(const Doubles& qkv, int B, int T, int C, int H, Doubles* lse = nullptr) {
+    const int hd = C / H;
+    Doubles out((size_t)B * T * C), p(T);
+    for (int b = 0; b < B; b++) {
+        for (int h = 0; h < H; h++) {
+            for (int t = 0; t < T; t++) {
+                auto at = [&](int s, int part) { return qkv.data() + ((size_t)b * T + s) * 3 * C + part * C + h * hd; };
+                double total = 0;
+                for (int s = 0; s <= t; s++) {
+                    double score = 0;
+                    for (int i = 0; i < hd; i++) score += at(t, 0)[i] * at(s, 1)[i];
+                    p[s] = std::exp(score / std::sqrt(hd));
+                    total += p[s];
+                }
+                for (int s = 0; s <= t; s++) {
+                    for (int i = 0; i < hd; i++) out[((size_t)b * T + t) * C + h * hd + i] += p[s] / total * at(s, 2)[i];
+                }
+                if (lse) (*lse)[((size_t)b * H + h) * T + t] = std::log(total);
+            }
+        }
+    }
+    return out;
+}
+
+// logits (N,Vp) -> losses (N) over the first V columns
+Doubles losses(const Doubles& logits, const std::vector<int>& targets, int N, int V, int Vp) {
+    Doubles out(N);
+    for (int n = 0; n < N; n++) {
+        double total = 0;
+        for (int i = 0; i < V; i++) total += std::exp(logits[(size_t)n * Vp + i]);
+        out[n] = std::log(total) - logits[(size_t)n * Vp + targets[n]];
+    }
+    return out;
+}
+
+// out (M,N) = op(A) op(B), op(A) (M,K), op(B) (K,N), each with its row stride
+Doubles matmul(bool ta, bool tb, int M, int N, int K, const Floats& A, int lda, const Floats& B, int ldb) {
+    Doubles out((size_t)M * N);
+    for (int i = 0; i < M; i++) {
+        for (int j = 0; j < N; j++) {
+            for (int k = 0; k < K; k++) {
+                out[(size_t)i * N + j] += (double)(ta ? A[k * lda + i] : A[i * lda + k]) * (tb ? B[j * ldb + k] : B[k * ldb + j]);
+            }
+        }
+    }
+    return out;
+}
+
+}  // namespace truth
+
+TEST_CASE("exponential agrees with std::exp over fp32's range") {
+    double worst = 0;
+    for (float x = -86.9f; x < 87.9f; x += 0.0137f) {
+        worst = std::max(worst, std::fabs(CpuOps::exponential(x) / std::exp((double)x) - 1));
+    }
+    CHECK(worst < 2.5e-7);
+    CHECK(CpuOps::exponential(0.0f) == 1.0f);
+    CHECK(CpuOps::exponential(-INFINITY) < 2e-38f);
+    CHECK(std::isnan(CpuOps::exponential(NAN)));
+}
+
+TEST_CASE("memory: zero-filled, aligned, and a refusal in words") {
+    char* memory = (char*)CpuOps::alloc(1000, "a test");
+    CHECK((uintptr_t)memory % 256 == 0);
+    CHECK(std::all_of(memory, memory + 1000, [](char c) { return c == 0; }));
+    CpuOps::release(memory);
+    CHECK_THROWS_WITH_AS(CpuOps::alloc(1ull << 50, "the moon"), doctest::Contains("the moon needs 1073741824.0 MiB"), Error);
+}
+
+TEST_CASE("embedding") {
+    const int B = 3, T = 7, C = 24, V = 5;
+    std::vector<int> tokens = integers(B * T, V), order(B * T);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return tokens[a] < tokens[b]; });
+    const Floats wte = random_normal(V * C), wpe = random_normal((T + 2) * C), dout = random_normal(B * T * C);
+    Floats out(B * T * C), dwte = random_normal(V * C), dwpe = random_normal((T + 2) * C);
+    Doubles want(B * T * C), want_dwte = doubles(dwte), want_dwpe = doubles(dwpe);
+    for (int n = 0; n < B * T; n++) {
+        for (int i = 0; i < C; i++) {
+            want[n * C + i] = (double)wte[tokens[n] * C + i] + wpe[n % T * C + i];
+            want_dwte[tokens[n] * C + i] += dout[n * C + i];
+            want_dwpe[n % T * C + i] += dout[n * C + i];
+        }
+    }
+    CpuOps::embedding_forward(out.data(), tokens.data(), wte.data(), wpe.data(), B, T, C);
+    CpuOps::embedding_backward(dwte.data(), dwpe.data(), dout.data(), tokens.data(), order.data(), B, T, C);
+    CHECK(error(out, want) < 1e-6);
+    CHECK(error(dwte, want_dwte) < 1e-6);
+    CHECK(error(dwpe, want_dwpe) < 1e-6);
+}
+
+TEST_CASE("layernorm, alone and behind the residual") {
+    for (auto [N, C] : {std::pair(1, 8), std::pair(35, 12), std::pair(3, 77)}) {
+        CAPTURE(N);
+        CAPTURE(C);
+        const Floats a = random_normal(N * C), b = random_normal(N * C, 2), weight = random_normal(C), bias = random_normal(C), dout = random_normal(N * C);
+        Floats x(N * C), out(N * C), fused(N * C), residual(N * C), mean(N), rstd(N);
+        CpuOps::residual_forward(x.data(), a.data(), b.data(), x.size());
+        for (int i = 0; i < N * C; i++) CHECK(x[i] == a[i] + b[i]);
+        CpuOps::layernorm_forward(out.data(), mean.data(), rstd.data(), x.data(), weight.data(), bias.data(), N, C);
+        CHECK(error(out, truth::layernorm(doubles(x), doubles(weight), doubles(bias), N, C)) < 2e-6);
+        CpuOps::residual_layernorm_forward(residual.data(), fused.data(), mean.data(), rstd.data(), a.data(), b.data(),
+                                           weight.data(), bias.data(), N, C);
+        CHECK(residual == x);
+        CHECK(fused == out);
+
+        const Floats dx0 = random_normal(N * C), dweight0 = random_normal(C), dbias0 = random_normal(C);
+        Floats dx = dx0, dweight = dweight0, dbias = dbias0;
+        Floats scratch(CpuOps::layernorm_scratch_floats(C), NAN);
+        CpuOps::layernorm_backward(dx.data(), dweight.data(), dbias.data(), dout.data(), x.data(), weight.data(), mean.data(),
+                                   rstd.data(), N, C, scratch.data());
+        auto objective = [&, N = N, C = C](const Doubles& x, const Doubles& weight, const Doubles& bias) {
+            return dot(doubles(dout), truth::layernorm(x, weight, bias, N, C));
+        };
+        const Doubles x64 = doubles(x), weight64 = doubles(weight), bias64 = doubles(bias);
+        auto in_x = [&](const Doubles& v) { return objective(v, weight64, bias64); };
+        auto in_weight = [&](const Doubles& v) { return objective(x64, v, bias64); };
+        auto in_bias = [&](const Doubles& v) { return objective(x64, weight64, v); };
+        CHECK(error(dx, plus(dx0, differences(in_x, x64))) < 3e-6);
+        CHECK(error(dweight, plus(dweight0, differences(in_weight, weight64))) < 3e-6);
+        CHECK(error(dbias, plus(dbias0, differences(in_bias, bias64))) < 3e-6);
+    }
+}
+
+TEST_CASE("gelu, also where tanh saturates, and in place") {
+    Floats x = random_normal(1001, 3);
+    x.insert(x.end(), {0.0f, -0.0f, 20.0f, -20.0f, 1e4f, -1e4f});
+    const size_t n = x.size();
+    Floats out(n), dout = random_normal(n), dx(n), in_place = dout;
+    CpuOps::gelu_forward(out.data(), x.data(), n);
+    const Doubles want = truth::gelu(doubles(x));
+    for (size_t i = 0; i < n; i++) CHECK(std::fabs(out[i] - want[i]) <= 1e-6 * (std::fabs(want[i]) + 0.1));
+    CpuOps::gelu_backward(dx.data(), dout.data(), x.data(), n);
+    CpuOps::gelu_backward(in_place.data(), in_place.data(), x.data(), n);
+    CHECK(in_place == dx);
+    for (size_t i = 0; i < n; i++) {
+        auto f = [&](const Doubles& v) { return dout[i] * truth::gelu(v)[0]; };
+        CHECK(std::fabs(dx[i] - differences(f, {x[i]})[0]) < 2e-6 * (std::fabs(dout[i]) + 0.1));
+    }
+}
+
+TEST_CASE("matrix products: bias, row strides, tails of every tile") {
+    for (auto [N, C, OC] : {std::tuple(1, 8, 24), std::tuple(5, 24, 61), std::tuple(77, 16, 7), std::tuple(130, 257, 133)}) {
+        CAPTURE(N);
+        CAPTURE(OC);
+        const int ldo = OC + 3;
+        const Floats inp = random_normal(N * C), weight = random_normal(OC * C), bias = random_normal(OC), dout = random_normal(N * ldo), dout_tight = random_normal(N * OC);
+        Floats out(N * ldo, 7.0f), without_bias(N * OC), dinp(N * C, NAN), dweight = random_normal(OC * C), dbias = random_normal(OC);
+        CpuOps::matmul_forward(out.data(), ldo, inp.data(), weight.data(), bias.data(), N, C, OC);
+        CpuOps::matmul_forward(without_bias.data(), OC, inp.data(), weight.data(), nullptr, N, C, OC);
+        Doubles want = truth::matmul(false, true, N, OC, C, inp, C, weight, C), want_strided(N * ldo, 7.0);
+        CHECK(error(without_bias, want) < 2e-6);
+        for (int n = 0; n < N; n++) {
+            for (int i = 0; i < OC; i++) want_strided[n * ldo + i] = want[n * OC + i] + bias[i];
+        }
+        CHECK(error(out, want_strided) < 2e-6);  // and the gap between rows keeps its sevens
+
+        CpuOps::matmul_backward_input(dinp.data(), dout_tight.data(), weight.data(), N, C, OC);
+        CHECK(error(dinp, truth::matmul(false, false, N, C, OC, dout_tight, OC, weight, C)) < 2e-6);
+
+        const Doubles want_dweight = plus(dweight, truth::matmul(true, false, OC, C, N, dout, ldo, inp, C));
+        CpuOps::matmul_backward_weight(dweight.data(), dout.data(), ldo, inp.data(), N, C, OC);
+        CHECK(error(dweight, want_dweight) < 2e-6);
+
+        const Doubles want_dbias = plus(dbias, truth::matmul(true, false, OC, 1, N, dout_tight, OC, Floats(N, 1.0f), 1));
+        Floats scratch(CpuOps::bias_scratch_floats(OC), NAN);
+        CpuOps::bias_backward(dbias.data(), dout_tight.data(), N, OC, scratch.data());
+        CHECK(error(dbias, want_dbias) < 2e-6);
+    }
+}
+
+TEST_CASE("attention") {
+    struct Shape {
+        int B, T, C, H;
+    };
+    for (auto [B, T, C, H] : {Shape{2, 1, 8, 2}, Shape{2, 13, 24, 3}, Shape{1, 70, 6, 2}}) {
+        CAPTURE(T);
+        const Floats qkv = random_normal(B * T * 3 * C), dout = random_normal(B * T * C);
+        Floats out(B * T * C), lse(B * H * T), dqkv(B * T * 3 * C, NAN), delta(B * H * T);
+        CpuOps::attention_forward(out.data(), lse.data(), qkv.data(), B, T, C, H);
+        Doubles want_lse(lse.size());
+        CHECK(error(out, truth::attention(doubles(qkv), B, T, C, H, &want_lse)) < 2e-6);
+        CHECK(error(lse, want_lse) < 2e-6);
+        CpuOps::attention_backward(dqkv.data(), delta.data(), dout.data(), qkv.data(), out.data(), lse.data(), B, T, C, H);
+        auto objective = [&, B = B, T = T, C = C, H = H](const Doubles& qkv) {
+            return dot(doubles(dout), truth::attention(qkv, B, T, C, H));
+        };
+        CHECK(error(dqkv, differences(objective, doubles(qkv))) < 5e-6);
+    }
+    SUBCASE("scores far beyond what exp can hold") {  // queries and keys of 30 times the usual length
+        const int T = 77, C = 16;
+        Floats qkv = random_normal(T * 3 * C), out(T * C), lse(T);
+        for (int t = 0; t < T; t++) {
+            for (int i = 0; i < 2 * C; i++) qkv[t * 3 * C + i] *= 30;
+        }
+        CpuOps::attention_forward(out.data(), lse.data(), qkv.data(), 1, T, C, 1);
+        CHECK(std::all_of(out.begin(), out.end(), [](float x) { return std::fabs(x) < 10; }));
+        CHECK(*std::max_element(lse.begin(), lse.end()) > 1000);
+    }
+}
+
+TEST_CASE("classifier: any vocabulary, padding masked") {
+    for (auto [N, V, Vp] : {std::tuple(5, 61, 64), std::tuple(3, 256, 256), std::tuple(3, 257, 384), std::tuple(2, 50257, 50304)}) {
+        CAPTURE(V);
+        const float dloss = 0.37f;
+        Floats logits = random_normal(N * Vp, 3), losses(N);
+        for (int n = 0; n < N; n++) std::fill(&logits[n * Vp + V], &logits[n * Vp] + Vp, 1e9f);  // padding holds rubbish
+        std::vector<int> targets = integers(N, V);
+        targets[0] = V - 1;
+        Floats dlogits = logits;
+        CpuOps::classifier(losses.data(), dlogits.data(), targets.data(), dloss, N, V, Vp, false);
+        CHECK(dlogits == logits);
+        const Doubles want = truth::losses(doubles(logits), targets, N, V, Vp);
+        CHECK(error(losses, want) < 1e-6);
+        double mean = 1;
+        CpuOps::sum_losses(&mean, losses.data(), N);
+        CHECK(mean == doctest::Approx(1 + std::accumulate(want.begin(), want.end(), 0.0)).epsilon(1e-6));
+
+        CpuOps::classifier(losses.data(), dlogits.data(), targets.data(), dloss, N, V, Vp, true);
+        for (int n = 0; n < N; n++) {
+            const Doubles row(&logits[n * Vp], &logits[n * Vp] + Vp);
+            const Floats drow(&dlogits[n * Vp], &dlogits[n * Vp] + Vp);
+            auto objective = [&, V = V, Vp = Vp](const Doubles& x) { return dloss * truth::losses(x, {targets[n]}, 1, V, Vp)[0]; };
+            if (V < 300) CHECK(error(drow, differences(objective, row)) < 1e-6);
+            CHECK(std::fabs(std::accumulate(drow.begin(), drow.end(), 0.0)) < 1e-6);
+            CHECK(drow[targets[n]] == doctest::Approx(dloss * (std::exp(-want[n]) - 1)).epsilon(1e-6));
+        }
+    }
+    SUBCASE("a NaN among the logits is a NaN loss") {
+        Floats logits = random_normal(64), loss(1);
+        logits[17] = NAN;
+        const int target = 3;
+        CpuOps::classifier(loss.data(), logits.data(), &target, 1.0f, 1, 64, 64, true);
+        CHECK(std::isnan(loss[0]));
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// The optimizer
+
+TEST_CASE("global norm and clip scale") {
+    const Floats x = random_normal(10000);
+    const std::vector<Range> ranges = {{0, 5000}, {5000, 1}, {5001, 4999}, {777, 0}};
+    Doubles sums(4, NAN);
+    CpuOps::sum_squares(sums.data(), x.data(), ranges.data(), 4);
+    const double norm = std::sqrt(dot(doubles(x), doubles(x)));
+    CHECK(sums[3] == 0);
+    float clip[2];
+    CpuOps::clip_scale(clip, sums.data(), 4, 1.0f);
+    CHECK(clip[1] == doctest::Approx(norm).epsilon(1e-6));
+    CHECK(clip[0] == doctest::Approx(1 / norm).epsilon(1e-6));
+    CpuOps::clip_scale(clip, sums.data(), 4, 1e6f);
+    CHECK(clip[0] == 1.0f);
+    CpuOps::clip_scale(clip, sums.data(), 4, 0.0f);  // clipping off
+    CHECK(clip[0] == 1.0f);
+    sums[1] = INFINITY;
+    CpuOps::clip_scale(clip, sums.data(), 4, 1.0f);
+    CHECK(clip[0] == 0.0f);
+    sums[1] = NAN;
+    CpuOps::clip_scale(clip, sums.data(), 4, 1.0f);
+    CHECK(clip[0] == 0.0f);
+
+    SUBCASE("the place in the arena does not change a bit") {
+        Floats shifted(x.size() + 16);
+        for (int shift = 0; shift < 16; shift++) {
+            std::copy(x.begin(), x.end(), shifted.begin() + shift);
+            const Range range = {(size_t)shift, 9999}, first = {0, 9999};
+            double a, b;
+            CpuOps::sum_squares(&a, shifted.data(), &range, 1);
+            CpuOps::sum_squares(&b, x.data(), &first, 1);
+            CHECK(a == b);
+        }
+    }
+}
+
+TEST_CASE("adamw, ten steps") {
+    const size_t n = 1003;
+    const float lr = 1e-2f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, decay = 0.1f, clip[2] = {0.5f, 2.0f};
+    Floats params(n), master = random_normal(n), m(n), v(n);
+    Doubles w64 = doubles(master), m64(n), v64(n);
+    for (int t = 1; t <= 10; t++) {
+        const Floats grads = random_normal(n, 1e-3f);
+        const double c1 = 1 - std::pow((double)beta1, t), c2 = 1 - std::pow((double)beta2, t);
+        CpuOps::adamw(params.data(), master.data(), m.data(), v.data(), grads.data(), n, lr, beta1, beta2, eps, decay, (float)c1,
+                      (float)c2, clip);
+        for (size_t i = 0; i < n; i++) {
+            const double g = (double)grads[i] * clip[0];
+            m64[i] = (double)beta1 * m64[i] + (1.0 - beta1) * g;
+            v64[i] = (double)beta2 * v64[i] + (1.0 - beta2) * g * g;
+            w64[i] = w64[i] * (1.0 - (double)lr * decay) - lr * (m64[i] / c1) / (std::sqrt(v64[i] / c2) + eps);
+        }
+    }
+    CHECK(error(master, w64) < 1e-6);
+    CHECK(params == master);
+    CHECK(error(m, m64) < 2e-6);
+    CHECK(error(v, v64) < 2e-6);
+}
+
+TEST_CASE("muon_momentum") {
+    const size_t n = 501;
+    const float clip[2] = {0.25f, 4.0f};
+    for (bool nesterov : {false, true}) {
+        Floats grads = random_normal(n), momentum = random_normal(n);
+        Doubles want(n), want_momentum(n);
+        for (size_t i = 0; i < n; i++) {
+            want_momentum[i] = (double)0.95f * momentum[i] + 0.25 * grads[i];
+            want[i] = nesterov ? 0.25 * grads[i] + (double)0.95f * want_momentum[i] : want_momentum[i];
+        }
+        CpuOps::muon_momentum(grads.data(), momentum.data(), n, 0.95f, nesterov, clip);
+        CHECK(error(grads, want) < 1e-6);
+        CHECK(error(momentum, want_momentum) < 1e-6);
+    }
+}
+
+TEST_CASE("a norm that is not finite skips every update") {
+    const float clip[2] = {0.0f, NAN};
+    const Floats before = random_normal(64);
+    Floats params = before, master = before, m = before, v = before, grads(64, NAN);
+    CpuOps::adamw(params.data(), master.data(), m.data(), v.data(), grads.data(), 64, 0.1f, 0.9f, 0.95f, 1e-8f, 0.1f, 0.1f, 0.05f,
+                  clip);
+    CpuOps::muon_momentum(grads.data(), m.data(), 64, 0.95f, true, clip);
+    const Floats U(64, NAN);
+    const MatrixRef ref = {0, 0, 0, 8};
+    CpuOps::muon_update(params.data(), master.data(), U.data(), &ref, 1, 8, 8, 0.9f, 0.1f, NsType::fp32, clip);
+    CHECK(params == before);
+    CHECK(master == before);
+    CHECK(m == before);
+    CHECK(v == before);
+}
+
+// x rounded to a format with `mantissa` bits after the point, smallest normal 2^minimum and largest finite `largest`.
+static double nearest(double x, int mantissa, int minimum, double largest) {
+    if (x == 0 || !std::isfinite(x)) return x;
+    const double unit = std::ldexp(1.0, std::max(std::ilogb(x), minimum) - mantissa);
+    const double rounded = std::nearbyint(x / unit) * unit;  // to even on ties, the default rounding
+    return std::fabs(rounded) > largest ? std::copysign(INFINITY, x) : rounded;
+}
+static double nearest(double x, NsType type) {
+    return type == NsType::bf16   ? nearest(x, 7, -126, 0x1.FEp127)
+           : type == NsType::fp16 ? nearest(x, 10, -14, 65504)
+                                  : nearest(x, 23, -126, 0x1.FFFFFEp127);
+}
+
+TEST_CASE("bf16 and fp16 round to nearest, ties to even") {
+    for (uint32_t bits = 0; bits < 65536; bits++) {  // every number of the format, and the midpoints between neighbours
+        for (NsType type : {NsType::bf16, NsType::fp16}) {
+            const auto decode = type == NsType::bf16 ? CpuOps::from_bf16 : CpuOps::from_fp16;
+            const auto encode = type == NsType::bf16 ? CpuOps::to_bf16 : CpuOps::to_fp16;
+            const float value = decode((uint16_t)bits), above = decode((uint16_t)(bits + 1));
+            if (std::isnan(value)) {
+                CHECK(std::isnan(decode(encode(value))));
+                continue;
+            }
+            REQUIRE(encode(value) == bits);
+            const float middle = 0.5f * value + 0.5f * above;
+            if (!std::isfinite(middle)) continue;
+            for (float x : {middle, std::nextafterf(middle, value), std::nextafterf(middle, above)}) {
+                REQUIRE((double)decode(encode(x)) == nearest(x, type));
+            }
+        }
+    }
+    for (float x : {65519.99f, 65520.0f, 1e10f, -3e38f, 1e-30f, -1e-42f, INFINITY, -INFINITY, 0.0f}) {
+        CHECK((double)CpuOps::from_fp16(CpuOps::to_fp16(x)) == nearest(x, NsType::fp16));
+        CHECK((double)CpuOps::from_bf16(CpuOps::to_bf16(x)) == nearest(x, NsType::bf16));
+    }
+}
+
+static const NsType kTypes[] = {NsType::bf16, NsType::fp16, NsType::fp32};
+static double half_unit(NsType type) { return type == NsType::bf16 ? 0x1p-8 : type == NsType::fp16 ? 0x1p-11 : 0x1p-24; }
+
+static Floats unpack(const std::vector<char>& x, size_t n, NsType type) {
+    Floats out(n);
+    for (size_t i = 0; i < n; i++) out[i] = CpuOps::load(x.data(), i, type);
+    return out;
+}
+static std::vector<char> pack(const Floats& x, NsType type) {
+    std::vector<char> out(x.size() * ns_type_bytes(type));
+    for (size_t i = 0; i < x.size(); i++) CpuOps::store(out.data(), i, x[i], type);
+    return out;
+}
+
+TEST_CASE("ns_normalize: tiles, transposition, padding, gradients from 1e-20 to 1e+10") {
+    const int ld = 50;
+    for (auto [rows, cols] : {std::pair(13, 29), std::pair(41, 7), std::pair(16, 16)}) {
+        for (NsType type : kTypes) {
+            CAPTURE(rows);
+            const int m = std::min(rows, cols), n = std::max(rows, cols), mp = round_up(m, 8), np = round_up(n, 8);
+            const Floats direction = random_normal(60 * ld);
+            const std::vector<MatrixRef> refs = {{3, 0, 0, ld}, {203, 0, 0, ld}, {11, 0, 0, ld}};
+            for (float magnitude : {1e-20f, 1.0f, 1e10f}) {
+                Floats grads = direction;
+                for (float& g : grads) g *= magnitude;
+                std::vector<char> X(3 * mp * np * ns_type_bytes(type), 0x55);
+                Doubles scratch(CpuOps::ns_scratch_doubles(3), NAN);
+                CpuOps::ns_normalize(X.data(), scratch.data(), grads.data(), refs.data(), 3, rows, cols, type);
+                const Floats got = unpack(X, 3 * mp * np, type);
+                Doubles want(got.size());
+                for (int b = 0; b < 3; b++) {
+                    double squares = 0;
+                    auto at = [&](int r, int c) { return (double)grads[refs[b].grad + r * ld + c]; };
+                    for (int r = 0; r < rows; r++) {
+                        for (int c = 0; c < cols; c++) squares += at(r, c) * at(r, c);
+                    }
+                    for (int i = 0; i < m; i++) {
+                        for (int j = 0; j < n; j++) {
+                            want[(b * mp + i) * np + j] = (rows > cols ? at(j, i) : at(i, j)) / std::sqrt(squares);
+                        }
+                    }
+                }
+                CHECK(error(got, want) <= half_unit(type) + 1e-7);
+                for (size_t i = 0; i < got.size(); i++) {
+                    if (want[i] == 0) REQUIRE(got[i] == 0);
+                }
+            }
+        }
+    }
+    SUBCASE("a gradient of zeros stays zero") {
+        const Floats grads(64);
+        const MatrixRef ref = {0, 0, 0, 8};
+        Floats X(64, 1.0f);
+        Doubles scratch(CpuOps::ns_scratch_doubles(1));
+        CpuOps::ns_normalize(X.data(), scratch.data(), grads.data(), &ref, 1, 8, 8, NsType::fp32);
+        CHECK(X == grads);
+    }
+}
+
+TEST_CASE("ns_product: both kinds, epilogue, exact symmetry, no dependence on the batch") {
+    struct Shape {
+        int M, N, K;
+    };
+    const int batch = 3;
+    const float alpha = 0.7f, beta = -1.3f, diag = 2.5f;
+    for (NsType type : kTypes) {
+        for (auto [M, N, K] : {Shape{8, 8, 16}, Shape{64, 136, 64}, Shape{136, 136, 200}, Shape{136, 264, 136}, Shape{24, 24, 0}}) {
+            for (bool symmetric : {false, true}) {
+                if (symmetric && M != N) continue;
+                CAPTURE(M);
+                CAPTURE(K);
+                const NsProduct kind = symmetric ? NsProduct::symmetric_nt : NsProduct::nn;
+                const std::vector<char> A = pack(random_normal((size_t)batch * M * K), type);
+                const std::vector<char> B = symmetric ? A : pack(random_normal((size_t)batch * K * N), type);
+                Floats c = random_normal((size_t)batch * M * N);
+                if (symmetric) {
+                    for (int b = 0; b < batch; b++) {
+                        for (int i = 0; i < M; i++) {
+                            for (int j = 0; j < i; j++) c[((size_t)b * M + j) * N + i] = c[((size_t)b * M + i) * N + j];
+                        }
+                    }
+                }
+                const std::vector<char> C = pack(c, type);
+                std::vector<char> D(C.size()), plain(C.size()), alone(C.size());
+                CpuOps::ns_product(D.data(), A.data(), B.data(), C.data(), alpha, beta, diag, batch, M, N, K, kind, type);
+                CpuOps::ns_product(plain.data(), A.data(), B.data(), nullptr, 1, 0, 0, batch, M, N, K, kind, type);
+                const size_t bytes = ns_type_bytes(type);
+                for (size_t b = 0; b < batch; b++) {
+                    CpuOps::ns_product(alone.data() + b * M * N * bytes, A.data() + b * M * K * bytes, B.data() + b * N * K * bytes,
+                                       C.data() + b * M * N * bytes, alpha, beta, diag, 1, M, N, K, kind, type);
+                }
+                CHECK(alone == D);
+
+                const Floats a = unpack(A, (size_t)batch * M * K, type), b = unpack(B, (size_t)batch * N * K, type);
+                c = unpack(C, c.size(), type);
+                Doubles want, want_plain;
+                for (int matrix = 0; matrix < batch; matrix++) {
+                    const Floats a1(&a[0] + (size_t)matrix * M * K, &a[0] + (size_t)(matrix + 1) * M * K);
+                    const Floats b1(&b[0] + (size_t)matrix * N * K, &b[0] + (size_t)(matrix + 1) * N * K);
+                    const Doubles product = truth::matmul(false, symmetric, M, N, K, a1, K, b1, symmetric ? K : N);
+                    want_plain.insert(want_plain.end(), product.begin(), product.end());
+                    for (int i = 0; i < M * N; i++) {
+                        want.push_back((double)alpha * product[i] + (double)beta * c[(size_t)matrix * M * N + i] +
+                                       (i / N == i % N ? diag : 0));
+                    }
+                }
+                const Floats got = unpack(D, c.size(), type);
+                CHECK(error(got, want) < half_unit(type) + 2e-6);
+                CHECK(error(unpack(plain, c.size(), type), want_plain) < half_unit(type) + 2e-6);
+                for (int i = 0; symmetric && i < M; i++) {
+                    for (int j = 0; j < i; j++) REQUIRE(got[(size_t)i * N + j] == got[(size_t)j * N + i]);
+                }
+            }
+        }
+    }
+}
+
+TEST_CASE("muon_update: tiles, transposition, the parameters follow the masters") {
+    const int ld = 50;
+    const float clip[2] = {1, 1};
+    for (auto [rows, cols] : {std::pair(13, 29), std::pair(41, 7)}) {
+        for (NsType type : kTypes) {
+            const bool transposed = rows > cols;
+            const int mp = round_up(std::min(rows, cols), 8), np = round_up(std::max(rows, cols), 8);
+            const std::vector<MatrixRef> refs = {{0, 4, 2100, ld}, {0, 2204, 0, ld}};
+            const Floats master0 = random_normal(4300), params0 = random_normal(4300), u = unpack(pack(random_normal(2 * mp * np), type), 2 * mp * np, type);
+            Floats master = master0, params = params0;
+            Doubles want = doubles(master0), want_params = doubles(params0);
+            CpuOps::muon_update(params.data(), master.data(), pack(u, type).data(), refs.data(), 2, rows, cols, 0.99f, 0.02f, type,
+                                clip);
+            for (int b = 0; b < 2; b++) {
+                for (int r = 0; r < rows; r++) {
+                    for (int c = 0; c < cols; c++) {
+                        const double w = (double)0.99f * master0[refs[b].state + r * ld + c] -
+                                         (double)0.02f * u[(size_t)b * mp * np + (transposed ? c * np + r : r * np + c)];
+                        want[refs[b].state + r * ld + c] = want_params[refs[b].param + r * ld + c] = w;
+                    }
+                }
+            }
+            CHECK(error(master, want) < 1e-6);
+            CHECK(error(params, want_params) < 1e-6);
+        }
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// The same bits on any number of threads
+
+#ifdef _OPENMP
+TEST_CASE("results do not depend on the number of threads") {
+    const int B = 3, T = 77, C = 48, H = 3, N = B * T, V = 257, Vp = 264;
+    const Floats x = random_normal(N * C), weight = random_normal(3 * C * C), gain = random_normal(C), dout = random_normal(N * 3 * C), logits = random_normal(N * Vp);
+    const std::vector<int> tokens = integers(N, V);
+    std::vector<int> order(N);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return tokens[a] < tokens[b]; });
+    const MatrixRef ref = {0, 0, 0, C};
+
+    auto run = [&](int threads) {
+        omp_set_num_threads(threads);
+        std::vector<Floats> results;
+        auto result = [&](size_t n) {
+            results.emplace_back(n);
+            return results.back().data();
+        };
+        results.reserve(64);  // pointers stay valid
+        float *mean = result(N), *rstd = result(N), *lse = result(B * H * T), *delta = result(B * H * T);
+        float *qkv = result(N * 3 * C), *out = result(N * C), *d = result(N * C);
+        float* scratch = result(std::max(CpuOps::layernorm_scratch_floats(C), CpuOps::bias_scratch_floats(3 * C)));
+        CpuOps::embedding_backward(result(V * C), result(T * C), x.data(), tokens.data(), order.data(), B, T, C);
+        CpuOps::layernorm_forward(result(N * C), mean, rstd, x.data(), gain.data(), gain.data(), N, C);
+        CpuOps::layernorm_backward(d, result(C), result(C), out, x.data(), gain.data(), mean, rstd, N, C, scratch);
+        CpuOps::matmul_forward(qkv, 3 * C, x.data(), weight.data(), nullptr, N, C, 3 * C);
+        CpuOps::matmul_backward_input(result(N * C), dout.data(), weight.data(), N, C, 3 * C);
+        CpuOps::matmul_backward_weight(result(3 * C * C), dout.data(), 3 * C, x.data(), N, C, 3 * C);
+        CpuOps::bias_backward(result(3 * C), dout.data(), N, 3 * C, scratch);
+        CpuOps::attention_forward(out, lse, qkv, B, T, C, H);
+        CpuOps::attention_backward(result(N * 3 * C), delta, x.data(), qkv, out, lse, B, T, C, H);
+        CpuOps::gelu_forward(result(N * C), x.data(), N * C);
+        CpuOps::gelu_backward(result(N * C), dout.data(), x.data(), N * C);
+        float* dlogits = result(N * Vp);
+        std::copy(logits.begin(), logits.end(), dlogits);
+        CpuOps::classifier(result(N), dlogits, tokens.data(), 1.0f / N, N, V, Vp, true);
+        for (NsType type : kTypes) {
+            Doubles norm(CpuOps::ns_scratch_doubles(1));
+            float *X = result(N * (C + 8)), *A = result(C * C), *Y = result(N * (C + 8));
+            const int np = round_up(N, 8);
+            CpuOps::ns_normalize(X, norm.data(), x.data(), &ref, 1, N, C, type);
+            CpuOps::ns_product(A, X, X, nullptr, 1, 0, 0, 1, C, C, np, NsProduct::symmetric_nt, type);
+            CpuOps::ns_product(Y, A, X, X, 1, 1, 0, 1, C, np, C, NsProduct::nn, type);
+        }
+        return results;
+    };
+    const int threads = omp_get_max_threads();
+    const auto one = run(1);
+    for (int n : {2, 3}) {
+        const auto many = run(n);
+        for (size_t i = 0; i < one.size(); i++) CHECK(memcmp(one[i].data(), many[i].data(), one[i].size() * sizeof(float)) == 0);
+    }
+    omp_set_num_threads(threads);
+}
+#endif
+
+// --------------------------------------------------------------------------------------------------------------------
+// Newton-Schulz against the same polynomials applied to the singular values
+
+struct Svd {
+    int m, n;
+    Doubles U, s, V;  // A (m,n) = U (m,m) diag(s) V (m,n), m <= n; V has orthonormal rows
+    Doubles with(const Doubles& values) const {
+        Doubles A((size_t)m * n);
+        for (int i = 0; i < m; i++) {
+            for (int k = 0; k < m; k++) {
+                for (int j = 0; j < n; j++) A[i * n + j] += U[i * m + k] * values[k] * V[k * n + j];
+            }
+        }
+        return A;
+    }
+};
+
+// One-sided Jacobi: rotate pairs of rows until all are orthogonal; their lengths are then the singular values.
+static Svd svd(const Doubles& A, int m, int n) {
+    Svd r{m, n, Doubles(m * m), Doubles(m), A};
+    for (int i = 0; i < m; i++) r.U[i * m + i] = 1;
+    for (double off = 1; off > 1e-14;) {
+        off = 0;
+        for (int p = 0; p < m; p++) {
+            for (int q = p + 1; q < m; q++) {
+                double *x = &r.V[p * n], *y = &r.V[q * n];
+                double xx = 0, yy = 0, xy = 0;
+                for (int j = 0; j < n; j++) xx += x[j] * x[j], yy += y[j] * y[j], xy += x[j] * y[j];
+                if (std::fabs(xy) <= 1e-15 * std::sqrt(xx * yy)) continue;
+                off = std::max(off, std::fabs(xy) / std::sqrt(xx * yy));
+                const double tau = (yy - xx) / (2 * xy), t = std::copysign(1 / (std::fabs(tau) + std::hypot(1, tau)), tau);
+                const double c = 1 / std::hypot(1, t), s = c * t;
+                auto rotate = [&](double& a, double& b) {
+                    const double a0 = a;
+                    a = c * a0 - s * b;
+                    b = s * a0 + c * b;
+                };
+                for (int j = 0; j < n; j++) rotate(x[j], y[j]);
+                for (int i = 0; i < m; i++) rotate(r.U[i * m + p], r.U[i * m + q]);
+            }
+        }
+    }
+    for (int k = 0; k < m; k++) {
+        double* v = &r.V[k * n];
+        r.s[k] = std::sqrt(std::inner_product(v, v + n, v, 0.0));
+        for (int j = 0; j < n; j++) v[j] /= r.s[k];
+    }
+    return r;
+}
+
+// One matrix through ns_normalize, newton_schulz and muon_update, which leaves U in place of zeros.
+static Floats orthogonalise(const Floats& grads, int rows, int cols, const NsConfig& config) {
+    const int mp = round_up(std::min(rows, cols), 8), np = round_up(std::max(rows, cols), 8);
+    std::vector<char> memory(NsWorkspace::bytes(1, mp, np, config.type));
+    NsWorkspace w(memory.data(), 1, mp, np, config.type);
+    Doubles scratch(CpuOps::ns_scratch_doubles(1));
+    const MatrixRef ref = {0, 0, 0, cols};
+    const float clip[2] = {1, 1};
+    Floats params(grads.size()), master(grads.size());
+    CpuOps::ns_normalize(w.X, scratch.data(), grads.data(), &ref, 1, rows, cols, config.type);
+    newton_schulz<CpuOps>(w, 1, mp, np, config);
+    CpuOps::muon_update(params.data(), master.data(), w.X, &ref, 1, rows, cols, 1.0f, -1.0f, config.type, clip);
+    return params;
+}
+
+TEST_CASE("Newton-Schulz: singular vectors kept, singular values mapped") {
+    for (auto [m, n] : {std::pair(64, 64), std::pair(77, 130)}) {
+        const Svd random = svd(doubles(random_normal(m * n)), m, n);
+        Doubles power(m), dominated(m), log_uniform(m);
+        for (int i = 0; i < m; i++) {
+            power[i] = 1.0 / (i + 1);
+            dominated[i] = i == 0 ? 1.0 : 0.01 * random.s[i] / random.s[0];
+            log_uniform[i] = std::pow(10.0, -4.0 * i / (m - 1));
+        }
+        const std::pair<const char*, Doubles> spectra[] = {{"gaussian", random.s}, {"power law", power}, {"rank-1-dominated", dominated}, {"log-uniform 1..1e-4", log_uniform}};
+        for (const auto& [name, values] : spectra) {
+            const Doubles exact = random.with(values);
+            const Floats G(exact.begin(), exact.end());
+            const Svd decomposed = svd(doubles(G), m, n);
+            const double norm = std::sqrt(dot(decomposed.s, decomposed.s));
+            for (const char* coefficients : {"keller", "polar_express", "you"}) {
+                Doubles mapped = decomposed.s;
+                for (double& s : mapped) {
+                    s /= norm;
+                    for (int k = 0; k < 5; k++) {
+                        const auto [a, b, c] = ns_coefficients(coefficients, k);
+                        s = a * s + b * s * s * s + c * s * s * s * s * s;
+                    }
+                }
+                const Doubles want = decomposed.with(mapped);
+                const double largest = *std::max_element(mapped.begin(), mapped.end());
+                if (std::string(coefficients) == "polar_express") CHECK(largest < 1.1245);
+                for (bool gram : {false, true}) {
+                    for (NsType type : kTypes) {
+                        const std::string what = strprintf("%s, %d x %d, %s, %s, %s", name, m, n, coefficients, gram ? "gram" : "standard",
+                                                           type == NsType::bf16   ? "bf16"
+                                                           : type == NsType::fp16 ? "fp16"
+                                                                                  : "fp32");
+                        CAPTURE(what);
+                        const Doubles got = doubles(orthogonalise(G, m, n, {gram, coefficients, 5, type}));
+                        const double cosine = dot(got, want) / std::sqrt(dot(got, got) * dot(want, want));
+                        const double got_largest = [&, m = m, n = n] {
+                            const Doubles s = svd(got, m, n).s;
+                            return *std::max_element(s.begin(), s.end());
+                        }();
+                        CHECK(cosine >= (type == NsType::bf16 ? 0.99 : type == NsType::fp16 ? 0.999 : 0.999999));
+                        CHECK(got_largest <= largest * 1.03);
+                    }
+                }
+            }
+        }
+        SUBCASE("a tall matrix gives the transposed result") {
+            const Floats G = random_normal(m * n);
+            Floats tall(m * n);
+            for (int i = 0; i < m; i++) {
+                for (int j = 0; j < n; j++) tall[j * m + i] = G[i * n + j];
+            }
+            const NsConfig config = {false, "keller", 5, NsType::fp32};
+            const Floats lying = orthogonalise(G, m, n, config), standing = orthogonalise(tall, n, m, config);
+            Doubles want(m * n);
+            for (int i = 0; i < m; i++) {
+                for (int j = 0; j < n; j++) want[j * m + i] = lying[i * n + j];
+            }
+            CHECK(error(standing, want) < 1e-4);  // the norm is summed in another order
+        }
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// The whole model and optimizer against PyTorch
+
+#include "test_golden.cpp"
+
+TEST_CASE_TEMPLATE_INVOKE(golden_model, Cpu);
+TEST_CASE_TEMPLATE_INVOKE(golden_adamw, Cpu);
+TEST_CASE_TEMPLATE_INVOKE(golden_muon, Cpu);
+
+int main(int argc, char** argv) {
+    CpuOps::start(1);
+    return doctest::Context(argc, argv).run();
+}
