@@ -1,0 +1,346 @@
+// Tests of comm.h with real processes and no GPU. Started alone, this program is the driver: it starts itself again as a
+// worker, by mpirun and by start_ranks(gpus = N), and looks at exit codes, output and time. The workers come first.
+#define DOCTEST_CONFIG_IMPLEMENT
+#include <doctest/doctest.h>
+
+#include <cmath>
+
+#include "../comm.h"
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Workers: what one rank does
+
+static void expect(bool good, const char* what) {
+    if (!good) fail("wrong result: %s", what);
+}
+
+// Values whose sum depends on the order of addition, different on every rank.
+template <class T> T value(int rank, size_t i) {
+    uint32_t h = uint32_t(i) * 2654435761u + uint32_t(rank + 1) * 40503u;
+    h ^= h >> 15;
+    h *= 2246822519u;
+    h ^= h >> 13;
+    return std::ldexp(T(int(h % 20001) - 10000), int(h >> 16) % 24 - 12);
+}
+
+template <class T> std::vector<T> values(int rank, size_t n) {
+    std::vector<T> x(n);
+    for (size_t i = 0; i < n; i++) x[i] = value<T>(rank, i);
+    return x;
+}
+
+// ((x0 + x1) + x2) + ...
+template <class T> std::vector<T> sums_in_rank_order(size_t n) {
+    std::vector<T> sum = values<T>(0, n);
+    for (int rank = 1; rank < ranks.size; rank++)
+        for (size_t i = 0; i < n; i++) sum[i] += value<T>(rank, i);
+    return sum;
+}
+
+template <class T> bool same_bits(const T* a, const T* b, size_t n) { return n == 0 || memcmp(a, b, n * sizeof(T)) == 0; }
+
+template <class T> void check_all_reduce(size_t n) {
+    std::vector<T> x = values<T>(ranks.rank, n), expected = sums_in_rank_order<T>(n);
+    CpuComm::all_reduce(x.data(), n);
+    expect(same_bits(x.data(), expected.data(), n), strprintf("all_reduce of %zu", n).c_str());
+}
+
+static void check_chunks(size_t chunk) {
+    const size_t n = chunk * ranks.size, mine = chunk * ranks.rank;
+    std::vector<float> x = values<float>(ranks.rank, n), expected = sums_in_rank_order<float>(n);
+    CpuComm::reduce_scatter(x.data(), chunk);
+    expect(same_bits(x.data() + mine, expected.data() + mine, chunk), "reduce_scatter: my row is the sum");
+    const std::vector<float> before = values<float>(ranks.rank, n);
+    expect(same_bits(x.data(), before.data(), mine), "reduce_scatter: the rows before mine are kept");
+    expect(same_bits(x.data() + mine + chunk, before.data() + mine + chunk, n - mine - chunk),
+           "reduce_scatter: the rows after mine are kept");
+    CpuComm::all_gather(x.data(), chunk);
+    expect(same_bits(x.data(), expected.data(), n), "all_gather after reduce_scatter");
+    std::vector<float> y = before;
+    CpuComm::all_reduce(y.data(), n);
+    expect(same_bits(x.data(), y.data(), n), "all_reduce has the bits of reduce_scatter + all_gather");
+}
+
+template <class Broadcast> void check_broadcast(size_t bytes, int root, Broadcast broadcast) {
+    std::vector<double> x = values<double>(ranks.rank, bytes / 8 + 1), expected = x;
+    const std::vector<double> of_root = values<double>(root, bytes / 8 + 1);
+    if (bytes) memcpy(expected.data(), of_root.data(), bytes);   // and not a byte more
+    broadcast(x.data(), bytes, root);
+    expect(same_bits(x.data(), expected.data(), x.size()), "broadcast");
+}
+
+static void check_collectives() {
+    const size_t piece = 1 << 20;   // the longest message, in elements
+    for (size_t chunk : {size_t(0), size_t(1), size_t(7), size_t(1000), piece, piece + 3}) check_chunks(chunk);
+    for (size_t n : {size_t(0), size_t(1), size_t(2), size_t(3), size_t(4), size_t(11), size_t(1001), 5 * piece + 1})
+        check_all_reduce<float>(n);
+    for (size_t n : {1, 2, 7, 1003}) check_all_reduce<double>(n);
+    for (int root = 0; root < ranks.size; root++)
+        for (size_t bytes : {0, 1, 13, 100000}) check_broadcast(bytes, root, CpuComm::broadcast);
+}
+
+static void check_broadcast_host() {
+    auto broadcast = [](void* x, size_t bytes, int) { broadcast_host(x, bytes); };
+    for (size_t bytes : {0, 1, 128, 4000, 4001, 100000}) check_broadcast(bytes, 0, broadcast);
+}
+
+// Everyone meets everyone again and again.
+static void keep_busy(int rounds) {
+    for (int round = 0; round < rounds; round++) {
+        double x = 1;
+        if (ranks.launcher == Launcher::mpi) CpuComm::all_reduce(&x, 1);
+        else broadcast_host(&x, sizeof x);
+        sleep_seconds(0.001);
+    }
+}
+
+static void work(const std::string& job) {
+    const bool chosen = ranks.rank == ranks.size - 1;   // the rank that something happens to
+    if (job == "collectives") {
+        check_collectives();
+        check_broadcast_host();
+        if (ranks.rank == 0) printf("good on %d of %d local\n", ranks.size, ranks.local_size);
+        return;
+    }
+    if (job == "page") {
+        check_broadcast_host();
+        if (ranks.rank == 0) printf("good on %d of %d local\n", ranks.size, ranks.local_size);
+        return;
+    }
+    keep_busy(100);   // under way
+    if (job == "pids") {
+        printf("pid %d\n", int(getpid()));
+        fflush(stdout);
+    }
+    if (chosen && job == "stop") raise(SIGSTOP);
+    if (chosen && job == "kill") raise(SIGKILL);
+    if (chosen && job == "exit") _exit(3);
+    if (chosen && job == "error") fail("the disk is full");
+    if (job == "all_error") fail("no such file");
+    if (job == "blocked") {
+        BlockingCall limit("a call that never returns");
+        for (;;) pause();
+    }
+    keep_busy(100000);   // until one of the tests ends it
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Driver
+
+struct Outcome {
+    std::string output;
+    int code;   // of the shell: 128 + signal if killed
+    double seconds;
+    bool says(const std::string& text) const { return output.find(text) != std::string::npos; }
+    int count(const std::string& text) const {
+        int found = 0;
+        for (size_t at = 0; (at = output.find(text, at)) != std::string::npos; at++) found++;
+        return found;
+    }
+};
+
+static Outcome shell(const std::string& command) {
+    const auto begin = std::chrono::steady_clock::now();
+    Outcome outcome;
+    FILE* pipe = popen(("{ " + command + "; } 2>&1").c_str(), "r");
+    REQUIRE(pipe);
+    char part[4096];
+    for (size_t n; (n = fread(part, 1, sizeof part, pipe)) > 0;) outcome.output.append(part, n);
+    const int status = pclose(pipe);
+    outcome.code = WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+    outcome.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    return outcome;
+}
+
+static std::string self() {
+    char path[4096] = "";
+    REQUIRE(readlink("/proc/self/exe", path, sizeof path - 1) > 0);
+    return path;
+}
+
+static Outcome gpus(int n, const std::string& job, double timeout = 60) {
+    return shell(strprintf("timeout 100 %s worker %s %d %g", self().c_str(), job.c_str(), n, timeout));
+}
+
+TEST_CASE("the environment says who we are") {
+    const char* names[] = {"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "PMI_SIZE", "PMI_RANK", "SLURM_STEP_NUM_TASKS",
+                           "SLURM_PROCID", "SLURM_NTASKS", kSelfVariable};
+    struct { const char* what; const char* values[8]; Launcher launcher; int rank, size; } cases[] = {
+        {"nothing", {}, Launcher::none, 0, 1},
+        {"Open MPI", {"4", "3"}, Launcher::mpi, 3, 4},
+        {"mpirun -n 1", {"1", "0"}, Launcher::none, 0, 1},
+        {"MPICH", {0, 0, "2", "1"}, Launcher::mpi, 1, 2},
+        {"srun", {0, 0, 0, 0, "8", "5", "8"}, Launcher::mpi, 5, 8},
+        {"srun -n 1 in a job of 8", {0, 0, 0, 0, "1", "0", "8"}, Launcher::none, 0, 1},
+        {"batch script or shell in a job of 8", {0, 0, 0, 0, 0, "0", "8"}, Launcher::none, 0, 1},
+        {"mpirun -n 1 under srun", {"1", "0", 0, 0, "8", "5", "8"}, Launcher::none, 0, 1},
+        {"mpirun in a job", {"4", "2", 0, 0, 0, "0", "8"}, Launcher::mpi, 2, 4},
+        {"child of our own parent", {0, 0, 0, 0, 0, 0, 0, "1/2/9"}, Launcher::self, 1, 2},
+    };
+    for (auto& c : cases) {
+        CAPTURE(c.what);
+        for (int i = 0; i < 8; i++) {
+            if (c.values[i]) setenv(names[i], c.values[i], 1);
+            else unsetenv(names[i]);
+        }
+        const Ranks found = launched_ranks();
+        CHECK(found.launcher == c.launcher);
+        CHECK(found.rank == c.rank);
+        CHECK(found.size == c.size);
+    }
+    for (const char* name : names) unsetenv(name);
+}
+
+TEST_CASE("one process: every collective is a no-op") {
+    check_collectives();
+    check_broadcast_host();
+}
+
+#ifdef USE_MPI
+static Outcome mpirun(int n, const std::string& job, double timeout = 60) {
+    return shell(strprintf("timeout 100 mpirun --allow-run-as-root --oversubscribe -n %d %s worker %s 0 %g", n,
+                           self().c_str(), job.c_str(), timeout));
+}
+
+TEST_CASE("collectives on 1 to 5 processes under mpirun") {
+    for (int n = 1; n <= 5; n++) {
+        const Outcome o = mpirun(n, "collectives");
+        INFO(o.output);
+        CHECK(o.code == 0);
+        CHECK(o.says(strprintf("good on %d of %d local", n, n)));
+    }
+}
+
+TEST_CASE("mpirun: a stopped rank ends the run at the deadline, with one line") {
+    const Outcome o = mpirun(3, "stop", 2);
+    INFO(o.output);
+    CHECK(o.code != 0);
+    CHECK(o.says("train_gpt: rank 0: waited 2 s for reduce_scatter: another rank has stopped or hangs"));
+    CHECK(o.count("waited") == 1);
+    CHECK(o.seconds < 30);
+}
+
+TEST_CASE("mpirun: a killed rank ends the run") {
+    const Outcome o = mpirun(3, "kill");
+    INFO(o.output);
+    CHECK(o.code != 0);
+    CHECK(o.seconds < 30);
+}
+
+TEST_CASE("mpirun: an error of one rank ends the run, one that all meet is said once") {
+    Outcome o = mpirun(3, "error");
+    INFO(o.output);
+    CHECK(o.code != 0);
+    CHECK(o.says("train_gpt: rank 2: the disk is full"));
+    CHECK(o.seconds < 30);
+    o = mpirun(3, "all_error");
+    CHECK(o.code != 0);
+    CHECK(o.count("no such file") == 1);
+}
+
+TEST_CASE("--gpus under mpirun is refused") {
+    const Outcome o = shell(strprintf("timeout 100 mpirun --allow-run-as-root --oversubscribe -n 2 %s worker page 2 60",
+                                      self().c_str()));
+    INFO(o.output);
+    CHECK(o.code == 2);
+    CHECK(o.count("drop one of the two") == 1);
+}
+#else
+TEST_CASE("a build without MPI refuses to be one of several") {
+    const Outcome o = shell(strprintf("OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_RANK=0 %s worker page 0 60", self().c_str()));
+    CHECK(o.code == 1);
+    CHECK(o.says("this build has no MPI"));
+}
+#endif
+
+TEST_CASE("--gpus N starts N processes that share a page") {
+    for (int n : {1, 2, 5}) {
+        const Outcome o = gpus(n, "page");
+        INFO(o.output);
+        CHECK(o.code == 0);
+        CHECK(o.output == strprintf("good on %d of %d local\n", n, n));
+    }
+}
+
+TEST_CASE("--gpus: a killed rank ends the run") {
+    const Outcome o = gpus(3, "kill");
+    CHECK(o.code == 128 + SIGKILL);
+    CHECK(o.output == "train_gpt: rank 2 was killed by signal 9 (Killed); ending the other ranks\n");
+    CHECK(o.seconds < 15);
+}
+
+TEST_CASE("--gpus: a rank that ends with an exit code ends the run") {
+    const Outcome o = gpus(3, "exit");
+    CHECK(o.code == 3);
+    CHECK(o.output == "train_gpt: rank 2 ended with exit code 3; ending the other ranks\n");
+}
+
+TEST_CASE("--gpus: an error is said once, by the rank that met it") {
+    Outcome o = gpus(3, "error");
+    CHECK(o.code == 1);
+    CHECK(o.output == "train_gpt: rank 2: the disk is full\n");
+    o = gpus(3, "all_error");
+    CHECK(o.code == 1);
+    CHECK(o.output == "train_gpt: rank 0: no such file\n");
+}
+
+TEST_CASE("--gpus: a stopped rank ends the run at the deadline, and is ended itself") {
+    const Outcome o = gpus(3, "stop", 2);
+    CHECK(o.code == 1);
+    CHECK(o.output == "train_gpt: rank 0: waited 2 s for a broadcast from rank 0: another rank has stopped or hangs; "
+                      "ending the run (--rank_timeout sets this limit)\n");
+    CHECK(o.seconds < 30);
+}
+
+TEST_CASE("--gpus: a call that blocks for ever is ended by the alarm") {
+    const Outcome o = gpus(2, "blocked", 2);
+    CHECK(o.code == 1);
+    CHECK(o.says("train_gpt: rank 0: waited 2 s for a call that never returns"));
+    CHECK(o.seconds < 30);
+}
+
+// Processes of the group that are still there, not counting ones that have ended and wait to be reaped.
+static bool alive(int pid) {
+    FILE* file = fopen(strprintf("/proc/%d/stat", pid).c_str(), "r");
+    if (!file) return false;
+    char state = 'Z';
+    if (fscanf(file, "%*d %*s %c", &state) != 1) state = 'Z';
+    fclose(file);
+    return state != 'Z';
+}
+
+TEST_CASE("--gpus: the ranks end with their parent") {
+    for (int signal_number : {SIGINT, SIGTERM, SIGKILL}) {
+        CAPTURE(signal_number);
+        FILE* pipe = popen(strprintf("exec %s worker pids 3 60", self().c_str()).c_str(), "r");
+        REQUIRE(pipe);
+        int pids[3] = {};
+        for (int& pid : pids) REQUIRE(fscanf(pipe, " pid %d", &pid) == 1);
+        FILE* file = fopen(strprintf("/proc/%d/stat", pids[0]).c_str(), "r");
+        REQUIRE(file);
+        int parent = 0;
+        CHECK(fscanf(file, "%*d %*s %*c %d", &parent) == 1);
+        fclose(file);
+        REQUIRE(kill(parent, signal_number) == 0);
+        const int status = pclose(pipe);
+        if (signal_number == SIGKILL) CHECK((WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL));
+        else CHECK((WIFEXITED(status) && WEXITSTATUS(status) == 128 + signal_number));
+        for (int wait = 0; wait < 100; wait++)
+            if (alive(pids[0]) || alive(pids[1]) || alive(pids[2])) sleep_seconds(0.05);
+        for (int pid : pids) CHECK(!alive(pid));
+    }
+}
+
+int main(int argc, char** argv) {
+    if (argc == 5 && argv[1] == std::string("worker")) {   // worker JOB GPUS TIMEOUT
+        try {
+            start_ranks(argc, argv, atoi(argv[3]), atof(argv[4]));
+            work(argv[2]);
+            stop_ranks();
+            return 0;
+        } catch (const Error& e) {
+            fail_ranks(e.what(), e.exit_code);
+        }
+    }
+    return doctest::Context(argc, argv).run();
+}

@@ -1,0 +1,419 @@
+#!/usr/bin/env python3
+"""Tests of the distributed trainer with real processes: test_ranks.py TRAIN_GPT [cpu|cuda]
+
+cpu (the default): 1 to 5 ranks under mpirun. cuda: as many ranks as GPUs, under mpirun and under --gpus.
+A tiny byte-level model learns this program's own source text. Python's standard library only.
+Prints `ok NAME` or `FAIL NAME: why` for each test and ends with `N passed, N failed, N skipped`.
+"""
+import glob
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+
+PROGRAM = os.path.abspath(sys.argv[1] if len(sys.argv) > 1 else "./train_gpt")
+DEVICE = sys.argv[2] if len(sys.argv) > 2 else "cpu"
+HERE = os.path.dirname(os.path.abspath(__file__))
+WORK = tempfile.mkdtemp(prefix="test_ranks_")
+ENV = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")  # the ranks share few cores
+
+if DEVICE == "cuda":
+    listed = subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.PIPE, text=True).stdout
+    RANKS = range(1, min(5, listed.count("GPU ")) + 1)
+    CHANNELS = 128
+else:
+    RANKS = range(1, 6)
+    CHANNELS = 32
+MANY = RANKS[-1]
+MATRICES = 12  # of 2 layers: Q, K, V, attention projection, fc, fc projection
+
+SEQ_LEN = 32
+SEQUENCES = 120  # per optimizer step: a multiple of 1, 2, 3, 4 and 5 ranks x 2 sequences per micro-step
+MODEL = ["--device", DEVICE, "--layers", 2, "--heads", 2, "--channels", CHANNELS, "--seq_len", SEQ_LEN, "--vocab", 256,
+         "--train", WORK + "/source_train.bin", "--total_batch", SEQUENCES * SEQ_LEN, "--lr", 0.003]
+
+
+class Failed(Exception):
+    pass
+
+
+class Skipped(Exception):
+    pass
+
+
+def expect(condition, why):
+    if not condition:
+        raise Failed(why)
+
+
+# --- The trainer ------------------------------------------------------------------------------------------------------
+
+
+def command(ranks, *flags, launcher="mpirun"):
+    """One rank is started plainly: it must need no launcher."""
+    flags = [str(flag) for flag in flags]
+    if ranks == 1:
+        return [PROGRAM] + flags
+    if launcher == "gpus":
+        return [PROGRAM] + flags + ["--gpus", str(ranks)]
+    return ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", str(ranks), PROGRAM] + flags
+
+
+def execute(arguments, code=0):
+    """Its output, stdout and stderr in one; it must end with this exit code (None: any but 0)."""
+    done = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV, timeout=120)
+    if (done.returncode == 0 if code is None else done.returncode != code):
+        raise Failed("exit code %d from %s:\n%s" % (done.returncode, " ".join(arguments), done.stdout[-2000:]))
+    return done.stdout
+
+
+class Run:
+    """A finished run: its log and its last checkpoint."""
+
+    def __init__(self, out):
+        with open(out + "/log.jsonl") as file:
+            self.log = [json.loads(line) for line in file]
+        self.losses = [line["loss"] for line in self.log]
+        self.checkpoint = sorted(glob.glob(out + "/step_*.ckpt"))[-1]
+        self.meta, self.tensors = read_checkpoint(self.checkpoint)
+
+
+finished = {}
+
+
+def train(ranks, *flags, steps=20, batch=2, launcher="mpirun"):
+    """Runs that several tests want are made once."""
+    key = (ranks, flags, steps, batch, launcher)
+    if key not in finished:
+        out = "%s/run%d" % (WORK, len(finished))
+        execute(command(ranks, *MODEL, "--steps", steps, "--batch", batch, "--out", out, *flags, launcher=launcher))
+        finished[key] = Run(out)
+    return finished[key]
+
+
+def read_checkpoint(path):
+    """(meta, name -> bytes); the layout is told in checkpoint.h."""
+    with open(path, "rb") as file:
+        data = file.read()
+    expect(data[:8] == b"TRAINGPT", path + " is not a checkpoint")
+    at = 24 + struct.unpack("<Q", data[8:16])[0]
+    meta, tensors = {}, {}
+    for line in data[24:at].decode().splitlines():
+        words = line.split(" ")
+        if words[0] == "meta":
+            meta[words[1]] = words[2]
+        elif words[0] == "tensor":
+            size = 4 * math.prod(int(word) for word in words[3:])
+            tensors[words[1]] = data[at:at + size]
+            at += -(-size // 64) * 64
+    return meta, tensors
+
+
+def expect_same_state(a, b, what):
+    expect(a.tensors.keys() == b.tensors.keys(), what + ": not the same tensors")
+    for name in a.tensors:
+        expect(a.tensors[name] == b.tensors[name], "%s: %s differs" % (what, name))
+
+
+def expect_close_losses(a, b, tolerance, what):
+    expect(len(a) == len(b), what + ": not the same number of steps")
+    worst = max(abs(x - y) / y for x, y in zip(a, b))
+    expect(worst <= tolerance, "%s: losses differ by %.1e of their value, allowed is %.0e" % (what, worst, tolerance))
+
+
+# --- Same bits, same losses -------------------------------------------------------------------------------------------
+
+# Another number of ranks adds the same gradients in another order. In fp32 that is 1e-7 of a value, which 20 steps grow;
+# bf16, in Newton-Schulz or in a CUDA build's activations, turns some of it into 2^-9 of a value now and then.
+TOLERANCE_FP32 = 1e-5 if DEVICE == "cpu" else 1e-2
+TOLERANCE_BF16 = 1e-3 if DEVICE == "cpu" else 1e-2
+
+
+def test_owners_do_not_matter():
+    for ranks in RANKS:
+        a = train(ranks, "--optimizer", "dmuon")
+        b = train(ranks, "--optimizer", "dmuon", "--owner", "lpt")
+        expect(a.losses[-1] < 0.75 * a.losses[0], "it does not learn: %s" % a.losses)
+        expect(a.losses == b.losses, "%d ranks: losses under round_robin and lpt differ" % ranks)
+        expect_same_state(a, b, "%d ranks, round_robin against lpt" % ranks)
+
+
+def test_muon_and_dmuon_agree():
+    for ranks in RANKS:
+        a = train(ranks, "--optimizer", "dmuon")
+        b = train(ranks, "--optimizer", "muon")
+        expect(a.losses == b.losses, "%d ranks: losses under muon and dmuon differ" % ranks)
+        expect_same_state(a, b, "%d ranks, muon against dmuon" % ranks)
+
+
+def test_other_cuts_of_the_matrices():
+    for flags in (["--muon_qkv", "fused"], ["--muon_qkv", "heads"], ["--muon_tile", 24, "--ns", "gram"]):
+        a = train(MANY, "--optimizer", "dmuon", *flags)
+        b = train(MANY, "--optimizer", "muon", *flags)
+        expect_same_state(a, b, "muon against dmuon with %s" % flags)
+        expect_close_losses(a.losses, train(1, "--optimizer", "dmuon", *flags).losses, TOLERANCE_BF16, "with %s" % flags)
+
+
+def test_losses_over_rank_counts():
+    for flags, tolerance in ((["adamw"], TOLERANCE_FP32), (["dmuon", "--ns_dtype", "fp32"], TOLERANCE_FP32),
+                             (["dmuon"], TOLERANCE_BF16)):
+        for ranks in RANKS[1:]:
+            a, b = train(1, "--optimizer", *flags), train(ranks, "--optimizer", *flags)
+            expect_close_losses(a.losses, b.losses, tolerance, "%s on 1 and %d ranks" % (flags, ranks))
+
+
+def test_accumulation():
+    for ranks in RANKS[:2]:
+        a = train(ranks, "--optimizer", "dmuon", "--ns_dtype", "fp32", batch=SEQUENCES // ranks)
+        b = train(ranks, "--optimizer", "dmuon", "--ns_dtype", "fp32", batch=SEQUENCES // ranks // 4)
+        expect_close_losses(a.losses, b.losses, TOLERANCE_FP32, "1 and 4 micro-steps on %d ranks" % ranks)
+
+
+def test_newton_schulz_is_counted():
+    """Once per matrix and optimizer step, whatever the number of micro-steps; under vanilla muon on every rank."""
+    for ranks in RANKS:
+        for optimizer, expected in (("dmuon", MATRICES), ("muon", MATRICES * ranks)):
+            counts = {line["ns_matrices"] for line in train(ranks, "--optimizer", optimizer).log}
+            expect(counts == {expected}, "%s on %d ranks: %s matrices per step" % (optimizer, ranks, counts))
+
+
+def test_profile():
+    run = train(MANY, "--optimizer", "dmuon", "--profile")
+    expect_same_state(run, train(MANY, "--optimizer", "dmuon"), "--profile")
+    line = run.log[-1]
+    phases = [line[name + "_ms"] for name in ("reduce", "clip", "momentum", "ns_update", "adamw", "gather")]
+    expect(abs(sum(phases) - line["optimizer_ms"]) < 0.1, "phases %s are not optimizer_ms %s" % (phases, line["optimizer_ms"]))
+
+
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def resume(checkpoint, ranks, steps, *flags):
+    out = tempfile.mkdtemp(dir=WORK)
+    execute(command(ranks, *MODEL, "--batch", 2, "--steps", steps, "--out", out, "--resume", checkpoint, *flags))
+    return Run(out)
+
+
+def test_resume_goes_on_with_the_same_bits():
+    for optimizer in ("adamw", "muon", "dmuon"):
+        flags = ("--optimizer", optimizer, "--schedule", "constant")
+        whole = train(MANY, *flags, steps=14)
+        half = train(MANY, *flags, steps=9)
+        rest = resume(half.checkpoint, MANY, 14, *flags)
+        expect(rest.losses == whole.losses[9:], optimizer + ": other losses after a resume")
+        expect_same_state(rest, whole, optimizer + " resumed against uninterrupted")
+        for ranks in {1, max(1, MANY - 2)}:
+            other = resume(half.checkpoint, ranks, 14, *flags)
+            expect_close_losses(other.losses, whole.losses[9:], TOLERANCE_BF16, "%s resumed on %d ranks" % (optimizer, ranks))
+
+
+def test_state_is_the_same_on_other_rank_counts():
+    """A step whose gradient is not finite leaves all state as it is: such a step saves what it has loaded. The first run
+    gets there by a weight decay that multiplies the weights by -99 in each step."""
+    flags = ["--optimizer", "dmuon", "--schedule", "constant", "--grad_clip", 0, "--lr", 10, "--weight_decay", 10]
+    four = min(4, MANY)
+    blown_up = train(four, *flags, "--save_every", 1, "--keep", 100, steps=25)
+    norms = [line["grad_norm"] for line in blown_up.log]
+    expect(None in norms, "no gradient overflowed: %s" % norms)
+    step = norms.index(None) + 1
+    expect(step > 4, "the gradient overflowed at once, in step %d" % step)
+    saved = os.path.dirname(blown_up.checkpoint) + "/step_%08d.ckpt" % (step - 1)
+    _, state = read_checkpoint(saved)
+    for name, data in state.items():
+        expect(any(data), name + " is all zeros: nothing is tested")
+    for ranks in (four, 3, 1):
+        if ranks in RANKS:
+            again = resume(saved, ranks, step, *flags)
+            expect(again.tensors.keys() == state.keys(), "other tensors on %d ranks" % ranks)
+            for name in state:
+                expect(again.tensors[name] == state[name], "%s: saved on %d ranks, differs on %d" % (name, four, ranks))
+
+
+def test_switching_the_optimizer():
+    half = train(MANY, "--optimizer", "dmuon", "--schedule", "constant", steps=9)
+    for optimizer in ("adamw", "muon"):
+        flags = [*MODEL, "--batch", 2, "--steps", 10, "--resume", half.checkpoint, "--optimizer", optimizer]
+        said = execute(command(MANY, *flags), code=None)
+        expect("--switch_optimizer" in said, "the error does not name the flag: " + said)
+        expect(said.count("train_gpt: ") == 1, "the error is not said once: " + said)
+        execute(command(MANY, *flags, "--switch_optimizer"))
+
+
+# --- The plan ---------------------------------------------------------------------------------------------------------
+
+
+def plan(model, ranks, owner):
+    said = execute([PROGRAM, "--print_plan", "--model", model, "--optimizer", "dmuon", "--owner", owner, "--ranks", str(ranks)])
+    owned = [line.split()[4:] for line in said.splitlines() if re.match(r" *\d+ +\d+ ", line)]
+    ratios = [float(ratio) for ratio in re.search(r"max/mean: FLOPs ([\d.]+), bytes ([\d.]+)", said).groups()]
+    return owned, ratios
+
+
+def test_plan_is_balanced():
+    for model in ("d12", "d24", "d36", "d48"):
+        for ranks in (1, 2, 4, 8):
+            _, ratios = plan(model, ranks, "round_robin")
+            expect(ratios == [1.0, 1.0], "%s on %d ranks: max/mean of FLOPs and bytes are %s" % (model, ranks, ratios))
+
+
+def test_plan_owns_every_matrix_once():
+    for ranks in (1, 3, 5, 7, 8, 13, 72, 73, 1000, 4096):
+        for owner in ("round_robin", "lpt"):
+            owned, ratios = plan("d12", ranks, owner)
+            names = [name for rank in owned for name in rank]
+            expect(len(owned) == ranks, "%s on %d ranks: %d are listed" % (owner, ranks, len(owned)))
+            expect(len(names) == len(set(names)) == 72, "%s on %d ranks: d12 has 72 matrices, owned are %d, different %d" %
+                   (owner, ranks, len(names), len(set(names))))
+            expect(min(ratios) >= 1, "max/mean %s" % ratios)
+
+
+# --- Ranks that fail --------------------------------------------------------------------------------------------------
+
+
+def processes_below(pid):
+    """Rank -> pid of the trainers that were started below this process, and the pids of all processes below it."""
+    parents, ranks = {}, {}
+    for path in glob.glob("/proc/[0-9]*/stat"):
+        try:
+            with open(path) as file:
+                parents[int(path.split("/")[2])] = int(file.read().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            pass  # it has ended
+    below = {pid}
+    while True:
+        more = {child for child, parent in parents.items() if parent in below} - below
+        if not more:
+            break
+        below |= more
+    for child in below - {pid}:
+        try:
+            with open("/proc/%d/environ" % child, "rb") as file:
+                found = re.search(rb"(?:^|\0)(?:OMPI_COMM_WORLD_RANK|PMI_RANK|TRAIN_GPT_SELF)=(\d+)", file.read())
+            if found and os.path.samefile("/proc/%d/exe" % child, PROGRAM):
+                ranks[int(found.group(1))] = child
+        except OSError:
+            pass
+    return ranks, below
+
+
+def fault(number, rank, launcher):
+    """Sends a signal to one rank of a run that is under way: (output, exit code, seconds until the run was over)."""
+    ranks = min(3, MANY)
+    rank = min(rank, ranks - 1)
+    out = tempfile.mkdtemp(dir=WORK)
+    flags = [*MODEL, "--batch", 2, "--optimizer", "dmuon", "--steps", 1000000, "--rank_timeout", 5, "--out", out]
+    with open(out + "/said", "w+") as said:
+        run = subprocess.Popen(command(ranks, *flags, launcher=launcher), stdout=said, stderr=said, env=ENV)
+        try:
+            log = out + "/log.jsonl"
+            for _ in range(600):
+                if os.path.exists(log) and os.path.getsize(log) > 1000:
+                    break
+                time.sleep(0.1)
+            pids, everyone = processes_below(run.pid)
+            expect(sorted(pids) == list(range(ranks)), "%d ranks expected, found %s" % (ranks, pids))
+            begin = time.time()
+            os.kill(pids[rank], number)
+            try:
+                code = run.wait(timeout=5 + 60)
+            except subprocess.TimeoutExpired:
+                raise Failed("the run goes on 60 s after the deadline")
+            seconds = time.time() - begin
+            time.sleep(1)
+            left = [pid for pid in everyone if os.path.exists("/proc/%d" % pid)]
+            expect(not left, "processes are left: %s" % left)
+        finally:
+            if run.poll() is None:
+                for pid in processes_below(run.pid)[1]:
+                    os.kill(pid, signal.SIGKILL)
+        said.seek(0)
+        text = "".join(line for line in said if not line.startswith("step "))
+    expect(code != 0, "the exit code is 0")
+    return text, code, seconds
+
+
+LAUNCHERS = ["mpirun"] if DEVICE == "cpu" else ["mpirun", "gpus"]
+
+
+def test_killed_rank():
+    for launcher in LAUNCHERS:
+        for rank in (0, 1):
+            said, code, seconds = fault(signal.SIGKILL, rank, launcher)
+            expect(seconds < 30, "%s: rank %d was killed, the run ended %.0f s later" % (launcher, rank, seconds))
+            expect("killed" in said.lower(), "%s: no word about the killed rank: %s" % (launcher, said))
+
+
+def test_stopped_rank():
+    for launcher in LAUNCHERS:
+        for rank in (0, 1):
+            said, code, seconds = fault(signal.SIGSTOP, rank, launcher)
+            lines = re.findall(r"^train_gpt: rank (\d): waited 5 s for .*--rank_timeout", said, re.M)
+            expect(len(lines) == 1, "%s: not one line about the deadline: %s" % (launcher, said))
+            expect(int(lines[0]) != rank, "%s: the stopped rank spoke" % launcher)
+            expect(4 < seconds < 40, "%s: the run ended after %.0f s" % (launcher, seconds))
+
+
+def test_both_launchers_agree():
+    if DEVICE == "cpu" or MANY == 1:
+        raise Skipped("needs two GPUs")
+    a = train(MANY, "--optimizer", "dmuon")
+    b = train(MANY, "--optimizer", "dmuon", launcher="gpus")
+    expect_same_state(a, b, "mpirun against --gpus")
+
+
+def test_errors_are_said_once():
+    said = execute(command(max(2, MANY), *MODEL, "--train", WORK + "/nothing_here*.bin"), code=1)
+    expect(said.count("train_gpt: ") == 1, said)
+    said = execute(command(max(2, MANY), *MODEL, "--layer", 2), code=2)
+    expect(said.count("did you mean --layers") == 1, said)
+
+
+# --- All of them ------------------------------------------------------------------------------------------------------
+
+
+def write_shard():
+    text = b""
+    for path in sorted(glob.glob(HERE + "/../*.h") + glob.glob(HERE + "/../*.cu*")):
+        with open(path, "rb") as file:
+            text += file.read()
+    text = text[:200000]
+    with open(WORK + "/source_train.bin", "wb") as file:
+        file.write(struct.pack("<256i", 20240520, 1, len(text), *[0] * 253))
+        file.write(struct.pack("<%dH" % len(text), *text))
+
+
+def main():
+    write_shard()
+    version = execute([PROGRAM, "--version"])
+    passed = failed = skipped = 0
+    for name, test in list(globals().items()):
+        if not name.startswith("test_"):
+            continue
+        name, begin = name[5:], time.time()
+        try:
+            if "plan" not in name and (" mpi" not in version or not shutil.which("mpirun")):
+                raise Skipped("no MPI")
+            test()
+        except Failed as why:
+            print("FAIL %s: %s" % (name, why), flush=True)
+            failed += 1
+        except Skipped as why:
+            print("skip %s: %s" % (name, why), flush=True)
+            skipped += 1
+        else:
+            print("ok %s (%.1f s)" % (name, time.time() - begin), flush=True)
+            passed += 1
+    shutil.rmtree(WORK)
+    print("%d passed, %d failed, %d skipped" % (passed, failed, skipped))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
