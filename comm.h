@@ -115,10 +115,13 @@ inline void sleep_seconds(double seconds) {
     _exit(code);
 }
 
-// Prints the reason as one line and ends the run. A fault that all ranks meet (a missing file, a lost peer) is reported
-// once: each rank lets the lower ones speak first, and the first one to speak ends the run.
+// A fault that all ranks meet (a missing file, a lost peer) is said once: each rank lets the lower ones speak first, and
+// the first to speak ends the run. Open MPI's mpirun takes a second over that.
+inline int turn_to_speak() { return std::min(2 * ranks.rank, 10); }   // seconds
+
+// Prints the reason as one line and ends the run.
 [[noreturn]] inline void fail_ranks(const char* message, int code) {
-    if (ranks.rank > 0) sleep_seconds(std::min(1 + 0.5 * ranks.rank, 10.0));
+    sleep_seconds(turn_to_speak());
     if (ranks.size > 1) fprintf(stderr, "train_gpt: rank %d: %s\n", ranks.rank, message);
     else fprintf(stderr, "train_gpt: %s\n", message);
     if (shared_page) shared_page->explained = true;
@@ -144,7 +147,7 @@ public:
     BlockingCall(const char* what, double seconds = ranks.timeout) {
         snprintf(line, sizeof line, "train_gpt: rank %d: %s\n", ranks.rank, deadline_message(seconds, what).c_str());
         signal(SIGALRM, expired);
-        alarm(unsigned(seconds) + 1 + std::min(ranks.rank, 10));   // the lowest rank speaks first, as in fail_ranks
+        alarm(unsigned(seconds) + 1 + turn_to_speak());
     }
     ~BlockingCall() { alarm(0); }
     BlockingCall(const BlockingCall&) = delete;

@@ -1,13 +1,13 @@
-// cpu_backend.h: every operation of the model and of the optimizer in plain C++: fp32, OpenMP over independent pieces of
-// work, a BLAS for the matrix products (or our own loops where none is installed). It trains small models on a machine
-// without a GPU, and it is the truth that the CUDA kernels are tested against, so it is clear before it is fast.
+// cpu_backend.h: every operation of the model and of the optimizer in plain C++: fp32, OpenMP over independent pieces
+// of work, a BLAS for the matrix products (or our own loops where none is installed). It trains small models on a
+// machine without a GPU, and is the truth that the CUDA kernels are tested against, so it is clear before it is fast.
 //
-// Read in this order: the start and memory; sums, exp and gemm, which the rest stands on; the model from the embedding to
-// the classifier, each forward beside its backward; the optimizer, AdamW first, then Newton-Schulz.
+// Read in this order: the start and memory; sums, exp and gemm, which the rest stands on; the model from the embedding
+// to the classifier, each forward beside its backward; the optimizer, AdamW first, then Newton-Schulz.
 //
-// Results do not depend on the number of threads. Work is cut into pieces that depend on the shapes alone, each piece is
-// computed by one thread, and sums over pieces are taken in a fixed order. Sums inside a piece are written as partial sums
-// (lanes) in the source: the compiler may then vectorise them without being allowed to reorder anything.
+// Results do not depend on the number of threads. Work is cut into pieces that depend on the shapes alone, each piece
+// is computed by one thread, and sums over pieces are taken in a fixed order. Sums inside a piece are written as
+// partial sums (lanes) in the source: the compiler may then vectorise them without being allowed to reorder anything.
 //
 // Letters: B sequences, T positions, N = B*T rows, C channels, OC output channels, H heads, hd = C/H, V vocabulary,
 // Vp = V rounded up (the padding is masked). Tensors are row-major and contiguous unless a comment says otherwise.
@@ -47,7 +47,7 @@ struct CpuOps {
 #ifdef _OPENMP
         if (!getenv("OMP_NUM_THREADS")) {
             const int cores = (int)sysconf(_SC_NPROCESSORS_ONLN);
-            const int allowed = omp_get_num_procs();  // fewer than cores where a launcher bound this rank to some of them
+            const int allowed = omp_get_num_procs();  // fewer where a launcher bound this rank to some cores
             omp_set_num_threads(std::max(1, std::min(allowed, cores / local_ranks)));
         }
 #else
@@ -116,7 +116,8 @@ struct CpuOps {
 
     // sum of term(i) over i < n: kLanes partial sums, then one after the other. The same bits on every machine width.
     static constexpr int kLanes = 16;
-    template <class Sum = float, class Term> static Sum sum(size_t n, Term term) {
+    template <class Sum = float, class Term>
+    static Sum sum(size_t n, Term term) {
         Sum lanes[kLanes] = {};
         const size_t whole = n - n % kLanes;
         for (size_t i = 0; i < whole; i += kLanes) {
@@ -133,7 +134,8 @@ struct CpuOps {
         std::fill(lanes, lanes + kLanes, -INFINITY);
         const size_t whole = n - n % kLanes;
         for (size_t i = 0; i < whole; i += kLanes) {
-            for (int lane = 0; lane < kLanes; lane++) lanes[lane] = x[i + lane] > lanes[lane] ? x[i + lane] : lanes[lane];
+            for (int lane = 0; lane < kLanes; lane++)
+                lanes[lane] = x[i + lane] > lanes[lane] ? x[i + lane] : lanes[lane];
         }
         for (size_t i = whole; i < n; i++) lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
         return *std::max_element(lanes, lanes + kLanes);
@@ -161,15 +163,15 @@ struct CpuOps {
         return p * power;
     }
 
-    // C (M,N) = alpha * op(A) op(B) + beta * C on one thread; op(A) is (M,K), op(B) is (K,N), op transposes where asked.
+    // C (M,N) = alpha * op(A) op(B) + beta * C on one thread; op(A) is (M,K), op(B) is (K,N), op may transpose.
     static void gemm(bool transpose_a, bool transpose_b, int M, int N, int K, float alpha, const float* A, int lda,
                      const float* B, int ldb, float beta, float* C, int ldc) {
 #ifdef HAVE_CBLAS
         // A BLAS refuses row strides of 0, which matrices with K = 0 have.
-        cblas_sgemm(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans, transpose_b ? CblasTrans : CblasNoTrans, M, N, K,
-                    alpha, A, std::max(lda, 1), B, std::max(ldb, 1), beta, C, ldc);
+        cblas_sgemm(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans, transpose_b ? CblasTrans : CblasNoTrans, M,
+                    N, K, alpha, A, std::max(lda, 1), B, std::max(ldb, 1), beta, C, ldc);
 #else
-        // A 4 x 32 piece of C stays in registers while k runs; op(B)'s 32 columns are first copied into one dense panel.
+        // A 4 x 32 piece of C stays in registers while k runs; op(B)'s 32 columns are first copied together.
         constexpr int kRows = 4, kColumns = 32;
         static thread_local std::vector<float> panel;
         panel.resize((size_t)K * kColumns);
@@ -206,8 +208,8 @@ struct CpuOps {
 #endif
     }
 
-    // C (M,N) = op(A) op(B) + beta * C, or + bias (N) in each row, on all threads: tiles of 128 x 128 (smaller ones give
-    // more threads work, but repack more often). A tile is the same call of gemm whoever computes it.
+    // C (M,N) = op(A) op(B) + beta * C, or + bias (N) in each row, on all threads: tiles of 128 x 128 (smaller ones
+    // give more threads work, but repack more often). A tile is the same call of gemm whoever computes it.
     static constexpr int kTile = 128;
     static void parallel_gemm(bool transpose_a, bool transpose_b, int M, int N, int K, const float* A, int lda,
                               const float* B, int ldb, float beta, float* C, int ldc, const float* bias = nullptr) {
@@ -217,7 +219,8 @@ struct CpuOps {
                 const int rows = std::min(kTile, M - i), columns = std::min(kTile, N - j);
                 float* tile = C + (size_t)i * ldc + j;
                 if (bias) {
-                    for (int row = 0; row < rows; row++) memcpy(tile + (size_t)row * ldc, bias + j, columns * sizeof(float));
+                    for (int row = 0; row < rows; row++)
+                        memcpy(tile + (size_t)row * ldc, bias + j, columns * sizeof(float));
                 }
                 gemm(transpose_a, transpose_b, rows, columns, K, 1.0f, A + (size_t)i * (transpose_a ? 1 : lda), lda,
                      B + (size_t)j * (transpose_b ? ldb : 1), ldb, bias ? 1.0f : beta, tile, ldc);
@@ -234,15 +237,16 @@ struct CpuOps {
                                       int N, int C, int OC) {
         parallel_gemm(false, false, N, C, OC, dout, OC, weight, C, 0.0f, dinp, C);
     }
-    static void matmul_backward_weight(float* dweight /*(OC,C) +=*/, const real* dout /*(N,OC), row stride ldo*/, int ldo,
-                                       const real* inp /*(N,C)*/, int N, int C, int OC) {
+    static void matmul_backward_weight(float* dweight /*(OC,C) +=*/, const real* dout /*(N,OC), row stride ldo*/,
+                                       int ldo, const real* inp /*(N,C)*/, int N, int C, int OC) {
         parallel_gemm(true, false, OC, C, N, dout, ldo, inp, C, 1.0f, dweight, C);
     }
 
     // Sums over rows are taken in kSlices runs of rows, each by one thread into its own partial sums.
     static constexpr int kSlices = 32;
     static int slice_begin(int N, int slice) { return (int)((int64_t)N * slice / kSlices); }
-    static void add_partials(float* dst /*(n) +=*/, const float* partials /*(kSlices,n), row stride ld*/, int ld, int n) {
+    static void add_partials(float* dst /*(n) +=*/, const float* partials /*(kSlices,n), row stride ld*/, int ld,
+                             int n) {
 #pragma omp parallel for
         for (int i = 0; i < n; i++) {
             float total = 0;
@@ -307,8 +311,9 @@ struct CpuOps {
     }
 
     // out = (x - mean) / sqrt(variance + 1e-5) * weight + bias over each row; mean and rstd are kept for the backward.
-    static void layernorm_forward(real* out /*(N,C)*/, float* mean /*(N)*/, float* rstd /*(N)*/, const real* x /*(N,C)*/,
-                                  const real* weight /*(C)*/, const real* bias /*(C)*/, int N, int C) {
+    static void layernorm_forward(real* out /*(N,C)*/, float* mean /*(N)*/, float* rstd /*(N)*/,
+                                  const real* x /*(N,C)*/, const real* weight /*(C)*/, const real* bias /*(C)*/, int N,
+                                  int C) {
 #pragma omp parallel for
         for (int n = 0; n < N; n++) {
             const real* row = x + (size_t)n * C;
@@ -366,7 +371,8 @@ struct CpuOps {
     // exp(score), is all that the backward needs to compute the probabilities again.
     static constexpr int kQueryBlock = 64;
     static void attention_forward(real* out /*(B,T,C)*/, float* lse /*(B,H,T)*/,
-                                  const real* qkv /*(B,T,3C): q|k|v, head h at columns h*hd*/, int B, int T, int C, int H) {
+                                  const real* qkv /*(B,T,3C): q|k|v, head h at columns h*hd*/, int B, int T, int C,
+                                  int H) {
         const int hd = C / H;
         const float scale = 1.0f / std::sqrt((float)hd);
 #pragma omp parallel for collapse(2) schedule(dynamic)
@@ -378,8 +384,8 @@ struct CpuOps {
                 const real *k = q + C, *v = q + 2 * C;
                 for (int t0 = 0; t0 < T; t0 += kQueryBlock) {
                     const int rows = std::min(kQueryBlock, T - t0), keys = t0 + rows;
-                    gemm(false, true, rows, keys, hd, scale, q + (size_t)t0 * 3 * C, 3 * C, k, 3 * C, 0.0f, scores.data(),
-                         keys);
+                    gemm(false, true, rows, keys, hd, scale, q + (size_t)t0 * 3 * C, 3 * C, k, 3 * C, 0.0f,
+                         scores.data(), keys);
                     for (int row = 0; row < rows; row++) {
                         float* p = scores.data() + (size_t)row * keys;
                         const int visible = t0 + row + 1;
@@ -400,8 +406,8 @@ struct CpuOps {
     // P = exp(scale*QK^T - lse), O = PV.  dV = P^T dO;  dP = dO V^T;  dS = scale * P * (dP - delta), where
     // delta[t] = sum over s of P[t,s] dP[t,s] = dO[t] . O[t];  dQ = dS K;  dK = dS^T Q.
     static void attention_backward(real* dqkv /*(B,T,3C)*/, float* delta /*(B,H,T)*/, const real* dout /*(B,T,C)*/,
-                                   const real* qkv /*(B,T,3C)*/, const real* out /*(B,T,C)*/, const float* lse /*(B,H,T)*/,
-                                   int B, int T, int C, int H) {
+                                   const real* qkv /*(B,T,3C)*/, const real* out /*(B,T,C)*/,
+                                   const float* lse /*(B,H,T)*/, int B, int T, int C, int H) {
         const int hd = C / H;
         const float scale = 1.0f / std::sqrt((float)hd);
 #pragma omp parallel for collapse(2) schedule(dynamic)
@@ -510,8 +516,8 @@ struct CpuOps {
         clip[1] = norm;
     }
 
-    static void adamw(real* params, float* master, float* m, float* v, const float* grads, size_t n, float lr, float beta1,
-                      float beta2, float eps, float weight_decay, float correction1 /*1-beta1^t*/,
+    static void adamw(real* params, float* master, float* m, float* v, const float* grads, size_t n, float lr,
+                      float beta1, float beta2, float eps, float weight_decay, float correction1 /*1-beta1^t*/,
                       float correction2 /*1-beta2^t*/, const float* clip) {
         const float scale = clip[0];
         if (scale == 0) return;
@@ -540,8 +546,8 @@ struct CpuOps {
         }
     }
 
-    // The iterate of Newton-Schulz is stored in 16 bits, like the GPU's: every product rounds its result to nearest, ties
-    // to even. bf16 is the upper half of an fp32; rounding may carry into the exponent, up to infinity, as it should.
+    // The iterate of Newton-Schulz is stored in 16 bits, like the GPU's: every product rounds its result to nearest,
+    // ties to even. bf16 is the upper half of an fp32; rounding may carry into the exponent, rightly.
     static inline uint16_t to_bf16(float x) {
         uint32_t bits;
         memcpy(&bits, &x, sizeof(bits));
@@ -554,8 +560,8 @@ struct CpuOps {
         memcpy(&x, &bits, sizeof(x));
         return x;
     }
-    // fp16: 5 bits of exponent (bias 15, fp32's is 127), 10 of mantissa. Below 2^-14 it counts in units of 2^-24, the last
-    // place of an fp32 in [0.5, 1): adding 0.5 lets the adder do that rounding.
+    // fp16: 5 bits of exponent (bias 15, fp32's is 127), 10 of mantissa. Below 2^-14 it counts in units of 2^-24, the
+    // last place of an fp32 in [0.5, 1): adding 0.5 lets the adder do that rounding.
     static inline uint16_t to_fp16(float x) {
         uint32_t bits, small_bits;
         memcpy(&bits, &x, sizeof(bits));
@@ -623,8 +629,8 @@ struct CpuOps {
         }
     }
 
-    // A (rows,cols) block that begins at element `begin` of a matrix with row stride ld, as floats: where it lies if it is
-    // fp32, else converted into buffer. Products of two 16-bit numbers are exact in fp32, so gemm only rounds its sums.
+    // A (rows,cols) block that begins at element `begin` of a matrix with row stride ld, as floats: where it lies if it
+    // is fp32, else converted into buffer. Products of two 16-bit numbers are exact in fp32: gemm only rounds sums.
     struct FloatBlock {
         const float* data;
         int ld;
@@ -641,9 +647,9 @@ struct CpuOps {
         return {buffer.data(), cols};
     }
 
-    // D = alpha * A op(B) + beta * C + diag * I for every matrix of a batch; one rounding, at the store. symmetric_nt: B is
-    // (batch,N,K) and op transposes; the result is known to be symmetric, so the lower triangle is computed and mirrored.
-    // nn: B is (batch,K,N). A tile's bits depend on its own rows and columns, not on the batch that it comes in.
+    // D = alpha * A op(B) + beta * C + diag * I for every matrix of a batch; one rounding, at the store. symmetric_nt:
+    // B is (batch,N,K) and op transposes; the result is known to be symmetric, so the lower triangle is computed and
+    // mirrored. nn: B is (batch,K,N). A tile's bits depend on its own rows and columns, not on the batch around it.
     static void ns_product(void* D /*(batch,M,N)*/, const void* A /*(batch,M,K)*/, const void* B,
                            const void* C /*(batch,M,N) or null*/, float alpha, float beta, float diag, int batch, int M,
                            int N, int K, NsProduct kind, NsType type) {
@@ -678,9 +684,9 @@ struct CpuOps {
     }
 
     // master = master * decay - step * U (standing up again if it was transposed), and the parameters follow.
-    static void muon_update(real* params, float* master, const void* U /*(batch,mp,np)*/, const MatrixRef* refs /*(batch)*/,
-                            int batch, int rows, int cols, float decay /*1-lr*wd*/, float step /*lr*scale*/, NsType type,
-                            const float* clip) {
+    static void muon_update(real* params, float* master, const void* U /*(batch,mp,np)*/,
+                            const MatrixRef* refs /*(batch)*/, int batch, int rows, int cols, float decay /*1-lr*wd*/,
+                            float step /*lr*scale*/, NsType type, const float* clip) {
         if (clip[0] == 0) return;
         const bool transposed = rows > cols;
         const size_t mp = round_up(std::min(rows, cols), 8), np = round_up(std::max(rows, cols), 8);

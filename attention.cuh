@@ -1,0 +1,731 @@
+// attention.cuh: causal self-attention on the GPU, forward and backward, without a (T, T) matrix in memory.
+//
+// For each head, with Q, K, V of shape (T, hd) and scale = 1/sqrt(hd):
+//     S = scale * Q K^T  (T, T), row t sees columns 0..t      P = softmax of the rows of S      O = P V  (T, hd)
+// Nothing but O and one number per row, lse[t] = log(sum over s <= t of exp(S[t,s])), is kept. This is FlashAttention (Dao et
+// al., arXiv 2205.14135) with the loops of FlashAttention-2 (Dao, arXiv 2307.08691). What makes it work:
+//
+// Online softmax. A row of S is met a few columns at a time. m is the largest score so far, l the sum of exp(S - m), and o
+// the sum of exp(S - m) V. When new columns raise m to m', l and o are multiplied by exp(m - m') and the sums go on. At the
+// end O = o / l and lse = m + log(l).
+//
+// Recomputation. The backward needs P again, and P = exp(S - lse) costs one product Q K^T less than reading (T, T) would:
+//     dV = P^T dO     dP = dO V^T     dS = P * (dP - delta)     dQ = scale * dS K     dK = scale * dS^T Q
+// where delta[t] = sum over s of P[t,s] dP[t,s], which is also the dot product of dO[t] and O[t], is the part of the gradient
+// that goes through the softmax's denominator. dQ sums over keys and dK, dV over queries, so there is one kernel for each
+// direction. They compute S and dP twice (7 products instead of 5), and in return no sum is shared between blocks: no
+// atomics, the same bits in every run.
+//
+// All three kernels have one shape. A warp owns 16 rows and keeps everything about them in registers: its rows of the
+// inputs, as the left operand of mma.sync, and its sums, as results. Tiles of 64 rows of the other side pass by in shared
+// memory, double-buffered with cp.async, and serve all warps of the block as the right operand:
+//                              own rows (16 a warp)     passing tiles (64)     sums
+//     flash_forward_kernel     queries: Q               keys: K, V             m, l, O
+//     flash_dq_kernel          queries: Q, dO           keys: K, V             dQ, delta
+//     flash_dkv_kernel         keys: K, V               queries: Q, dO         dK, dV
+// Scores never touch shared memory: the registers in which mma.sync leaves a (16, 16) block of P are the ones in which it
+// takes the left operand of P V (flash_dkv_kernel computes S^T = K Q^T instead of S for the same reason). Blocks above the
+// diagonal are skipped, blocks on it are masked.
+//
+// In reading order: FlashTiles (how a tile lies in shared memory, how a warp reads it), the three tensor-core kernels (bf16, hd of
+// 32, 64 or 128), their scalar twins (float, or any hd up to 256), struct Attention (the launchers).
+#pragma once
+#include <cmath>
+#include <type_traits>
+
+#include "common.h"
+#include "cuda_common.cuh"
+#include "mma.cuh"
+
+// The exponentials are powers of two, ex2 being the instruction that there is: exp(x) = exp2(x * kLog2e).
+constexpr float kLog2e = 1.4426950408889634f;
+
+#ifndef PRECISION_FP32
+
+__device__ inline float fast_exp2(float x) {
+#ifdef FIBER
+    return exp2f(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // exp2f() adds three instructions for denormal results
+    return y;
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tiles
+
+template <int HD, int WARPS> struct FlashTiles {
+    static constexpr int warps = WARPS, threads = 32 * warps;
+    static constexpr int own_rows = 16 * warps;       // of a block
+    static constexpr int passing_rows = 64;           // of a tile that passes by
+    static constexpr int own_elements = own_rows * HD, passing_elements = passing_rows * HD;
+
+    // A tile is (rows, HD) in shared memory. cp.async writes and ldmatrix reads it by chunks of 8 columns (16 bytes), and
+    // ldmatrix takes one chunk of each of 8 consecutive rows at a time. Those must lie in different banks (8 chunks fill the
+    // 32 banks), so the chunks of a row are permuted: chunk c is stored at place c ^ key, with keys that differ between such rows.
+    __device__ static int place(int row, int chunk) {
+        int key = HD == 32 ? row / 2 % 4 : row % 8;   // two rows of HD 32 fill the banks
+        return row * HD + (chunk ^ key) * 8;
+    }
+
+    // Starts copying rows first..first+rows-1 of a (T, HD) matrix with row stride `stride`; rows past the end become zeros.
+    template <int rows> __device__ static void load(real* tile, const real* matrix, int stride, int first, int T) {
+        constexpr int chunks = HD / 8, rows_at_once = threads / chunks;
+        int chunk = threadIdx.x % chunks;
+#pragma unroll
+        for (int i = 0; i < rows / rows_at_once; i++) {
+            int row = i * rows_at_once + threadIdx.x / chunks;
+            bool valid = first + row < T;
+            int offset = valid ? (first + row) * stride + chunk * 8 : 0;
+            cp_async_16(tile + place(row, chunk), matrix + offset, valid);
+        }
+    }
+
+    // Fragments of a tile. The columns 16*k.. are chunks 2*k.., and (2*k + half) ^ key = (half ^ key) ^ 2*k: what depends on
+    // the lane is computed once.
+    // A (16, 16) block as the left operand of mma: rows row.., columns 16*k..
+    __device__ static void left(uint32_t fragment[4], const real* tile, int row, int k) {
+        int lane = threadIdx.x % 32;
+        ldmatrix_x4(fragment, tile + row * HD + (place(lane % 16, lane / 16) ^ 16 * k));
+    }
+    // Right operands for two (16, 8) results side by side, fragment[0..1] and fragment[2..3].
+    // Of X * tile^T: result columns are tile rows row.., summed over tile columns 16*k..
+    __device__ static void right_transposed(uint32_t fragment[4], const real* tile, int row, int k) {
+        int lane = threadIdx.x % 32;
+        ldmatrix_x4(fragment, tile + row * HD + (place(lane / 16 * 8 + lane % 8, lane / 8 % 2) ^ 16 * k));
+    }
+    // Of X * tile: result columns are tile columns 16*n.., summed over tile rows row..
+    __device__ static void right(uint32_t fragment[4], const real* tile, int row, int n) {
+        int lane = threadIdx.x % 32;
+        ldmatrix_x4_trans(fragment, tile + row * HD + (place(lane % 16, lane / 16) ^ 16 * n));
+    }
+
+    // result (16, 8*blocks) += own (16, HD) * tile[row.. row + 8*blocks]^T
+    template <int blocks>
+    __device__ static void product_transposed(float (&result)[blocks][4], const uint32_t (&own)[HD / 16][4], const real* tile, int row) {
+#pragma unroll
+        for (int k = 0; k < HD / 16; k++) {
+#pragma unroll
+            for (int n = 0; n < blocks; n += 2) {
+                uint32_t b[4];
+                right_transposed(b, tile, row + 8 * n, k);
+                mma_m16n8k16<real>(result[n], own[k], b);
+                mma_m16n8k16<real>(result[n + 1], own[k], b + 2);
+            }
+        }
+    }
+    // sum (16, HD) += weights (16, 8*blocks) * tile[row.. row + 8*blocks], weights being the result of such a product
+    template <int blocks>
+    __device__ static void add_product(float (&sum)[HD / 8][4], const float (&weights)[blocks][4], const real* tile, int row) {
+#pragma unroll
+        for (int k = 0; k < blocks; k += 2) {
+            const float *w0 = weights[k], *w1 = weights[k + 1];
+            const uint32_t a[4] = {pack_pair<real>(w0[0], w0[1]), pack_pair<real>(w0[2], w0[3]),
+                                   pack_pair<real>(w1[0], w1[1]), pack_pair<real>(w1[2], w1[3])};
+#pragma unroll
+            for (int n = 0; n < HD / 16; n++) {
+                uint32_t b[4];
+                right(b, tile, row + 8 * k, n);
+                mma_m16n8k16<real>(sum[2 * n], a, b);
+                mma_m16n8k16<real>(sum[2 * n + 1], a, b + 2);
+            }
+        }
+    }
+
+    // Writes a warp's sums (16, HD), the lane's two rows times factor0 and factor1, to rows first.. of a (T, HD) matrix. They
+    // go through the warp's own 16 rows of shared memory (`staging`), where lanes exchange them to write 16 bytes at a time.
+    __device__ static void store(real* matrix, int stride, int first, int T, const float (&sum)[HD / 8][4], float factor0,
+                                 float factor1, real* staging) {
+        int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+        __syncwarp();
+#pragma unroll
+        for (int n = 0; n < HD / 8; n++) {
+            *reinterpret_cast<uint32_t*>(staging + place(g, n) + 2 * t) = pack_pair<real>(sum[n][0] * factor0, sum[n][1] * factor0);
+            *reinterpret_cast<uint32_t*>(staging + place(g + 8, n) + 2 * t) = pack_pair<real>(sum[n][2] * factor1, sum[n][3] * factor1);
+        }
+        __syncwarp();
+        constexpr int chunks = HD / 8, rows_at_once = 32 / chunks;
+#pragma unroll
+        for (int i = 0; i < 16 / rows_at_once; i++) {
+            int row = i * rows_at_once + lane / chunks, chunk = lane % chunks;
+            if (first + row < T)
+                Pack<real>::load(staging + place(row, chunk)).store(matrix + size_t(first + row) * stride + chunk * 8);
+        }
+    }
+};
+
+// Results of mma lie in registers as float x[n][4], n counting blocks of 8 columns: with g = lane / 4, t = lane % 4, a lane holds
+// x[n][0..1] = row g, columns 8n + 2t and 8n + 2t + 1; x[n][2..3] = row g + 8, the same columns. So a lane has two rows,
+// element e is in the lane's row e / 2, and four neighbouring lanes share a row:
+__device__ inline float row_sum(float x) {
+    x += __shfl_xor_sync(kAllLanes, x, 1);
+    return x + __shfl_xor_sync(kAllLanes, x, 2);
+}
+__device__ inline float row_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+    return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
+}
+
+// How many warps a block has, and how many blocks an SM: what the registers allow (65536 of an SM, 255 of a thread).
+template <int HD> using QueryTiles = FlashTiles<HD, HD <= 64 ? 8 : 4>;
+constexpr int kQueryBlocks = 2;                                         // 128 registers a thread; 255 for HD 128
+template <int HD> using KeyTiles = FlashTiles<HD, 4>;
+template <int HD> constexpr int kKeyBlocks = HD <= 64 ? 3 : 2;          // 168 registers; two sums need more
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward. out (B,T,C), lse (B,H,T), qkv (B,T,3C). Grid (blocks of own_rows queries, H, B).
+
+template <int HD>
+__global__ void __launch_bounds__(QueryTiles<HD>::threads, kQueryBlocks)
+flash_forward_kernel(real* out, float* lse, const real* qkv, int T, int C, float scale) {
+    typedef QueryTiles<HD> Tiles;
+    DYNAMIC_SHARED(real, q_tile);                        // (own_rows, HD)
+    real* passing = q_tile + Tiles::own_elements;        // 2 x {K, V}, each (passing_rows, HD)
+
+    const int b = blockIdx.z, h = blockIdx.y, H = gridDim.y;
+    const int first = (gridDim.x - 1 - blockIdx.x) * Tiles::own_rows;  // the last queries, which see most keys, start first
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp_first = first + 16 * warp;
+    const int row0 = warp_first + lane / 4;              // this lane's rows are row0 and row0 + 8
+    const real* q = qkv + size_t(b) * T * 3 * C + h * HD;
+    const real *k = q + C, *v = q + 2 * C;               // (T, HD), row stride 3C, as q
+
+    const int last = min(first + Tiles::own_rows, T) - 1;
+    const int tiles = last / Tiles::passing_rows + 1;
+    auto k_tile = [&](int tile) { return passing + tile % 2 * 2 * Tiles::passing_elements; };
+    auto v_tile = [&](int tile) { return k_tile(tile) + Tiles::passing_elements; };
+    auto load_tile = [&](int tile) {
+        Tiles::template load<Tiles::passing_rows>(k_tile(tile), k, 3 * C, tile * Tiles::passing_rows, T);
+        Tiles::template load<Tiles::passing_rows>(v_tile(tile), v, 3 * C, tile * Tiles::passing_rows, T);
+        cp_async_commit();
+    };
+
+    Tiles::template load<Tiles::own_rows>(q_tile, q, 3 * C, first, T);
+    load_tile(0);
+    cp_async_wait<0>();
+    __syncthreads();
+    uint32_t own_q[HD / 16][4];
+#pragma unroll
+    for (int i = 0; i < HD / 16; i++) Tiles::left(own_q[i], q_tile, 16 * warp, i);
+
+    float o[HD / 8][4] = {};
+    float m[2] = {-INFINITY, -INFINITY}, l[2] = {0.0f, 0.0f};  // of this lane's two rows; l of this lane's columns only
+    const float scale_log2 = scale * kLog2e;
+
+    for (int tile = 0; tile < tiles; tile++) {
+        if (tile + 1 < tiles) load_tile(tile + 1);
+        const int key = tile * Tiles::passing_rows;
+        if (key <= warp_first) {                               // else all of these keys are later than the warp's queries
+            constexpr int blocks = Tiles::passing_rows / 8;
+            float s[blocks][4] = {};
+            Tiles::product_transposed(s, own_q, k_tile(tile), 0);
+            if (key + Tiles::passing_rows > warp_first) {      // on the diagonal
+#pragma unroll
+                for (int n = 0; n < blocks; n++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        if (key + 8 * n + lane % 4 * 2 + e % 2 > row0 + e / 2 * 8) s[n][e] = -INFINITY;
+            }
+            // The first tile has key 0, which every query sees, so m is finite from then on.
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float m_new = m[r];
+#pragma unroll
+                for (int n = 0; n < blocks; n++) m_new = fmaxf(m_new, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
+                m_new = row_max(m_new);
+                const float correction = fast_exp2((m[r] - m_new) * scale_log2);
+                const float shift = m_new * scale_log2;
+                m[r] = m_new;
+                l[r] *= correction;
+#pragma unroll
+                for (int n = 0; n < blocks; n++)
+#pragma unroll
+                    for (int e = 2 * r; e < 2 * r + 2; e++) {
+                        s[n][e] = fast_exp2(s[n][e] * scale_log2 - shift);  // from here on s is P, up to exp(m - lse)
+                        l[r] += s[n][e];
+                    }
+#pragma unroll
+                for (int n = 0; n < HD / 8; n++) o[n][2 * r] *= correction, o[n][2 * r + 1] *= correction;
+            }
+            Tiles::add_product(o, s, v_tile(tile), 0);
+        }
+        cp_async_wait<0>();
+        __syncthreads();  // the next tile is there, and nobody reads this one any more
+    }
+
+    l[0] = row_sum(l[0]);
+    l[1] = row_sum(l[1]);
+    Tiles::store(out + size_t(b) * T * C + h * HD, C, warp_first, T, o, 1.0f / l[0], 1.0f / l[1], q_tile + 16 * warp * HD);
+    for (int r = 0; r < 2; r++) {
+        const int row = row0 + 8 * r;
+        if (lane % 4 == 0 && row < T) lse[(size_t(b) * H + h) * T + row] = m[r] * scale + logf(l[r]);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward, in chunks of 16 columns: there is no softmax to finish before the scores can be used, and small chunks keep a
+// thread within 128 registers and follow the diagonal closely.
+constexpr int kChunk = 16;
+
+// dQ and delta. dqkv (B,T,3C), delta (B,H,T), dout and out (B,T,C), lse (B,H,T). Grid as forward.
+template <int HD>
+__global__ void __launch_bounds__(QueryTiles<HD>::threads, kQueryBlocks)
+flash_dq_kernel(real* dqkv, float* delta, const real* dout, const real* qkv, const real* out, const float* lse, int T, int C,
+                float scale) {
+    typedef QueryTiles<HD> Tiles;
+    DYNAMIC_SHARED(real, q_tile);                        // (own_rows, HD)
+    real* dout_tile = q_tile + Tiles::own_elements;      // (own_rows, HD)
+    real* passing = dout_tile + Tiles::own_elements;     // 2 x {K, V}, each (passing_rows, HD)
+
+    const int b = blockIdx.z, h = blockIdx.y, H = gridDim.y;
+    const int first = (gridDim.x - 1 - blockIdx.x) * Tiles::own_rows;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp_first = first + 16 * warp;
+    const int row0 = warp_first + lane / 4;
+    const size_t head = size_t(b) * T * 3 * C + h * HD, out_head = size_t(b) * T * C + h * HD;
+    const real *q = qkv + head, *k = q + C, *v = q + 2 * C;  // (T, HD), row stride 3C
+    lse += (size_t(b) * H + h) * T;
+    delta += (size_t(b) * H + h) * T;
+
+    const int last = min(first + Tiles::own_rows, T) - 1;
+    const int tiles = last / Tiles::passing_rows + 1;
+    auto k_tile = [&](int tile) { return passing + tile % 2 * 2 * Tiles::passing_elements; };
+    auto v_tile = [&](int tile) { return k_tile(tile) + Tiles::passing_elements; };
+    auto load_tile = [&](int tile) {
+        Tiles::template load<Tiles::passing_rows>(k_tile(tile), k, 3 * C, tile * Tiles::passing_rows, T);
+        Tiles::template load<Tiles::passing_rows>(v_tile(tile), v, 3 * C, tile * Tiles::passing_rows, T);
+        cp_async_commit();
+    };
+
+    Tiles::template load<Tiles::own_rows>(q_tile, q, 3 * C, first, T);
+    Tiles::template load<Tiles::own_rows>(dout_tile, dout + out_head, C, first, T);
+    load_tile(0);
+
+    // Rows past the end get lse = +inf, hence P = 0.
+    float row_lse[2], row_delta[2] = {0.0f, 0.0f};       // of this lane's two rows; lse in units of log2
+    for (int r = 0; r < 2; r++) row_lse[r] = row0 + 8 * r < T ? lse[row0 + 8 * r] * kLog2e : INFINITY;
+
+    cp_async_wait<0>();
+    __syncthreads();
+    uint32_t own_q[HD / 16][4], own_dout[HD / 16][4];
+#pragma unroll
+    for (int i = 0; i < HD / 16; i++) {
+        Tiles::left(own_q[i], q_tile, 16 * warp, i);
+        Tiles::left(own_dout[i], dout_tile, 16 * warp, i);
+    }
+
+    // delta = dO . O. Lane t of a row's four takes the chunks t, t + 4, ..
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int row = row0 + 8 * r;
+        if (row < T) {
+#pragma unroll
+            for (int chunk = lane % 4; chunk < HD / 8; chunk += 4) {
+                Pack<real> x = Pack<real>::load(dout_tile + Tiles::place(row - first, chunk));
+                Pack<real> y = Pack<real>::load(out + out_head + size_t(row) * C + chunk * 8);
+                for (int i = 0; i < 8; i++) row_delta[r] += to_float(x[i]) * to_float(y[i]);
+            }
+        }
+        row_delta[r] = row_sum(row_delta[r]);
+        if (lane % 4 == 0 && row < T) delta[row] = row_delta[r];
+    }
+
+    float dq[HD / 8][4] = {};
+    const float scale_log2 = scale * kLog2e;
+    for (int tile = 0; tile < tiles; tile++) {
+        if (tile + 1 < tiles) load_tile(tile + 1);
+#pragma unroll
+        for (int chunk = 0; chunk < Tiles::passing_rows; chunk += kChunk) {
+            const int key = tile * Tiles::passing_rows + chunk;
+            if (key > warp_first) break;                  // later than the warp's queries
+            float s[kChunk / 8][4] = {}, dp[kChunk / 8][4] = {};
+            Tiles::product_transposed(s, own_q, k_tile(tile), chunk);
+            Tiles::product_transposed(dp, own_dout, v_tile(tile), chunk);
+            if (key == warp_first) {                      // on the diagonal
+#pragma unroll
+                for (int n = 0; n < kChunk / 8; n++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        if (8 * n + lane % 4 * 2 + e % 2 > lane / 4 + e / 2 * 8) s[n][e] = -INFINITY;
+            }
+#pragma unroll
+            for (int n = 0; n < kChunk / 8; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const float p = fast_exp2(s[n][e] * scale_log2 - row_lse[e / 2]);
+                    s[n][e] = p * (dp[n][e] - row_delta[e / 2]);  // dS
+                }
+            Tiles::add_product(dq, s, k_tile(tile), chunk);
+        }
+        cp_async_wait<0>();
+        __syncthreads();
+    }
+    Tiles::store(dqkv + head, 3 * C, warp_first, T, dq, scale, scale, q_tile + 16 * warp * HD);
+}
+
+// dK and dV, with delta from flash_dq_kernel. Grid (blocks of own_rows keys, H, B): the first keys, which most queries see,
+// start first. Everything is transposed: rows are keys, columns are queries.
+template <int HD>
+__global__ void __launch_bounds__(KeyTiles<HD>::threads, kKeyBlocks<HD>)
+flash_dkv_kernel(real* dqkv, const float* delta, const real* dout, const real* qkv, const float* lse, int T, int C, float scale) {
+    typedef KeyTiles<HD> Tiles;
+    DYNAMIC_SHARED(real, k_tile);                        // (own_rows, HD)
+    real* v_tile = k_tile + Tiles::own_elements;         // (own_rows, HD)
+    real* passing = v_tile + Tiles::own_elements;        // 2 x {Q, dO}, each (passing_rows, HD)
+    __shared__ float2 passing_terms[2][Tiles::passing_rows];  // lse (in units of log2) and delta of the queries
+
+    const int b = blockIdx.z, h = blockIdx.y, H = gridDim.y;
+    const int first = blockIdx.x * Tiles::own_rows;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp_first = first + 16 * warp;
+    const size_t head = size_t(b) * T * 3 * C + h * HD;
+    const real *q = qkv + head, *k = q + C, *v = q + 2 * C;  // (T, HD), row stride 3C
+    dout += size_t(b) * T * C + h * HD;                      // (T, HD), row stride C
+    lse += (size_t(b) * H + h) * T;
+    delta += (size_t(b) * H + h) * T;
+
+    auto q_tile = [&](int tile) { return passing + tile % 2 * 2 * Tiles::passing_elements; };
+    auto dout_tile = [&](int tile) { return q_tile(tile) + Tiles::passing_elements; };
+    auto load_tile = [&](int tile) {
+        Tiles::template load<Tiles::passing_rows>(q_tile(tile), q, 3 * C, tile * Tiles::passing_rows, T);
+        Tiles::template load<Tiles::passing_rows>(dout_tile(tile), dout, C, tile * Tiles::passing_rows, T);
+        cp_async_commit();
+    };
+    // lse and delta of a tile's queries, one query a thread. Past the end lse = +inf, hence P = 0.
+    auto load_terms = [&](int tile) {
+        const int row = threadIdx.x, query = tile * Tiles::passing_rows + row;
+        if (row >= Tiles::passing_rows || query >= T) return make_float2(INFINITY, 0.0f);
+        return make_float2(lse[query] * kLog2e, delta[query]);
+    };
+    auto store_terms = [&](int tile, float2 terms) {
+        if (threadIdx.x < Tiles::passing_rows) passing_terms[tile % 2][threadIdx.x] = terms;
+    };
+
+    const int first_tile = first / Tiles::passing_rows, tiles = (T - 1) / Tiles::passing_rows + 1;
+    Tiles::template load<Tiles::own_rows>(k_tile, k, 3 * C, first, T);
+    Tiles::template load<Tiles::own_rows>(v_tile, v, 3 * C, first, T);
+    load_tile(first_tile);
+    store_terms(first_tile, load_terms(first_tile));
+    cp_async_wait<0>();
+    __syncthreads();
+    uint32_t own_k[HD / 16][4], own_v[HD / 16][4];
+#pragma unroll
+    for (int i = 0; i < HD / 16; i++) {
+        Tiles::left(own_k[i], k_tile, 16 * warp, i);
+        Tiles::left(own_v[i], v_tile, 16 * warp, i);
+    }
+
+    float dk[HD / 8][4] = {}, dv[HD / 8][4] = {};
+    const float scale_log2 = scale * kLog2e;
+    for (int tile = first_tile; tile < tiles; tile++) {
+        float2 next_terms = {};
+        if (tile + 1 < tiles) {
+            load_tile(tile + 1);
+            next_terms = load_terms(tile + 1);            // under way in a register while this tile is computed
+        }
+#pragma unroll
+        for (int chunk = 0; chunk < Tiles::passing_rows; chunk += kChunk) {
+            const int query = tile * Tiles::passing_rows + chunk;
+            if (query < warp_first) continue;             // earlier than the warp's keys
+            float s[kChunk / 8][4] = {}, dp[kChunk / 8][4] = {};
+            Tiles::product_transposed(s, own_k, q_tile(tile), chunk);
+            Tiles::product_transposed(dp, own_v, dout_tile(tile), chunk);
+            if (query == warp_first) {                    // on the diagonal
+#pragma unroll
+                for (int n = 0; n < kChunk / 8; n++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        if (8 * n + lane % 4 * 2 + e % 2 < lane / 4 + e / 2 * 8) s[n][e] = -INFINITY;
+            }
+#pragma unroll
+            for (int n = 0; n < kChunk / 8; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const float2 terms = passing_terms[tile % 2][chunk + 8 * n + lane % 4 * 2 + e % 2];
+                    s[n][e] = fast_exp2(s[n][e] * scale_log2 - terms.x);  // P
+                    dp[n][e] = s[n][e] * (dp[n][e] - terms.y);            // dS
+                }
+            Tiles::add_product(dv, s, dout_tile(tile), chunk);
+            Tiles::add_product(dk, dp, q_tile(tile), chunk);
+        }
+        if (tile + 1 < tiles) store_terms(tile + 1, next_terms);
+        cp_async_wait<0>();
+        __syncthreads();
+    }
+    const size_t own = 16 * warp * HD;
+    Tiles::store(dqkv + head + C, 3 * C, warp_first, T, dk, scale, scale, k_tile + own);
+    Tiles::store(dqkv + head + 2 * C, 3 * C, warp_first, T, dv, 1.0f, 1.0f, v_tile + own);
+}
+
+#endif  // !PRECISION_FP32
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The scalar twins: float arithmetic, `real` of either kind, heads of any hd up to 256. The same division of labour, with
+// lanes in place of fragments: a warp owns 4 rows, tiles of 32 rows pass by. For products with tile^T (scores) a lane takes one
+// row of the tile; for sums over the tile's rows it takes the columns lane, lane + 32, .. (COLUMNS of them). In between, the
+// weights change hands through shared memory.
+
+constexpr int kTwinWarps = 8;
+constexpr int kTwinRows = 4;                           // of a warp
+constexpr int kTwinTile = kTwinWarps * kTwinRows;      // rows of a passing tile, and of a block: the diagonal is one tile
+constexpr int kTwinWeights = kTwinTile * kTwinRows;    // of a warp: (row of the tile, row of the warp)
+static_assert(kTwinTile == kWarpSize, "a lane for each row of a tile");
+
+// Rows of a tile are an odd number of floats apart, so that 32 rows at the same column are in 32 banks.
+constexpr __host__ __device__ int twin_stride(int hd) { return hd | 1; }
+
+// Rows first..first+31 of a (T, hd) matrix with row stride `stride`; zeros past the end.
+__device__ inline void twin_load(float* tile, const real* matrix, int stride, int first, int T, int hd) {
+    for (int i = threadIdx.x; i < kTwinTile * hd; i += kTwinTile * kTwinWarps) {
+        const int row = i / hd, column = i % hd;
+        tile[row * twin_stride(hd) + column] = first + row < T ? to_float(matrix[(first + row) * stride + column]) : 0.0f;
+    }
+}
+
+// A warp's 4 rows of a (T, hd) matrix. Past the end they are the last row again, computed and not stored.
+struct TwinRows {
+    const real* row[kTwinRows];
+    __device__ TwinRows(const real* matrix, int stride, int first, int T) {
+        for (int r = 0; r < kTwinRows; r++) row[r] = matrix + min(first + r, T - 1) * stride;
+    }
+    // dots[r] = row r . tile row `lane`
+    __device__ void dot(float (&dots)[kTwinRows], const float* tile, int hd) const {
+        const float* tile_row = tile + threadIdx.x % kWarpSize * twin_stride(hd);
+        for (int r = 0; r < kTwinRows; r++) dots[r] = 0.0f;
+        for (int d = 0; d < hd; d++)
+            for (int r = 0; r < kTwinRows; r++) dots[r] += to_float(row[r][d]) * tile_row[d];
+    }
+};
+
+// sum[r] += sum over rows j of the tile of weights[j][r] * tile[j]
+template <int COLUMNS>
+__device__ void twin_add(float (&sum)[kTwinRows][COLUMNS], const float* weights, const float* tile, int hd) {
+    for (int j = 0; j < kTwinTile; j++) {
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) {
+            const int column = threadIdx.x % kWarpSize + kWarpSize * c;
+            const float x = tile[j * twin_stride(hd) + min(column, hd - 1)];  // columns past the end are not stored
+#pragma unroll
+            for (int r = 0; r < kTwinRows; r++) sum[r][c] += weights[j * kTwinRows + r] * x;
+        }
+    }
+}
+template <int COLUMNS>
+__device__ void twin_store(real* matrix, int stride, int first, int T, int hd, const float (&sum)[kTwinRows][COLUMNS]) {
+#pragma unroll
+    for (int r = 0; r < kTwinRows; r++)
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) {
+            const int column = threadIdx.x % kWarpSize + kWarpSize * c;
+            if (first + r < T && column < hd) matrix[(first + r) * stride + column] = from_float<real>(sum[r][c]);
+        }
+}
+
+// Shapes and grids are those of the tensor-core kernels, with blocks of kTwinTile rows.
+template <int COLUMNS>
+__global__ void twin_forward_kernel(real* out, float* lse, const real* qkv, int T, int C, int hd, float scale) {
+    DYNAMIC_SHARED(float, k_tile);                                // (kTwinTile, hd)
+    float* v_tile = k_tile + kTwinTile * twin_stride(hd);         // (kTwinTile, hd)
+    const int b = blockIdx.z, h = blockIdx.y, H = gridDim.y, first = (gridDim.x - 1 - blockIdx.x) * kTwinTile;
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, row0 = first + kTwinRows * warp;
+    float* weights = v_tile + kTwinTile * twin_stride(hd) + warp * kTwinWeights;
+    const real* q = qkv + size_t(b) * T * 3 * C + h * hd;
+    const real *k = q + C, *v = q + 2 * C;
+    const TwinRows own_q(q, 3 * C, row0, T);
+
+    float o[kTwinRows][COLUMNS] = {}, m[kTwinRows], l[kTwinRows] = {};
+    for (float& x : m) x = -INFINITY;
+    for (int key = 0; key <= first; key += kTwinTile) {
+        __syncthreads();
+        twin_load(k_tile, k, 3 * C, key, T, hd);
+        twin_load(v_tile, v, 3 * C, key, T, hd);
+        __syncthreads();
+        float s[kTwinRows];
+        own_q.dot(s, k_tile, hd);
+#pragma unroll
+        for (int r = 0; r < kTwinRows; r++) {
+            s[r] = key + lane <= row0 + r ? s[r] * scale : -INFINITY;
+            const float m_new = fmaxf(m[r], warp_max(s[r])), correction = expf(m[r] - m_new), p = expf(s[r] - m_new);
+            m[r] = m_new;
+            l[r] = l[r] * correction + warp_sum(p);
+            for (float& x : o[r]) x *= correction;
+            weights[lane * kTwinRows + r] = p;
+        }
+        __syncwarp();
+        twin_add(o, weights, v_tile, hd);
+        __syncwarp();
+    }
+#pragma unroll
+    for (int r = 0; r < kTwinRows; r++) {
+        for (float& x : o[r]) x /= l[r];
+        if (lane == 0 && row0 + r < T) lse[(size_t(b) * H + h) * T + row0 + r] = m[r] + logf(l[r]);
+    }
+    twin_store(out + size_t(b) * T * C + h * hd, C, row0, T, hd, o);
+}
+
+template <int COLUMNS>
+__global__ void twin_dq_kernel(real* dqkv, float* delta, const real* dout, const real* qkv, const real* out, const float* lse,
+                               int T, int C, int hd, float scale) {
+    DYNAMIC_SHARED(float, k_tile);                                // (kTwinTile, hd)
+    float* v_tile = k_tile + kTwinTile * twin_stride(hd);         // (kTwinTile, hd)
+    const int b = blockIdx.z, h = blockIdx.y, H = gridDim.y, first = (gridDim.x - 1 - blockIdx.x) * kTwinTile;
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, row0 = first + kTwinRows * warp;
+    float* weights = v_tile + kTwinTile * twin_stride(hd) + warp * kTwinWeights;
+    const size_t head = size_t(b) * T * 3 * C + h * hd, out_head = size_t(b) * T * C + h * hd, head_rows = (size_t(b) * H + h) * T;
+    const real *q = qkv + head, *k = q + C, *v = q + 2 * C;
+    const TwinRows own_q(q, 3 * C, row0, T), own_dout(dout + out_head, C, row0, T), own_out(out + out_head, C, row0, T);
+
+    float row_lse[kTwinRows], row_delta[kTwinRows] = {}, dq[kTwinRows][COLUMNS] = {};
+#pragma unroll
+    for (int r = 0; r < kTwinRows; r++) {
+        for (int d = lane; d < hd; d += kWarpSize) row_delta[r] += to_float(own_dout.row[r][d]) * to_float(own_out.row[r][d]);
+        row_delta[r] = warp_sum(row_delta[r]);
+        row_lse[r] = lse[head_rows + min(row0 + r, T - 1)];
+        if (lane == 0 && row0 + r < T) delta[head_rows + row0 + r] = row_delta[r];
+    }
+    for (int key = 0; key <= first; key += kTwinTile) {
+        __syncthreads();
+        twin_load(k_tile, k, 3 * C, key, T, hd);
+        twin_load(v_tile, v, 3 * C, key, T, hd);
+        __syncthreads();
+        float s[kTwinRows], dp[kTwinRows];
+        own_q.dot(s, k_tile, hd);
+        own_dout.dot(dp, v_tile, hd);
+#pragma unroll
+        for (int r = 0; r < kTwinRows; r++) {
+            const float p = key + lane <= row0 + r ? expf(s[r] * scale - row_lse[r]) : 0.0f;
+            weights[lane * kTwinRows + r] = scale * p * (dp[r] - row_delta[r]);
+        }
+        __syncwarp();
+        twin_add(dq, weights, k_tile, hd);
+        __syncwarp();
+    }
+    twin_store(dqkv + head, 3 * C, row0, T, hd, dq);
+}
+
+// Rows are keys, the tiles that pass by are queries, from the diagonal on.
+template <int COLUMNS>
+__global__ void twin_dkv_kernel(real* dqkv, const float* delta, const real* dout, const real* qkv, const float* lse, int T, int C,
+                                int hd, float scale) {
+    DYNAMIC_SHARED(float, q_tile);                                // (kTwinTile, hd)
+    float* dout_tile = q_tile + kTwinTile * twin_stride(hd);      // (kTwinTile, hd)
+    const int b = blockIdx.z, h = blockIdx.y, H = gridDim.y, first = blockIdx.x * kTwinTile;
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, row0 = first + kTwinRows * warp;
+    float* weights = dout_tile + kTwinTile * twin_stride(hd) + warp * kTwinWeights;
+    const size_t head = size_t(b) * T * 3 * C + h * hd, head_rows = (size_t(b) * H + h) * T;
+    const real *q = qkv + head, *k = q + C, *v = q + 2 * C;
+    dout += size_t(b) * T * C + h * hd;
+    const TwinRows own_k(k, 3 * C, row0, T), own_v(v, 3 * C, row0, T);
+
+    float dk[kTwinRows][COLUMNS] = {}, dv[kTwinRows][COLUMNS] = {};
+    for (int query = first; query < T; query += kTwinTile) {
+        __syncthreads();
+        twin_load(q_tile, q, 3 * C, query, T, hd);
+        twin_load(dout_tile, dout, C, query, T, hd);
+        __syncthreads();
+        float s[kTwinRows], dp[kTwinRows];
+        own_k.dot(s, q_tile, hd);
+        own_v.dot(dp, dout_tile, hd);
+        const int row = query + lane;
+        const float row_lse = row < T ? lse[head_rows + row] : INFINITY, row_delta = row < T ? delta[head_rows + row] : 0.0f;
+#pragma unroll
+        for (int r = 0; r < kTwinRows; r++) {
+            s[r] = row >= row0 + r ? expf(s[r] * scale - row_lse) : 0.0f;
+            weights[lane * kTwinRows + r] = s[r];
+        }
+        __syncwarp();
+        twin_add(dv, weights, dout_tile, hd);
+        __syncwarp();
+#pragma unroll
+        for (int r = 0; r < kTwinRows; r++) weights[lane * kTwinRows + r] = scale * s[r] * (dp[r] - row_delta);
+        __syncwarp();
+        twin_add(dk, weights, q_tile, hd);
+        __syncwarp();
+    }
+    twin_store(dqkv + head + C, 3 * C, row0, T, hd, dk);
+    twin_store(dqkv + head + 2 * C, 3 * C, row0, T, hd, dv);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct Attention {
+    static void attention_forward(real* out /*(B,T,C)*/, float* lse /*(B,H,T)*/,
+                                  const real* qkv /*(B,T,3C): q|k|v, head h at columns h*hd*/, int B, int T, int C, int H) {
+        check_sizes(B, T, C, H);
+        const int hd = C / H;
+        const float scale = 1.0f / std::sqrt(float(hd));
+#ifndef PRECISION_FP32
+        auto flash = [&](auto head_dim) {
+            constexpr int HD = decltype(head_dim)::value;
+            typedef QueryTiles<HD> Tiles;
+            const size_t bytes = (Tiles::own_elements + 4 * Tiles::passing_elements) * sizeof(real);
+            LAUNCH(flash_forward_kernel<HD>, dim3(ceil_div(T, Tiles::own_rows), H, B), Tiles::threads, bytes, out, lse, qkv, T, C,
+                   scale);
+        };
+        if (with_head_dim(hd, flash)) return;
+#endif
+        with_columns(hd, [&](auto columns) {
+            LAUNCH(twin_forward_kernel<decltype(columns)::value>, twin_grid(B, T, H), kTwinTile * kTwinWarps, twin_bytes(hd), out,
+                   lse, qkv, T, C, hd, scale);
+        });
+    }
+
+    static void attention_backward(real* dqkv /*(B,T,3C) overwritten*/, float* delta /*(B,H,T) scratch*/,
+                                   const real* dout /*(B,T,C)*/, const real* qkv /*(B,T,3C)*/, const real* out /*(B,T,C)*/,
+                                   const float* lse /*(B,H,T)*/, int B, int T, int C, int H) {
+        check_sizes(B, T, C, H);
+        const int hd = C / H;
+        const float scale = 1.0f / std::sqrt(float(hd));
+#ifndef PRECISION_FP32
+        auto flash = [&](auto head_dim) {
+            constexpr int HD = decltype(head_dim)::value;
+            auto bytes = [](int own, int passing) { return (2 * own + 4 * passing) * sizeof(real); };
+            typedef QueryTiles<HD> Queries;
+            LAUNCH(flash_dq_kernel<HD>, dim3(ceil_div(T, Queries::own_rows), H, B), Queries::threads,
+                   bytes(Queries::own_elements, Queries::passing_elements), dqkv, delta, dout, qkv, out, lse, T, C, scale);
+            typedef KeyTiles<HD> Keys;
+            LAUNCH(flash_dkv_kernel<HD>, dim3(ceil_div(T, Keys::own_rows), H, B), Keys::threads,
+                   bytes(Keys::own_elements, Keys::passing_elements), dqkv, delta, dout, qkv, lse, T, C, scale);
+        };
+        if (with_head_dim(hd, flash)) return;
+#endif
+        with_columns(hd, [&](auto columns) {
+            constexpr int COLUMNS = decltype(columns)::value;
+            const int threads = kTwinTile * kTwinWarps;
+            LAUNCH(twin_dq_kernel<COLUMNS>, twin_grid(B, T, H), threads, twin_bytes(hd), dqkv, delta, dout, qkv, out, lse, T, C, hd,
+                   scale);
+            LAUNCH(twin_dkv_kernel<COLUMNS>, twin_grid(B, T, H), threads, twin_bytes(hd), dqkv, delta, dout, qkv, lse, T, C, hd,
+                   scale);
+        });
+    }
+
+private:
+    template <int n> using Constant = std::integral_constant<int, n>;
+
+    // Kernels take offsets within a sequence as int; a grid is (blocks of rows, H, B).
+    static void check_sizes(int B, int T, int C, int H) {
+        if (C % H != 0 || C / H > 256) fail("attention: %d channels in %d heads; a head has a whole number, up to 256", C, H);
+        if (size_t(T) * 3 * C > INT32_MAX) fail("attention: T = %d times 3 * %d channels exceeds 2^31: use shorter sequences", T, C);
+        if (B > 65535) fail("attention: %d sequences at once; use at most 65535 a micro-step", B);
+    }
+
+#ifndef PRECISION_FP32
+    // Calls f with the head dimension as a constant, if the tensor-core kernels have it.
+    template <class F> static bool with_head_dim(int hd, F f) {
+        if (hd == 32) f(Constant<32>());
+        else if (hd == 64) f(Constant<64>());
+        else if (hd == 128) f(Constant<128>());
+        else return false;
+        return true;
+    }
+#endif
+    template <class F> static void with_columns(int hd, F f) {
+        if (hd <= 32) f(Constant<1>());
+        else if (hd <= 64) f(Constant<2>());
+        else if (hd <= 128) f(Constant<4>());
+        else f(Constant<8>());
+    }
+    static dim3 twin_grid(int B, int T, int H) { return dim3(ceil_div(T, kTwinTile), H, B); }
+    static size_t twin_bytes(int hd) { return (2 * kTwinTile * twin_stride(hd) + kTwinWarps * kTwinWeights) * sizeof(float); }
+};

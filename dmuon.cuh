@@ -1,0 +1,674 @@
+// dmuon.cuh: the optimizer step over the ranks. AdamW, vanilla Muon and DMuon, written once for both backends.
+//
+// Read in this order:
+//   1. Plan           who owns which matrix, and how parameters lie in memory so that every collective works in place
+//   2. newton_schulz  the iteration that orthogonalises a batch of matrices
+//   3. Optimizer      one step: reduce gradients -> clip -> momentum -> Newton-Schulz -> update -> gather weights
+//   4. print_plan     the same plan as numbers, for any number of ranks, without a GPU
+//
+// The mathematics of one Muon step for a matrix W with gradient g (Keller Jordan, "Muon", 2024; Moonlight arXiv 2502.16982):
+//
+//     buf = mu buf + g                     momentum, fp32, kept by the owner alone
+//     x   = g + mu buf                     Nesterov
+//     U   = NS(x / |x|_F)                  an approximation of the polar factor of x: same singular vectors, values near 1
+//     W   = (1 - lr wd) W - lr scale(rows, cols) U
+//
+// DMuon (arXiv 2606.27153) makes this cheap on many ranks: each matrix has one owner, which alone reduces its gradient, keeps
+// its fp32 weights and momentum, and runs Newton-Schulz; the updated weights are gathered by everyone. Against vanilla Muon,
+// where every rank repeats all the work, time and state fall by the number of ranks, and the traffic is that of an all-reduce.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "comm.h"
+#include "common.h"
+#include "flags.h"
+
+// ----------------------------------------------------------------------------------------------------------------------
+// 1. Plan: tensors, pieces, buckets
+//
+// A tensor of the model is cut into pieces; a piece belongs to one rank. Parameters (real) and gradients (float) live in two
+// arenas with the same offsets. An arena is a row of buckets, a bucket is `ranks` equal chunks, and chunk r holds what rank r
+// owns of that bucket:
+//
+//     arena   | flat bucket: AdamW's tensors, in order    | bucket 0: layers 0..b-1      | bucket 1: layers b..2b-1     | ...
+//     chunks  |  rank 0   |  rank 1   | ... |  rank N-1   | rank 0 | rank 1 | ... | N-1  | rank 0 | rank 1 | ... | N-1  |
+//     pieces  |  tensors cut wherever a chunk ends        | whole matrices: Q | K | V ...  (dmuon only)
+//
+// so one in-place reduce_scatter of a bucket brings every gradient to its owner and one in-place all_gather brings the new
+// weights back. The flat bucket is ZeRO-1 (arXiv 1910.02054): AdamW is elementwise and may be cut anywhere.
+// Under `adamw` everything is in the flat bucket. Under `muon` (the vanilla baseline) the matrices are replicated: one bucket
+// whose gradients are all-reduced and which every rank updates in full.
+
+// A parameter tensor as the model declares it. Vectors have rows == 1.
+struct TensorSpec {
+    std::string name;
+    int rows, cols;
+    int stored_rows;  // rows that a checkpoint keeps: all but the padding of the vocabulary
+    bool hidden;      // a hidden 2-D matrix: Muon's; everything else is AdamW's
+    bool decay;       // weight decay applies (2-D tensors)
+    int layer;        // -1: outside the layers
+    int split;        // how many equal matrices its rows stack: 3 for qkv (Q, K, V), else 1
+    size_t size() const { return size_t(rows) * cols; }
+};
+
+enum class Method { adamw, muon, dmuon };
+
+inline Method method_of(const Options& options) {
+    return options.optimizer == "adamw" ? Method::adamw : options.optimizer == "muon" ? Method::muon : Method::dmuon;
+}
+
+// A contiguous run of one tensor in the arenas. For Muon it is one matrix (rows, cols).
+struct Piece {
+    int tensor;
+    size_t begin, count;  // elements of the tensor
+    int rows, cols;
+    int owner;            // rank, or -1: replicated
+    size_t offset;        // elements from the start of the arenas
+};
+
+struct Bucket {
+    size_t begin, chunk;  // elements; a reduced bucket is `ranks` chunks, a replicated one a single chunk
+    bool replicated;
+};
+
+// The clip norm is summed over blocks of this many elements, cut at positions that depend on the tensors alone: no number of
+// ranks and no owner changes a bit of it. Chunks of the flat bucket are whole blocks.
+constexpr size_t norm_block = 16384;
+
+double ns_flops(const Options& options, int m, int n);  // section 2
+
+struct Plan {
+    Method method;
+    int ranks;
+    std::vector<TensorSpec> tensors;
+    std::vector<Piece> pieces;    // in tensor order
+    std::vector<Bucket> buckets;  // buckets[0] is the flat one
+    size_t flat = 0;              // elements of the flat bucket before its padding
+    size_t decay_end = 0;         // of these, the tensors with weight decay come first and end here
+    size_t arena = 0;             // elements of the parameter and gradient arenas
+    size_t state = 0;             // elements of one rank's fp32 state: its chunk of every bucket, one after the other
+    int layers_per_bucket = 0;
+
+    Plan(std::vector<TensorSpec> specs, const Options& options, int ranks_) : method(method_of(options)), ranks(ranks_),
+                                                                             tensors(std::move(specs)) {
+        place_flat();
+        if (method == Method::muon) place_replicated(options);
+        if (method == Method::dmuon) place_owned(options);
+        std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) {
+            return std::make_pair(a.tensor, a.begin) < std::make_pair(b.tensor, b.begin);
+        });
+        const Bucket& last = buckets.back();
+        arena = last.begin + last.chunk * (last.replicated ? 1 : ranks);
+        for (const Bucket& bucket : buckets) state += bucket.chunk;
+    }
+
+    // Where rank `rank` keeps the fp32 state of the element at `offset` of the arena, which it must own.
+    size_t state_offset(size_t offset, int rank) const {
+        size_t base = 0;
+        for (const Bucket& bucket : buckets) {
+            size_t mine = bucket.begin + (bucket.replicated ? 0 : rank * bucket.chunk);
+            if (offset >= mine && offset < mine + bucket.chunk) return base + offset - mine;
+            base += bucket.chunk;
+        }
+        fail("internal: element %zu is not in a chunk of rank %d", offset, rank);
+    }
+
+    bool is_muon(const Piece& piece) const { return method != Method::adamw && tensors[piece.tensor].hidden; }
+
+    // The offset of the element `begin` of a tensor, where a piece starts.
+    size_t offset_of(int tensor, size_t begin = 0) const {
+        for (const Piece& piece : pieces)
+            if (piece.tensor == tensor && begin >= piece.begin && begin < piece.begin + piece.count)
+                return piece.offset + begin - piece.begin;
+        fail("internal: no piece holds element %zu of %s", begin, tensors[tensor].name.c_str());
+    }
+
+  private:
+    // AdamW's tensors one after the other, those with weight decay first, cut where chunks end.
+    void place_flat() {
+        std::vector<int> order;
+        for (bool decay : {true, false})
+            for (int t = 0; t < int(tensors.size()); t++)
+                if (tensors[t].decay == decay && !(method != Method::adamw && tensors[t].hidden)) order.push_back(t);
+        size_t total = 0;
+        std::vector<size_t> starts;
+        for (int t : order) {
+            starts.push_back(total);
+            total += round_up<size_t>(tensors[t].size(), 64);  // 128-byte aligned tensors
+            if (tensors[t].decay) decay_end = total;
+        }
+        flat = total;
+        size_t chunk = round_up(ceil_div<size_t>(total, ranks), norm_block);
+        buckets.push_back({0, chunk, false});
+        for (size_t i = 0; i < order.size(); i++)
+            for (size_t begin = 0, size = tensors[order[i]].size(); begin < size;) {
+                size_t offset = starts[i] + begin;
+                size_t count = std::min(size - begin, (offset / chunk + 1) * chunk - offset);
+                pieces.push_back({order[i], begin, count, 1, int(count), int(offset / chunk), offset});
+                begin += count;
+            }
+    }
+
+    // Muon's matrices in tensor order: Q, K and V by themselves unless --muon_qkv fused.
+    std::vector<Piece> matrices(const Options& options) const {
+        std::vector<Piece> all;
+        for (int t = 0; t < int(tensors.size()); t++) {
+            const TensorSpec& spec = tensors[t];
+            if (!spec.hidden) continue;
+            int parts = options.muon_qkv == "fused" ? 1 : spec.split, rows = spec.rows / parts;
+            for (int p = 0; p < parts; p++)
+                all.push_back({t, size_t(p) * rows * spec.cols, size_t(rows) * spec.cols, rows, spec.cols, -1, 0});
+        }
+        return all;
+    }
+
+    void place_replicated(const Options& options) {
+        size_t begin = buckets[0].chunk * ranks, at = begin;
+        for (Piece piece : matrices(options)) {
+            piece.offset = at;
+            at += round_up<size_t>(piece.count, 64);
+            pieces.push_back(piece);
+        }
+        buckets.push_back({begin, at - begin, true});
+    }
+
+    // Owners first, then buckets: the fewest layers per bucket that leave every bucket balanced, else one bucket for all.
+    void place_owned(const Options& options) {
+        std::vector<Piece> all = matrices(options);
+        if (options.owner == "lpt") assign_lpt(all, options);
+        else assign_round_robin(all);
+        int layers = 0;
+        for (const Piece& piece : all) layers = std::max(layers, tensors[piece.tensor].layer + 1);
+        layers_per_bucket = layers;
+        for (int b = 1; b < layers; b++)
+            if (layers % b == 0 && balanced(all, b)) {
+                layers_per_bucket = b;
+                break;
+            }
+        size_t begin = buckets[0].chunk * ranks;
+        for (int first = 0; first < layers; first += layers_per_bucket) {
+            std::vector<size_t> used(ranks, 0);
+            auto in_bucket = [&](const Piece& piece) {
+                int layer = tensors[piece.tensor].layer;
+                return layer >= first && layer < first + layers_per_bucket;
+            };
+            for (const Piece& piece : all)
+                if (in_bucket(piece)) used[piece.owner] += round_up<size_t>(piece.count, 64);
+            size_t chunk = *std::max_element(used.begin(), used.end());
+            std::fill(used.begin(), used.end(), 0);
+            for (Piece piece : all) {
+                if (!in_bucket(piece)) continue;
+                piece.offset = begin + piece.owner * chunk + used[piece.owner];
+                used[piece.owner] += round_up<size_t>(piece.count, 64);
+                pieces.push_back(piece);
+            }
+            buckets.push_back({begin, chunk, false});
+            begin += chunk * ranks;
+        }
+    }
+
+    // The i-th matrix of a shape goes to rank i mod ranks; fc (4C,C) and its projection (C,4C) count as one shape.
+    void assign_round_robin(std::vector<Piece>& all) const {
+        std::map<std::pair<int, int>, int> seen;
+        for (Piece& piece : all) piece.owner = seen[std::minmax({piece.rows, piece.cols})]++ % ranks;
+    }
+
+    // Longest processing time first (Graham 1969): the most expensive matrix left goes to the least loaded rank.
+    void assign_lpt(std::vector<Piece>& all, const Options& options) const {
+        std::vector<int> order(all.size());
+        std::iota(order.begin(), order.end(), 0);
+        auto cost = [&](int i) {
+            auto [m, n] = std::minmax({all[i].rows, all[i].cols});
+            return ns_flops(options, m, n);
+        };
+        std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return cost(a) > cost(b); });
+        std::vector<double> load(ranks, 0.0);
+        for (int i : order) {
+            int rank = int(std::min_element(load.begin(), load.end()) - load.begin());
+            all[i].owner = rank;
+            load[rank] += cost(i);
+        }
+    }
+
+    bool balanced(const std::vector<Piece>& all, int layers) const {
+        std::map<int, std::vector<size_t>> bytes;  // by bucket, then rank
+        for (const Piece& piece : all) {
+            auto& of_rank = bytes[tensors[piece.tensor].layer / layers];
+            of_rank.resize(ranks);
+            of_rank[piece.owner] += piece.count;
+        }
+        for (auto& [bucket, of_rank] : bytes)
+            for (size_t count : of_rank)
+                if (count != of_rank[0]) return false;
+        return true;
+    }
+};
+
+// ----------------------------------------------------------------------------------------------------------------------
+// 2. Newton-Schulz
+//
+// An odd polynomial p(X) = aX + b(XX^T)X + c(XX^T)^2 X acts on the singular values of X and leaves its singular vectors alone.
+// Five of them, chosen well, take values in (0, 1] close to 1: an orthogonal matrix by products alone, which is what a GPU does best.
+
+struct Coefficients {
+    double a, b, c;
+};
+
+// The polynomial of step k (0-based). keller: Keller Jordan 2024, the same at every step. polar_express: arXiv 2505.16932, with
+// the safety factor 1.05 folded into all five as the reference DMuon does. you: Jiacheng You's five, tuned per step.
+inline Coefficients ns_coefficients(const std::string& name, int k) {
+    static const Coefficients polar_express[5] = {{8.28721201814563, -23.595886519098837, 17.300387312530933},
+                                                  {4.107059111542203, -2.9478499167379106, 0.5448431082926601},
+                                                  {3.9486908534822946, -2.908902115962949, 0.5518191394370137},
+                                                  {3.3184196573706015, -2.488488024314874, 0.51004894012372},
+                                                  {2.300652019954817, -1.6689039845747493, 0.4188073119525673}};
+    static const Coefficients you[5] = {{4.0848, -6.8946, 2.9270},
+                                        {3.9505, -6.3029, 2.6377},
+                                        {3.7418, -5.5913, 2.3037},
+                                        {2.8769, -3.1427, 1.2046},
+                                        {2.8366, -3.0525, 1.2012}};
+    if (name == "keller") return {3.4445, -4.7750, 2.0315};
+    if (name == "you") return you[k];
+    const double s = 1.05;
+    const Coefficients& p = polar_express[k];
+    return {p.a / s, p.b / (s * s * s), p.c / (s * s * s * s * s)};
+}
+
+struct NsConfig {
+    bool gram;
+    std::string coefficients;
+    int steps;
+    NsType type;
+};
+
+// `auto` is a table per shape, made from measurements (dev/results): the Gram form wins when the long side is at least twice the
+// short one. It is never timed at run time: replicas and resumed runs must agree on every bit.
+inline NsConfig ns_config(const Options& options, int m, int n) {
+    bool gram = options.ns == "gram" || (options.ns == "auto" && n >= 2 * m);
+    NsType type = options.ns_dtype == "bf16" ? NsType::bf16 : options.ns_dtype == "fp16" ? NsType::fp16 : NsType::fp32;
+    return {gram, options.ns_coefficients, int(options.ns_steps), type};
+}
+
+// Scratch of newton_schulz: the iterate and its successor (batch, m, n), and square matrices (batch, m, m), all of type `type`.
+struct NsWorkspace {
+    void *X, *Y;
+    void* S[4];
+    static size_t bytes(int batch, int m, int n, NsType type) {
+        return batch * (2 * size_t(m) * n + 4 * size_t(m) * m) * ns_type_bytes(type);
+    }
+    NsWorkspace(void* memory, int batch, int m, int n, NsType type) {
+        size_t wide = batch * size_t(m) * n * ns_type_bytes(type), square = batch * size_t(m) * m * ns_type_bytes(type);
+        char* at = static_cast<char*>(memory);
+        X = at, Y = at + wide, at += 2 * wide;
+        for (void*& s : S) s = at, at += square;
+    }
+};
+
+// Orthogonalises the batch of (m, n) matrices in w.X, m <= n, whose Frobenius norms are at most 1. The result is in w.X.
+//
+// Standard: A = X X^T;  B = bA + cA^2;  X = aX + BX, each step on the full matrix.
+// Gram (Zhang, Amsel, Chen, Dao 2026): every step is a polynomial of R = X X^T, so iterate on the small (m, m) matrix and multiply
+// X once at the end: Z = bR + cR^2; Q = QZ + aQ; R = (Z + aI) R (Z + aI). Rounding errors of R grow, hence restarts that apply Q
+// and form R anew: after step 2, in bf16 after 4 as well. All of Q, Z, R are polynomials of one symmetric matrix: they commute and
+// every product of them is symmetric, so only half of its tiles is computed.
+template <class Backend>
+void newton_schulz(NsWorkspace& w, int batch, int m, int n, const NsConfig& config) {
+    auto symmetric = [&](void* D, const void* A, const void* B, const void* C, double alpha, double beta, int k, double diag = 0) {
+        Backend::ns_product(D, A, B, C, float(alpha), float(beta), float(diag), batch, m, m, k, NsProduct::symmetric_nt, config.type);
+    };
+    auto times_X = [&](void* D, const void* A, double beta) {  // D = A X + beta X
+        Backend::ns_product(D, A, w.X, w.X, 1.0f, float(beta), 0.0f, batch, m, n, m, NsProduct::nn, config.type);
+    };
+    if (!config.gram) {
+        for (int k = 0; k < config.steps; k++) {
+            auto [a, b, c] = ns_coefficients(config.coefficients, k);
+            symmetric(w.S[0], w.X, w.X, nullptr, 1, 0, n);
+            symmetric(w.S[1], w.S[0], w.S[0], w.S[0], c, b, m);
+            times_X(w.Y, w.S[1], a);
+            std::swap(w.X, w.Y);
+        }
+        return;
+    }
+    auto& [R, Z, Q, T] = w.S;
+    bool fresh = true;  // R belongs to the current X and Q is the identity
+    for (int k = 0; k < config.steps; k++) {
+        auto [a, b, c] = ns_coefficients(config.coefficients, k);
+        if (fresh) symmetric(R, w.X, w.X, nullptr, 1, 0, n);
+        symmetric(Z, R, R, R, c, b, m);
+        if (fresh) {
+            symmetric(Q, Z, Z, Z, 0, 1, 0, a);  // Q = Z + aI: an inner dimension of 0, only the ends
+        } else {
+            symmetric(T, Q, Z, Q, 1, a, m);
+            std::swap(Q, T);
+        }
+        bool last = k + 1 == config.steps;
+        fresh = last || k + 1 == 2 || (k + 1 == 4 && config.type == NsType::bf16);
+        if (fresh) {
+            times_X(w.Y, Q, 0);
+            std::swap(w.X, w.Y);
+        } else {
+            symmetric(T, R, Z, R, 1, a, m);
+            symmetric(R, Z, T, T, 1, a, m);
+        }
+    }
+}
+
+// The floating-point operations of one (m, n) Newton-Schulz: the iteration itself, run on a backend that only counts.
+struct FlopCounter {
+    static double& flops() {
+        static double count;
+        return count;
+    }
+    static void ns_product(void*, const void*, const void*, const void*, float, float, float, int batch, int M, int N, int K,
+                           NsProduct kind, NsType) {
+        flops() += (kind == NsProduct::symmetric_nt ? 1.0 : 2.0) * batch * M * N * K;  // symmetric: half of the tiles
+    }
+};
+
+inline double ns_flops(const Options& options, int m, int n) {
+    if (m > n) std::swap(m, n);
+    NsConfig config = ns_config(options, m, n);
+    NsWorkspace nothing(nullptr, 0, m, n, config.type);
+    FlopCounter::flops() = 0;
+    newton_schulz<FlopCounter>(nothing, 1, m, n, config);
+    return FlopCounter::flops();
+}
+
+// ----------------------------------------------------------------------------------------------------------------------
+// 3. Optimizer
+
+// The factor between an orthogonal update and its step, rows = outputs, cols = inputs. keller: sqrt(max(1, rows/cols)).
+// moonlight (arXiv 2502.16982): 0.2 sqrt(max(rows, cols)), which gives the update AdamW's usual RMS of about 0.2, so that AdamW's
+// learning rates carry over.
+inline double muon_scale(const std::string& name, int rows, int cols) {
+    return name == "keller" ? std::sqrt(std::max(1.0, double(rows) / cols)) : 0.2 * std::sqrt(double(std::max(rows, cols)));
+}
+
+// What a step writes for the log, read by the host one step later.
+enum Phase { phase_reduce, phase_clip, phase_momentum, phase_ns, phase_adamw, phase_gather, phase_count };
+inline const char* phase_names[phase_count] = {"reduce", "clip", "momentum", "ns_update", "adamw", "gather"};
+
+template <class Backend>
+class Optimizer {
+    using real = typename Backend::real;
+
+  public:
+    const Options& options;
+    const Plan plan;
+    real* params;    // (arena)
+    float* grads;    // (arena), the accumulator over micro-steps
+    float* master;   // (state) fp32 weights
+    float* moment1;  // (state) AdamW's m, Muon's momentum
+    float* moment2;  // (chunk of the flat bucket) AdamW's v
+    float* clip;     // [2] scale, norm
+    int64_t steps_done = 0;         // AdamW's bias correction counts them
+    int64_t orthogonalised = 0;     // matrices (or tiles) this rank has put through Newton-Schulz
+
+    Optimizer(std::vector<TensorSpec> tensors, const Options& options_, int heads)
+        : options(options_), plan(std::move(tensors), options_, ranks.size) {
+        params = allocate<real>(plan.arena, "parameters");
+        grads = allocate<float>(plan.arena, "gradients");
+        master = allocate<float>(plan.state, "master weights");
+        moment1 = allocate<float>(plan.state, "first moments");
+        moment2 = allocate<float>(plan.buckets[0].chunk, "second moments");
+        clip = allocate<float>(2, "the clip scale");
+        make_norm_blocks();
+        make_batches(heads);
+    }
+
+    static size_t bytes(const Plan& plan) {
+        return plan.arena * (sizeof(real) + sizeof(float)) + plan.state * 2 * sizeof(float) + plan.buckets[0].chunk * sizeof(float);
+    }
+    size_t workspace_bytes() const { return ns_bytes; }
+
+    // One step with the gradients in `grads` (sums over this rank's micro-steps, already divided by the tokens of the whole
+    // step). `phase_done(p)` is called after phase p has been enqueued. Nothing here waits for the device.
+    //
+    // --grad_clip is one rule for all three optimizers: the norm is that of the whole averaged gradient, Muon's matrices
+    // included, and its scale multiplies the gradient before AdamW and before Muon's momentum. Muon's update does not depend
+    // on the length of x, so for it clipping only limits how much one large gradient weighs in the momentum. A norm that is not
+    // finite makes the scale 0, and scale 0 skips the whole update.
+    template <class PhaseDone>
+    void step(float lr, float muon_lr, PhaseDone phase_done) {
+        steps_done++;
+        for (const Bucket& bucket : plan.buckets)
+            if (bucket.replicated) Backend::all_reduce(grads + bucket.begin, bucket.chunk);
+            else Backend::reduce_scatter(grads + bucket.begin, bucket.chunk);
+        phase_done(phase_reduce);
+
+        Backend::sum_squares(norm_sums, grads, norm_ranges, blocks);
+        Backend::all_reduce(norm_sums, blocks);  // of each block all ranks but one hold zero: exact in any order
+        Backend::clip_scale(clip, norm_sums, blocks, float(options.grad_clip));
+        phase_done(phase_clip);
+
+        size_t state = plan.buckets[0].chunk;
+        for (size_t b = 1; b < plan.buckets.size(); b++) {
+            const Bucket& bucket = plan.buckets[b];
+            Backend::muon_momentum(grads + my_chunk(bucket), moment1 + state, bucket.chunk, float(options.muon_momentum),
+                                   options.nesterov, clip);
+            state += bucket.chunk;
+        }
+        phase_done(phase_momentum);
+
+        for (const Batch& batch : batches) {
+            auto [m, n] = std::minmax({batch.rows, batch.cols});
+            NsConfig config = ns_config(options, m, n);
+            int mp = round_up(m, 8), np = round_up(n, 8);  // zero padding stays zero under the iteration
+            NsWorkspace w(ns_memory, batch.count, mp, np, config.type);
+            Backend::ns_normalize(w.X, ns_scratch, grads, batch.refs, batch.count, batch.rows, batch.cols, config.type);
+            newton_schulz<Backend>(w, batch.count, mp, np, config);
+            float wd = float(options.muon_weight_decay >= 0 ? options.muon_weight_decay : options.weight_decay);
+            Backend::muon_update(params, master, w.X, batch.refs, batch.count, batch.rows, batch.cols, 1.0f - muon_lr * wd,
+                                 muon_lr * float(muon_scale(options.muon_scale, batch.rows, batch.cols)), config.type, clip);
+            orthogonalised += batch.count;
+        }
+        phase_done(phase_ns);
+
+        float correction1 = 1.0f - float(std::pow(options.beta1, double(steps_done)));
+        float correction2 = 1.0f - float(std::pow(options.beta2, double(steps_done)));
+        size_t mine = my_chunk(plan.buckets[0]), end = mine + plan.buckets[0].chunk;
+        size_t border = std::min(std::max(plan.decay_end, mine), end);  // tensors with weight decay lie before it
+        auto adamw = [&](size_t from, size_t to, double weight_decay) {
+            if (from < to)
+                Backend::adamw(params + from, master + (from - mine), moment1 + (from - mine), moment2 + (from - mine), grads + from,
+                               to - from, lr, float(options.beta1), float(options.beta2), 1e-8f, float(weight_decay), correction1,
+                               correction2, clip);
+        };
+        adamw(mine, border, options.weight_decay);
+        adamw(border, end, 0.0);
+        phase_done(phase_adamw);
+
+        gather();
+        phase_done(phase_gather);
+    }
+
+    // Every rank gets every chunk's weights.
+    void gather() {
+        for (const Bucket& bucket : plan.buckets)
+            if (!bucket.replicated) Backend::all_gather(params + bucket.begin, bucket.chunk);
+    }
+
+    // The weights of the model from the masters: after initialisation and after a checkpoint was read.
+    void publish() {
+        size_t state = 0;
+        for (const Bucket& bucket : plan.buckets) {
+            Backend::cast_params(params + my_chunk(bucket), master + state, bucket.chunk);
+            state += bucket.chunk;
+        }
+        gather();
+    }
+
+    // The parts of fp32 state that a tensor has, in element order: `here` says whether this rank holds it, `state` where.
+    struct StatePart {
+        size_t begin, count;
+        int owner;  // rank to ask
+        bool here;
+        size_t state;
+    };
+    std::vector<StatePart> state_parts(int tensor) const {
+        std::vector<StatePart> parts;
+        for (const Piece& piece : plan.pieces) {
+            if (piece.tensor != tensor) continue;
+            bool here = piece.owner == ranks.rank || piece.owner < 0;
+            parts.push_back({piece.begin, piece.count, std::max(piece.owner, 0), here,
+                             here ? plan.state_offset(piece.offset, ranks.rank) : 0});
+        }
+        return parts;
+    }
+    bool muon_tensor(int tensor) const { return plan.method != Method::adamw && plan.tensors[tensor].hidden; }
+
+  private:
+    // Matrices (or tiles) of one shape that this rank puts through Newton-Schulz in one go.
+    struct Batch {
+        int rows, cols, count;
+        MatrixRef* refs;  // (count), device
+    };
+    std::vector<Batch> batches;
+    void* ns_memory = nullptr;
+    double* ns_scratch = nullptr;
+    size_t ns_bytes = 0;
+
+    double* norm_sums = nullptr;   // (blocks)
+    Range* norm_ranges = nullptr;  // (blocks), device; empty where another rank owns the block
+    int blocks = 0;
+
+    template <class T> static T* allocate(size_t count, const char* what) {
+        return static_cast<T*>(Backend::alloc(count * sizeof(T), what));
+    }
+
+    size_t my_chunk(const Bucket& bucket) const { return bucket.begin + (bucket.replicated ? 0 : ranks.rank * bucket.chunk); }
+
+    // A copy on the device of a table made once on the host.
+    template <class T> static T* device_table(const std::vector<T>& table, const char* what) {
+        T* device = allocate<T>(table.size(), what);
+        Backend::upload(device, table.data(), table.size() * sizeof(T));
+        Backend::synchronize();  // before the first step: `table` may go
+        return device;
+    }
+
+    // The flat bucket by position, then the matrices in tensor order.
+    void make_norm_blocks() {
+        std::vector<Range> ranges;
+        size_t mine = my_chunk(plan.buckets[0]), chunk = plan.buckets[0].chunk;
+        for (size_t begin = 0; begin < plan.flat; begin += norm_block)
+            ranges.push_back({begin, begin >= mine && begin < mine + chunk ? std::min(norm_block, plan.flat - begin) : 0});
+        for (const Piece& piece : plan.pieces) {
+            if (!plan.is_muon(piece)) continue;
+            bool here = std::max(piece.owner, 0) == ranks.rank;
+            for (size_t begin = 0; begin < piece.count; begin += norm_block)
+                ranges.push_back({piece.offset + begin, here ? std::min(norm_block, piece.count - begin) : 0});
+        }
+        blocks = int(ranges.size());
+        norm_sums = allocate<double>(blocks, "block norms");
+        norm_ranges = device_table(ranges, "block ranges");
+    }
+
+    // dmuon puts all its matrices of one shape into one batch (as many at a time as the workspace holds); vanilla muon takes one
+    // matrix after the other. --muon_qkv heads and --muon_tile cut a matrix into tiles that are orthogonalised by themselves.
+    void make_batches(int heads) {
+        constexpr size_t workspace_limit = size_t(1) << 30;
+        std::map<std::tuple<int, int, int>, std::vector<MatrixRef>> by_shape;  // (sequence number under muon, rows, cols)
+        int sequence = 0;
+        for (const Piece& piece : plan.pieces) {
+            if (!plan.is_muon(piece) || (piece.owner >= 0 && piece.owner != ranks.rank)) continue;
+            if (plan.method == Method::muon) sequence++;
+            bool per_head = options.muon_qkv == "heads" && plan.tensors[piece.tensor].split > 1;
+            int tile = options.muon_tile > 0 ? int(options.muon_tile) : std::max(piece.rows, piece.cols);
+            int tile_rows = std::min(per_head ? piece.rows / heads : piece.rows, tile), tile_cols = std::min(piece.cols, tile);
+            size_t state = plan.state_offset(piece.offset, ranks.rank);
+            for (int r = 0; r < piece.rows; r += tile_rows)
+                for (int c = 0; c < piece.cols; c += tile_cols) {
+                    size_t at = size_t(r) * piece.cols + c;
+                    by_shape[{sequence, std::min(tile_rows, piece.rows - r), std::min(tile_cols, piece.cols - c)}].push_back(
+                        {piece.offset + at, state + at, piece.offset + at, piece.cols});
+                }
+        }
+        size_t scratch = 0;
+        for (auto& [key, refs] : by_shape) {
+            auto [unused, rows, cols] = key;
+            auto [m, n] = std::minmax({rows, cols});
+            NsType type = ns_config(options, m, n).type;
+            size_t each = NsWorkspace::bytes(1, round_up(m, 8), round_up(n, 8), type);
+            size_t at_once = std::max<size_t>(1, std::min<size_t>(workspace_limit / each, 65535));
+            for (size_t first = 0; first < refs.size(); first += at_once) {
+                std::vector<MatrixRef> part(refs.begin() + first, refs.begin() + std::min(first + at_once, refs.size()));
+                batches.push_back({rows, cols, int(part.size()), device_table(part, "matrix table")});
+                ns_bytes = std::max(ns_bytes, part.size() * each);
+                scratch = std::max(scratch, Backend::ns_scratch_doubles(int(part.size())));
+            }
+        }
+        ns_memory = Backend::alloc(ns_bytes, "the Newton-Schulz workspace");
+        ns_scratch = allocate<double>(scratch, "Newton-Schulz norms");
+    }
+};
+
+// ----------------------------------------------------------------------------------------------------------------------
+// 4. The plan as numbers
+
+// Rates for predictions, stated with every prediction: what hand-written bf16 products, device memory and NVLink reach on an H100.
+constexpr double plan_flops = 400e12, plan_memory = 2.5e12, plan_link = 250e9;
+
+// Who owns what, and what it costs each rank. `element` is the size of a parameter on the device (bytes).
+inline void print_plan(const Plan& plan, const Options& options, size_t element, FILE* out) {
+    struct Load {
+        double flops = 0;
+        size_t elements = 0;
+        int matrices = 0;
+        std::string names;
+    };
+    std::vector<Load> loads(plan.ranks);
+    std::map<std::pair<int, int>, double> cost;  // by shape
+    for (const Piece& piece : plan.pieces) {
+        if (!plan.is_muon(piece)) continue;
+        auto shape = std::make_pair(piece.rows, piece.cols);
+        if (!cost.count(shape)) cost[shape] = ns_flops(options, piece.rows, piece.cols);
+        const TensorSpec& tensor = plan.tensors[piece.tensor];
+        std::string name = tensor.name.substr(0, tensor.name.rfind('.'));
+        if (piece.count < tensor.size()) name += "." + std::string(1, "qkv"[piece.begin / piece.count % 3]);
+        for (int r = 0; r < plan.ranks; r++) {
+            if (piece.owner >= 0 && piece.owner != r) continue;
+            loads[r].flops += cost[shape];
+            loads[r].elements += piece.count;
+            loads[r].matrices++;
+            if (piece.owner >= 0) loads[r].names += " " + name;
+        }
+    }
+    const char* method = plan.method == Method::adamw ? "adamw" : plan.method == Method::muon ? "muon" : "dmuon";
+    fprintf(out, "plan: %s on %d rank%s", method, plan.ranks, plan.ranks == 1 ? "" : "s");
+    if (plan.method == Method::dmuon)
+        fprintf(out, ", owners by %s, %d layer%s per bucket", options.owner.c_str(), plan.layers_per_bucket,
+                plan.layers_per_bucket == 1 ? "" : "s");
+    fprintf(out, "\nAdamW, ZeRO-1: %.1f M elements, %.1f M per rank\n", plan.flat / 1e6, plan.buckets[0].chunk / 1e6);
+    double flops_max = 0, flops_sum = 0, bytes_max = 0, bytes_sum = 0;
+    if (plan.method != Method::adamw) {
+        fprintf(out, "%5s %9s %12s %12s %12s  %s\n", "rank", "matrices", "NS GFLOP", "weights MiB", "state MiB",
+                plan.method == Method::muon ? "every rank orthogonalises every matrix" : "owns");
+        for (int r = 0; r < plan.ranks; r++) {
+            const Load& load = loads[r];
+            double bytes = double(load.elements) * element;
+            size_t state = 2 * sizeof(float) * load.elements + 3 * sizeof(float) * plan.buckets[0].chunk;
+            fprintf(out, "%5d %9d %12.1f %12.2f %12.2f %s\n", r, load.matrices, load.flops / 1e9, bytes / 1048576, state / 1048576.0,
+                    load.names.c_str());
+            flops_max = std::max(flops_max, load.flops), bytes_max = std::max(bytes_max, bytes);
+            flops_sum += load.flops, bytes_sum += bytes;
+        }
+        fprintf(out, "max/mean: FLOPs %.3f, bytes %.3f\n", flops_max / (flops_sum / plan.ranks), bytes_max / (bytes_sum / plan.ranks));
+    }
+    // Each rank sends and receives (N-1)/N of every bucket, once as fp32 gradients and once as weights; an all-reduce of the
+    // replicated matrices moves their gradients twice and gathers nothing.
+    double share = double(plan.ranks - 1) / plan.ranks, traffic = 0;
+    for (const Bucket& bucket : plan.buckets)
+        traffic += bucket.replicated ? 2 * share * bucket.chunk * sizeof(float)
+                                     : share * bucket.chunk * plan.ranks * (sizeof(float) + element);
+    double touched = plan.buckets[0].chunk * (7.0 * sizeof(float) + element) + bytes_max / element * (8.0 * sizeof(float) + element);
+    fprintf(out, "traffic per rank and step: %.1f MiB\n", traffic / 1048576);
+    fprintf(out, "predicted: Newton-Schulz %.3f ms (at %.0f TFLOP/s), elementwise %.3f ms (at %.1f TB/s), communication %.3f ms (at %.0f GB/s)\n",
+            flops_max / plan_flops * 1e3, plan_flops / 1e12, touched / plan_memory * 1e3, plan_memory / 1e12,
+            traffic / plan_link * 1e3, plan_link / 1e9);
+}

@@ -1,0 +1,639 @@
+// gpt_kernels.cuh: the kernels of the model and of the optimizer that are neither a matrix product nor attention. All of them
+// are bound by memory: each reads its inputs once, 16 bytes per access, computes in fp32, and rounds once at the store.
+// Read in this order: embedding, LayerNorm and residual, GELU, classifier and loss, column sums (bias), optimizer, and at the
+// end struct GptKernels, the launchers that the program calls.
+//
+// Results are the same bits in every run and on every GPU: no atomics, and the order of every sum depends on the shapes only.
+// Letters: B sequences of T positions, N = B*T rows, C channels (a multiple of 8), V vocabulary, Vp the same padded.
+#pragma once
+#include <cfloat>
+
+#include "cuda_common.cuh"
+
+// Kernels that sum over rows run as many blocks as fill this many multiprocessors (an H100's). Other GPUs work too, with
+// a less even last wave; a fixed number keeps results independent of the device.
+constexpr int kMultiprocessors = 132;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Embedding
+
+// One block per row.
+__global__ void embedding_forward_kernel(real* out /*(N,C)*/, const int* tokens /*(N)*/, const real* __restrict__ wte /*(Vp,C)*/,
+                                         const real* __restrict__ wpe /*(maxT,C)*/, int T, int C) {
+    typedef Pack<real> P;
+    size_t row = blockIdx.x;
+    const real* token = wte + size_t(tokens[row]) * C;
+    const real* position = wpe + (row % T) * C;
+    for (int c = threadIdx.x * P::size; c < C; c += blockDim.x * P::size) {
+        P a = P::load(token + c), b = P::load(position + c), sum;
+        for (int k = 0; k < P::size; k++) sum[k] = from_float<real>(to_float(a[k]) + to_float(b[k]));
+        sum.store(out + row * C + c);
+    }
+}
+
+// dwpe[t] += sum over the sequences of dout[b,t]. One thread per pack of (T,C).
+__global__ void position_backward_kernel(float* dwpe /*(maxT,C) +=*/, const real* __restrict__ dout /*(B,T,C)*/, int B, int T, int C) {
+    typedef Pack<real> P;
+    size_t TC = size_t(T) * C, i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * P::size;
+    if (i >= TC) return;
+    float sum[P::size] = {};
+#pragma unroll 4
+    for (int b = 0; b < B; b++) {
+        P d = P::load(dout + b * TC + i);
+        for (int k = 0; k < P::size; k++) sum[k] += to_float(d[k]);
+    }
+    for (int k = 0; k < P::size; k++) dwpe[i + k] += sum[k];
+}
+
+constexpr int kTokenWarps = 16;
+constexpr int kTokenColumns = kWarpSize * Pack<real>::size;  // of one warp
+
+// sum += dout[order[i]] for the positions i = first.. that hold `token`, at most 32 of them. Returns how many there were.
+__device__ inline int add_token_rows(float (&sum)[Pack<real>::size], const real* __restrict__ dout, const int* __restrict__ tokens,
+                                     const int* __restrict__ order, int token, int first, int N, int C, int column) {
+    typedef Pack<real> P;
+    int lane = threadIdx.x % kWarpSize;
+    int row = first + lane < N ? order[first + lane] : -1;
+    unsigned others = __ballot_sync(kAllLanes, row < 0 || tokens[row] != token);
+    int count = others ? __ffs(others) - 1 : kWarpSize;
+#pragma unroll 4
+    for (int i = 0; i < count; i++) {
+        size_t from = __shfl_sync(kAllLanes, row, i);
+        if (column >= C) continue;
+        P d = P::load(dout + from * C + column);
+        for (int k = 0; k < P::size; k++) sum[k] += to_float(d[k]);
+    }
+    return count;
+}
+
+// dwte[token] += sum of dout over the positions that hold the token. `order` lists the positions by token, so each token is
+// a run. A block looks at kTokenWarps entries of order, one per warp, and at kTokenColumns columns (blockIdx.y). A warp at
+// the first entry of a run of up to 32 sums it alone. Of longer runs at most one, the last, begins in these few entries;
+// all warps sum it together: pieces of 32, dealt out in turn, then one sum per warp, added in order.
+__global__ void token_backward_kernel(float* dwte /*(Vp,C) +=*/, const real* __restrict__ dout /*(N,C)*/,
+                                      const int* __restrict__ tokens /*(N)*/, const int* __restrict__ order /*(N)*/, int N, int C) {
+    typedef Pack<real> P;
+    __shared__ float of_warps[kTokenWarps][kTokenColumns];
+    int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    int column = blockIdx.y * kTokenColumns + lane * P::size;
+    int begin = blockIdx.x * kTokenWarps, i = begin + lane;
+
+    bool starts = lane < kTokenWarps && i < N && (i == 0 || tokens[order[i]] != tokens[order[i - 1]]);
+    unsigned run_starts = __ballot_sync(kAllLanes, starts);
+    if (run_starts == 0) return;
+    int last = begin + kWarpSize - 1 - __clz(run_starts);
+    int last_token = tokens[order[last]];
+    bool long_run = last + kWarpSize < N && tokens[order[last + kWarpSize]] == last_token;
+
+    int first = begin + warp;
+    if ((run_starts >> warp & 1) && !(long_run && first == last)) {
+        int token = tokens[order[first]];
+        float sum[P::size] = {};
+        add_token_rows(sum, dout, tokens, order, token, first, N, C, column);
+        if (column < C)
+            for (int k = 0; k < P::size; k++) dwte[size_t(token) * C + column + k] += sum[k];
+    }
+
+    if (!long_run) return;
+    float sum[P::size] = {};
+    for (int piece = last + warp * kWarpSize; piece < N; piece += kTokenWarps * kWarpSize)
+        if (add_token_rows(sum, dout, tokens, order, last_token, piece, N, C, column) < kWarpSize) break;
+    for (int k = 0; k < P::size; k++) of_warps[warp][lane * P::size + k] = sum[k];
+    __syncthreads();
+    column = blockIdx.y * kTokenColumns + threadIdx.x;
+    if (threadIdx.x >= kTokenColumns || column >= C) return;
+    float total = 0;
+    for (int w = 0; w < kTokenWarps; w++) total += of_warps[w][threadIdx.x];
+    dwte[size_t(last_token) * C + column] += total;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// LayerNorm and residual
+
+constexpr float kLayerNormEpsilon = 1e-5f;
+constexpr int kMaxChannels = 8192;  // a row fits into the registers of one warp (bf16; float spills beyond 4096)
+constexpr int kLayerNormWarps = 4;
+
+// One warp per row, the row in registers, `packs` of them in each lane. With add, x = a + b, also written to residual;
+// else x = a. Mean and variance take two passes over the registers: no cancellation.
+template <int packs, bool add>
+__global__ void layernorm_forward_kernel(real* residual /*(N,C)*/, real* out /*(N,C)*/, float* mean /*(N)*/, float* rstd /*(N)*/,
+                                         const real* a /*(N,C)*/, const real* b /*(N,C)*/, const real* __restrict__ weight /*(C)*/,
+                                         const real* __restrict__ bias /*(C)*/, int N, int C) {
+    typedef Pack<real> P;
+    int lane = threadIdx.x % kWarpSize, row = blockIdx.x * kLayerNormWarps + threadIdx.x / kWarpSize;
+    if (row >= N) return;
+    size_t offset = size_t(row) * C;
+
+    P x[packs];
+    float sum = 0;
+#pragma unroll
+    for (int p = 0; p < packs; p++) {
+        int c = (p * kWarpSize + lane) * P::size;
+        if (c >= C) continue;
+        x[p] = P::load_once(a + offset + c);
+        if (add) {
+            P y = P::load_once(b + offset + c);
+            for (int k = 0; k < P::size; k++) x[p][k] = from_float<real>(to_float(x[p][k]) + to_float(y[k]));
+            x[p].store(residual + offset + c);
+        }
+        for (int k = 0; k < P::size; k++) sum += to_float(x[p][k]);
+    }
+    float m = warp_sum(sum) / C;
+
+    float squares = 0;
+#pragma unroll
+    for (int p = 0; p < packs; p++) {
+        if ((p * kWarpSize + lane) * P::size >= C) continue;
+        for (int k = 0; k < P::size; k++) {
+            float d = to_float(x[p][k]) - m;
+            squares += d * d;
+        }
+    }
+    float s = rsqrtf(warp_sum(squares) / C + kLayerNormEpsilon);
+
+#pragma unroll
+    for (int p = 0; p < packs; p++) {
+        int c = (p * kWarpSize + lane) * P::size;
+        if (c >= C) continue;
+        P w = P::load(weight + c), shift = P::load(bias + c), y;
+        for (int k = 0; k < P::size; k++)
+            y[k] = from_float<real>((to_float(x[p][k]) - m) * s * to_float(w[k]) + to_float(shift[k]));
+        y.store(out + offset + c);
+    }
+    if (lane == 0) {
+        mean[row] = m;
+        rstd[row] = s;
+    }
+}
+
+// With xhat = (x - mean)*rstd and g = weight*dout:  dx += (g - mean_c(g) - xhat*mean_c(g*xhat)) * rstd,
+// dweight = sum over rows of dout*xhat, dbias = sum over rows of dout. A thread keeps its columns for all rows of the block,
+// so these two sums stay in its registers; a second kernel adds the blocks. `rows` rows at a time share the barriers.
+constexpr int kLayerNormThreads = 256;
+
+template <int packs /*of a row, per thread*/, int rows>
+__global__ void __launch_bounds__(kLayerNormThreads, packs == 1 ? 2 : 1)
+layernorm_backward_kernel(real* dx /*(N,C) +=*/, float* partials /*(gridDim.x,2,C)*/, const real* __restrict__ dout /*(N,C)*/,
+                          const real* __restrict__ x /*(N,C)*/, const real* __restrict__ weight /*(C)*/,
+                          const float* __restrict__ mean /*(N)*/, const float* __restrict__ rstd /*(N)*/, int N, int C) {
+    typedef Pack<real> P;
+    P w[packs];
+    float dweight[packs][P::size] = {}, dbias[packs][P::size] = {};
+#pragma unroll
+    for (int p = 0; p < packs; p++) {
+        int c = (p * blockDim.x + threadIdx.x) * P::size;
+        if (c < C) w[p] = P::load(weight + c);
+    }
+
+    for (int row0 = blockIdx.x * rows; row0 < N; row0 += gridDim.x * rows) {
+        P d[rows][packs], v[rows][packs], old[rows][packs];
+        float m[rows], s[rows], sums[2 * rows] = {};  // of g and of g*xhat, for each row
+#pragma unroll
+        for (int r = 0; r < rows; r++) {
+            int row = row0 + r;
+            if (row >= N) continue;
+            m[r] = mean[row];
+            s[r] = rstd[row];
+#pragma unroll
+            for (int p = 0; p < packs; p++) {
+                int c = (p * blockDim.x + threadIdx.x) * P::size;
+                if (c >= C) continue;
+                size_t at = size_t(row) * C + c;
+                d[r][p] = P::load_once(dout + at);
+                v[r][p] = P::load_once(x + at);
+                old[r][p] = P::load(dx + at);
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < rows; r++) {
+#pragma unroll
+            for (int p = 0; p < packs; p++) {
+                int c = (p * blockDim.x + threadIdx.x) * P::size;
+                if (row0 + r >= N || c >= C) continue;
+                for (int k = 0; k < P::size; k++) {
+                    float dk = to_float(d[r][p][k]), xhat = (to_float(v[r][p][k]) - m[r]) * s[r], g = to_float(w[p][k]) * dk;
+                    dweight[p][k] += dk * xhat;
+                    dbias[p][k] += dk;
+                    sums[2 * r] += g;
+                    sums[2 * r + 1] += g * xhat;
+                }
+            }
+        }
+        block_sums(sums);
+#pragma unroll
+        for (int r = 0; r < rows; r++) {
+            float mean_g = sums[2 * r] / C, mean_gx = sums[2 * r + 1] / C;
+#pragma unroll
+            for (int p = 0; p < packs; p++) {
+                int c = (p * blockDim.x + threadIdx.x) * P::size;
+                if (row0 + r >= N || c >= C) continue;
+                P sum;
+                for (int k = 0; k < P::size; k++) {
+                    float xhat = (to_float(v[r][p][k]) - m[r]) * s[r], g = to_float(w[p][k]) * to_float(d[r][p][k]);
+                    sum[k] = from_float<real>(to_float(old[r][p][k]) + (g - mean_g - xhat * mean_gx) * s[r]);
+                }
+                sum.store(dx + size_t(row0 + r) * C + c);
+            }
+        }
+    }
+
+    float* partial = partials + size_t(blockIdx.x) * 2 * C;
+#pragma unroll
+    for (int p = 0; p < packs; p++) {
+        int c = (p * blockDim.x + threadIdx.x) * P::size;
+        if (c >= C) continue;
+        for (int k = 0; k < P::size; k++) {
+            partial[c + k] = dweight[p][k];
+            partial[C + c + k] = dbias[p][k];
+        }
+    }
+}
+
+__global__ void residual_forward_kernel(real* out, const real* a, const real* b, size_t n) {
+    typedef Pack<real> P;
+    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * P::size;
+    if (i >= n) return;
+    P x = P::load_once(a + i), y = P::load_once(b + i), sum;
+    for (int k = 0; k < P::size; k++) sum[k] = from_float<real>(to_float(x[k]) + to_float(y[k]));
+    sum.store(out + i);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// GELU, tanh form. x/2 * (1 + tanh(u)) with u = sqrt(2/pi) * (x + 0.044715 x^3) equals x*s with s = sigmoid(2u): no
+// cancellation for negative x, and one exponential. The derivative is s + x*s*(1-s)*2u'.
+
+constexpr float kGeluScale = 0.7978845608f;  // sqrt(2/pi)
+constexpr float kGeluCubic = 0.044715f;
+
+__device__ inline float gelu_sigmoid(float x) {
+    float u = kGeluScale * (x + kGeluCubic * x * x * x);
+    return __fdividef(1.0f, 1.0f + expf(-2.0f * u));
+}
+
+__global__ void gelu_forward_kernel(real* out, const real* x, size_t n) {
+    typedef Pack<real> P;
+    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * P::size;
+    if (i >= n) return;
+    P v = P::load_once(x + i), y;
+    for (int k = 0; k < P::size; k++) y[k] = from_float<real>(to_float(v[k]) * gelu_sigmoid(to_float(v[k])));
+    y.store(out + i);
+}
+
+__global__ void gelu_backward_kernel(real* dx /*may be dout*/, const real* dout, const real* x, size_t n) {
+    typedef Pack<real> P;
+    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * P::size;
+    if (i >= n) return;
+    P d = P::load(dout + i), v = P::load_once(x + i), y;
+    for (int k = 0; k < P::size; k++) {
+        float xk = to_float(v[k]), s = gelu_sigmoid(xk), slope = 2.0f * kGeluScale * (1.0f + 3.0f * kGeluCubic * xk * xk);
+        y[k] = from_float<real>(to_float(d[k]) * (s + xk * s * (1.0f - s) * slope));
+    }
+    y.store(dx + i);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Classifier: softmax and cross-entropy, forward and backward in one kernel. One block per row; the row crosses the memory
+// bus once each way: the second pass goes backwards over what the first has just left in the caches.
+
+__device__ inline Pack<real> load_logits(const real* row, int c, int V) {  // masked: -infinity from column V on
+    typedef Pack<real> P;
+    P x = P::load(row + c);
+    if (c + P::size > V)
+        for (int k = 0; k < P::size; k++)
+            if (c + k >= V) x[k] = from_float<real>(-INFINITY);
+    return x;
+}
+
+// loss = log(sum_i exp(x_i)) - x_target;  dlogits = (softmax - onehot) * dloss, in the place of the logits.
+__global__ void __launch_bounds__(1024, 2)
+classifier_kernel(float* losses /*(N)*/, real* logits /*(N,Vp)*/, const int* targets /*(N)*/, float dloss, int V, int Vp, bool write_dlogits) {
+    typedef Pack<real> P;
+    real* row = logits + size_t(blockIdx.x) * Vp;
+    int stride = blockDim.x * P::size, target = targets[blockIdx.x];
+    float target_logit = to_float(row[target]);
+
+    // Each thread keeps the largest x so far and the sum of exp(x - largest), and rescales the sum when it meets a larger.
+    // -FLT_MAX, not -infinity, so that the difference of two of them is a number.
+    float largest = -FLT_MAX, sum = 0;
+    int last = threadIdx.x * P::size;
+    for (int c = last; c < Vp; c += stride) {
+        P x = load_logits(row, c, V);
+        float before = largest;
+        for (int k = 0; k < P::size; k++) largest = fmaxf(largest, to_float(x[k]));
+        sum *= __expf(before - largest);
+        for (int k = 0; k < P::size; k++) sum += __expf(to_float(x[k]) - largest);
+        last = c;
+    }
+    float row_largest = block_max(largest);
+    float row_sum = block_sum(sum * __expf(largest - row_largest));
+    if (threadIdx.x == 0) losses[blockIdx.x] = logf(row_sum) + row_largest - target_logit;
+
+    if (!write_dlogits) return;
+    float scale = dloss / row_sum;
+    for (int c = last; c >= 0 && c < Vp; c -= stride) {
+        P x = load_logits(row, c, V), d;
+        for (int k = 0; k < P::size; k++) {
+            float softmax = __expf(to_float(x[k]) - row_largest) * scale;
+            d[k] = from_float<real>(c + k == target ? softmax - dloss : softmax);
+        }
+        d.store_once(row + c);
+    }
+}
+
+// One block. Losses are summed in double, in a fixed order.
+__global__ void sum_losses_kernel(double* acc, const float* losses /*(n)*/, int n) {
+    double sum = 0;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) sum += losses[i];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) *acc += sum;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Column sums in two stages: many blocks each sum some rows, then one kernel adds the blocks.
+
+constexpr int kBiasWarps = 8;
+constexpr int kBiasColumns = kWarpSize * Pack<real>::size;  // of one block
+
+// First stage of the bias gradient: a block takes kBiasColumns columns (blockIdx.x) of every gridDim.y-th group of rows.
+__global__ void bias_backward_kernel(float* partials /*(gridDim.y,OC)*/, const real* __restrict__ dout /*(N,OC)*/, int N, int OC) {
+    typedef Pack<real> P;
+    __shared__ float of_warps[kBiasWarps][kBiasColumns];
+    int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    int column = blockIdx.x * kBiasColumns + lane * P::size;
+    float sum[P::size] = {};
+    if (column < OC) {
+#pragma unroll 4
+        for (int row = blockIdx.y * kBiasWarps + warp; row < N; row += gridDim.y * kBiasWarps) {
+            P d = P::load(dout + size_t(row) * OC + column);
+            for (int k = 0; k < P::size; k++) sum[k] += to_float(d[k]);
+        }
+    }
+    for (int k = 0; k < P::size; k++) of_warps[warp][lane * P::size + k] = sum[k];
+    __syncthreads();
+    column = blockIdx.x * kBiasColumns + threadIdx.x;
+    if (threadIdx.x >= kBiasColumns || column >= OC) return;
+    float total = 0;
+    for (int w = 0; w < kBiasWarps; w++) total += of_warps[w][threadIdx.x];
+    partials[size_t(blockIdx.y) * OC + column] = total;
+}
+
+// Second stage: out[c] += sum over p of partials[p,j,c], where j = blockIdx.y chooses out among first and second.
+// A block of 32 warps takes 32 columns; its warps share the partials, then each warp adds up one column.
+__global__ void add_partials_kernel(float* first /*(C) +=*/, float* second /*(C) +=*/, const float* __restrict__ partials /*(P,gridDim.y,C)*/,
+                                    int P, int C) {
+    __shared__ float of_warps[kWarpSize][kWarpSize + 1];  // + 1: columns then lie in different banks
+    int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    int column = blockIdx.x * kWarpSize + lane;
+    float sum = 0;
+    if (column < C) {
+#pragma unroll 4
+        for (int p = warp; p < P; p += kWarpSize) sum += partials[(size_t(p) * gridDim.y + blockIdx.y) * C + column];
+    }
+    of_warps[warp][lane] = sum;
+    __syncthreads();
+    float total = warp_sum(of_warps[lane][warp]);
+    column = blockIdx.x * kWarpSize + warp;
+    float* out = blockIdx.y == 0 ? first : second;
+    if (lane == 0 && column < C) out[column] += total;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Optimizer. Four elements per thread: 16 bytes of each float array; the last few of n one by one.
+
+constexpr int kQuad = 4;
+typedef Pack<float, kQuad> FloatQuad;
+typedef Pack<real, kQuad> RealQuad;
+
+// sums[i] = sum of the squares of range i, in double: one block per range, which may begin anywhere.
+__global__ void sum_squares_kernel(double* sums, const float* __restrict__ x, const Range* __restrict__ ranges) {
+    Range range = ranges[blockIdx.x];
+    const float* values = x + range.begin;
+    size_t in_quads = range.begin % kQuad == 0 ? range.count / kQuad * kQuad : 0;
+    double sum = 0;
+#pragma unroll 4
+    for (size_t i = threadIdx.x * kQuad; i < in_quads; i += blockDim.x * kQuad) {
+        FloatQuad v = FloatQuad::load(values + i);
+        for (int k = 0; k < kQuad; k++) sum += double(v[k]) * double(v[k]);
+    }
+    for (size_t i = in_quads + threadIdx.x; i < range.count; i += blockDim.x) sum += double(values[i]) * double(values[i]);
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
+// One block. clip[0] = 0 tells the update kernels below to leave everything as it is.
+__global__ void clip_scale_kernel(float* clip /*(2): scale, norm*/, const double* __restrict__ sums /*(n)*/, int n, float max_norm) {
+    double sum = 0;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) sum += sums[i];
+    sum = block_sum(sum);
+    if (threadIdx.x != 0) return;
+    float norm = float(sqrt(sum));
+    clip[0] = !isfinite(norm) ? 0.0f : max_norm > 0 && norm > max_norm ? max_norm / norm : 1.0f;
+    clip[1] = norm;
+}
+
+struct AdamW {
+    float lr, beta1, beta2, eps, weight_decay, correction1 /*1-beta1^t*/, correction2 /*1-beta2^t*/;
+};
+
+__device__ inline void adamw_element(float& master, float& m, float& v, float g, const AdamW& h) {
+    m = h.beta1 * m + (1.0f - h.beta1) * g;
+    v = h.beta2 * v + (1.0f - h.beta2) * g * g;
+    master = master * (1.0f - h.lr * h.weight_decay) - h.lr * (m / h.correction1) / (sqrtf(v / h.correction2) + h.eps);
+}
+
+__global__ void adamw_kernel(real* params, float* master, float* m, float* v, const float* __restrict__ grads, size_t n, AdamW h,
+                             const float* __restrict__ clip) {
+    float scale = clip[0];
+    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * kQuad;
+    if (scale == 0 || i >= n) return;
+    if (i + kQuad <= n) {
+        FloatQuad w4 = FloatQuad::load(master + i), m4 = FloatQuad::load(m + i), v4 = FloatQuad::load(v + i);
+        FloatQuad g4 = FloatQuad::load(grads + i);
+        RealQuad p4;
+        for (int k = 0; k < kQuad; k++) {
+            adamw_element(w4[k], m4[k], v4[k], g4[k] * scale, h);
+            p4[k] = from_float<real>(w4[k]);
+        }
+        w4.store(master + i);
+        m4.store(m + i);
+        v4.store(v + i);
+        p4.store(params + i);
+    } else {
+        for (; i < n; i++) {
+            adamw_element(master[i], m[i], v[i], grads[i] * scale, h);
+            params[i] = from_float<real>(master[i]);
+        }
+    }
+}
+
+// momentum = mu*momentum + g; what Newton-Schulz shall orthogonalise takes the place of the gradient.
+__device__ inline void momentum_element(float& g, float& buf, float mu, bool nesterov) {
+    buf = mu * buf + g;
+    g = nesterov ? g + mu * buf : buf;
+}
+
+__global__ void muon_momentum_kernel(float* grads, float* momentum, size_t n, float mu, bool nesterov, const float* __restrict__ clip) {
+    float scale = clip[0];
+    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * kQuad;
+    if (scale == 0 || i >= n) return;
+    if (i + kQuad <= n) {
+        FloatQuad g = FloatQuad::load(grads + i), buf = FloatQuad::load(momentum + i);
+        for (int k = 0; k < kQuad; k++) {
+            g[k] *= scale;
+            momentum_element(g[k], buf[k], mu, nesterov);
+        }
+        g.store(grads + i);
+        buf.store(momentum + i);
+    } else {
+        for (; i < n; i++) {
+            grads[i] *= scale;
+            momentum_element(grads[i], momentum[i], mu, nesterov);
+        }
+    }
+}
+
+__global__ void cast_params_kernel(real* params, const float* master, size_t n) {
+    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * kQuad;
+    if (i + kQuad <= n) {
+        FloatQuad w = FloatQuad::load(master + i);
+        RealQuad p;
+        for (int k = 0; k < kQuad; k++) p[k] = from_float<real>(w[k]);
+        p.store(params + i);
+    } else {
+        for (; i < n; i++) params[i] = from_float<real>(master[i]);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The launchers
+
+struct GptKernels {
+    static void embedding_forward(real* out /*(B,T,C)*/, const int* tokens /*(B,T)*/, const real* wte /*(Vp,C)*/,
+                                  const real* wpe /*(maxT,C)*/, int B, int T, int C) {
+        LAUNCH(embedding_forward_kernel, B * T, std::min(whole_warps(C), 256), 0, out, tokens, wte, wpe, T, C);
+    }
+
+    static void embedding_backward(float* dwte /*(Vp,C) +=*/, float* dwpe /*(maxT,C) +=*/, const real* dout /*(B,T,C)*/,
+                                   const int* tokens /*(B,T)*/, const int* order /*(B*T) positions sorted by token*/, int B, int T, int C) {
+        LAUNCH(position_backward_kernel, pack_blocks(size_t(T) * C), kThreads, 0, dwpe, dout, B, T, C);
+        dim3 grid(ceil_div(B * T, kTokenWarps), ceil_div(C, kTokenColumns));
+        LAUNCH(token_backward_kernel, grid, kTokenWarps * kWarpSize, 0, dwte, dout, tokens, order, B * T, C);
+    }
+
+    static void layernorm_forward(real* out /*(N,C)*/, float* mean /*(N)*/, float* rstd /*(N)*/, const real* x /*(N,C)*/,
+                                  const real* weight /*(C)*/, const real* bias /*(C)*/, int N, int C) {
+        with_packs_per_lane(C, [&](auto packs) {
+            LAUNCH((layernorm_forward_kernel<packs, false>), ceil_div(N, kLayerNormWarps), kLayerNormWarps * kWarpSize, 0,
+                   nullptr, out, mean, rstd, x, nullptr, weight, bias, N, C);
+        });
+    }
+
+    // residual = a + b, rounded to real; out = LayerNorm(residual)
+    static void residual_layernorm_forward(real* residual /*(N,C)*/, real* out /*(N,C)*/, float* mean /*(N)*/, float* rstd /*(N)*/,
+                                           const real* a /*(N,C)*/, const real* b /*(N,C)*/, const real* weight /*(C)*/,
+                                           const real* bias /*(C)*/, int N, int C) {
+        with_packs_per_lane(C, [&](auto packs) {
+            LAUNCH((layernorm_forward_kernel<packs, true>), ceil_div(N, kLayerNormWarps), kLayerNormWarps * kWarpSize, 0,
+                   residual, out, mean, rstd, a, b, weight, bias, N, C);
+        });
+    }
+
+    static void residual_forward(real* out, const real* a, const real* b, size_t n) {
+        LAUNCH(residual_forward_kernel, pack_blocks(n), kThreads, 0, out, a, b, n);
+    }
+
+    static size_t layernorm_scratch_floats(int C) { return size_t(layernorm_backward_blocks(C)) * 2 * C; }
+
+    static void layernorm_backward(real* dx /*(N,C) +=*/, float* dweight /*(C) +=*/, float* dbias /*(C) +=*/, const real* dout /*(N,C)*/,
+                                   const real* x /*(N,C)*/, const real* weight /*(C)*/, const float* mean /*(N)*/,
+                                   const float* rstd /*(N)*/, int N, int C, float* scratch /*layernorm_scratch_floats(C)*/) {
+        check_channels(C);
+        int threads = std::min(whole_warps(C), kLayerNormThreads), blocks = std::min(layernorm_backward_blocks(C), N);
+        constexpr int most_packs = kMaxChannels / kLayerNormThreads / Pack<real>::size;
+        auto kernel = whole_warps(C) == threads ? layernorm_backward_kernel<1, 2> : layernorm_backward_kernel<most_packs, 1>;
+        LAUNCH(kernel, blocks, threads, 0, dx, scratch, dout, x, weight, mean, rstd, N, C);
+        LAUNCH(add_partials_kernel, dim3(ceil_div(C, kWarpSize), 2), kWarpSize * kWarpSize, 0, dweight, dbias, scratch, blocks, C);
+    }
+
+    static void gelu_forward(real* out, const real* x, size_t n) { LAUNCH(gelu_forward_kernel, pack_blocks(n), kThreads, 0, out, x, n); }
+
+    static void gelu_backward(real* dx /*may be dout*/, const real* dout, const real* x, size_t n) {
+        LAUNCH(gelu_backward_kernel, pack_blocks(n), kThreads, 0, dx, dout, x, n);
+    }
+
+    // Columns V..Vp are masked; with write_dlogits the logits become (softmax - onehot)*dloss.
+    static void classifier(float* losses /*(N)*/, real* logits /*(N,Vp)*/, const int* targets /*(N)*/, float dloss, int N, int V,
+                           int Vp, bool write_dlogits) {
+        int threads = std::min(1024, whole_warps(ceil_div(Vp, 4)));  // four packs or more per thread
+        LAUNCH(classifier_kernel, N, threads, 0, losses, logits, targets, dloss, V, Vp, write_dlogits);
+    }
+
+    static void sum_losses(double* acc /*+=*/, const float* losses /*(n)*/, int n) {
+        LAUNCH(sum_losses_kernel, 1, 1024, 0, acc, losses, n);
+    }
+
+    static size_t bias_scratch_floats(int OC) { return size_t(bias_backward_slices(OC)) * OC; }
+
+    static void bias_backward(float* dbias /*(OC) +=*/, const real* dout /*(N,OC)*/, int N, int OC, float* scratch /*bias_scratch_floats(OC)*/) {
+        int slices = std::min(bias_backward_slices(OC), ceil_div(N, kBiasWarps));
+        LAUNCH(bias_backward_kernel, dim3(ceil_div(OC, kBiasColumns), slices), kBiasWarps * kWarpSize, 0, scratch, dout, N, OC);
+        LAUNCH(add_partials_kernel, ceil_div(OC, kWarpSize), kWarpSize * kWarpSize, 0, dbias, nullptr, scratch, slices, OC);
+    }
+
+    static void sum_squares(double* sums /*(n)*/, const float* x, const Range* ranges /*(n), device*/, int n) {
+        LAUNCH(sum_squares_kernel, n, 512, 0, sums, x, ranges);
+    }
+
+    static void clip_scale(float* clip /*(2): scale, norm*/, const double* sums /*(n)*/, int n, float max_norm) {
+        LAUNCH(clip_scale_kernel, 1, 1024, 0, clip, sums, n, max_norm);
+    }
+
+    static void adamw(real* params, float* master, float* m, float* v, const float* grads, size_t n, float lr, float beta1, float beta2,
+                      float eps, float weight_decay, float correction1 /*1-beta1^t*/, float correction2 /*1-beta2^t*/, const float* clip) {
+        AdamW h{lr, beta1, beta2, eps, weight_decay, correction1, correction2};
+        if (n > 0) LAUNCH(adamw_kernel, quad_blocks(n), kThreads, 0, params, master, m, v, grads, n, h, clip);
+    }
+
+    static void muon_momentum(float* grads, float* momentum, size_t n, float mu, bool nesterov, const float* clip) {
+        if (n > 0) LAUNCH(muon_momentum_kernel, quad_blocks(n), kThreads, 0, grads, momentum, n, mu, nesterov, clip);
+    }
+
+    static void cast_params(real* params, const float* master, size_t n) {
+        if (n > 0) LAUNCH(cast_params_kernel, quad_blocks(n), kThreads, 0, params, master, n);
+    }
+
+private:
+    static constexpr int kThreads = 256;
+
+    // Threads for one pack each of a row of C elements, in whole warps.
+    static int whole_warps(int C) { return round_up(ceil_div(C, Pack<real>::size), kWarpSize); }
+
+    static unsigned pack_blocks(size_t n) {
+        if (n == 0 || n % Pack<real>::size != 0) fail("%zu elements do not divide into packs; sizes must be multiples of 8", n);
+        return unsigned(ceil_div(n, size_t(kThreads * Pack<real>::size)));
+    }
+    static unsigned quad_blocks(size_t n) { return unsigned(ceil_div(n, size_t(kThreads * kQuad))); }
+
+    static void check_channels(int C) {
+        if (C % 8 != 0 || C > kMaxChannels) fail("%d channels: LayerNorm handles multiples of 8 up to %d", C, kMaxChannels);
+    }
+
+    // Calls f with the number of packs of a row that each lane of a warp holds, as a compile-time constant.
+    template <class F> static void with_packs_per_lane(int C, F f) {
+        check_channels(C);
+        int packs = ceil_div(C, kWarpSize * Pack<real>::size);
+        if (packs <= 2) f(std::integral_constant<int, 2>());
+        else if (packs <= 3) f(std::integral_constant<int, 3>());  // bf16: C = 768
+        else if (packs <= 4) f(std::integral_constant<int, 4>());  // 1024
+        else if (packs <= 5) f(std::integral_constant<int, 5>());  // 1280
+        else if (packs <= 7) f(std::integral_constant<int, 7>());  // 1600
+        else if (packs <= 16) f(std::integral_constant<int, 16>());
+        else f(std::integral_constant<int, kMaxChannels / kWarpSize / Pack<real>::size>());
+    }
+
+    // All resident at once: the kernel's 100 registers allow 600 threads on each multiprocessor.
+    static int layernorm_backward_blocks(int C) { return kMultiprocessors * std::max(1, 600 / whole_warps(C)); }
+    // Eight blocks of 256 threads on each multiprocessor, spread over the columns first.
+    static int bias_backward_slices(int OC) { return std::max(1, kMultiprocessors * 8 / ceil_div(OC, kBiasColumns)); }
+};

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Trains the same small model on the same text with several optimizers and puts them side by side.
+#   scripts/compare.sh [adamw] [muon] [dmuon]     all three if none is named
+# Runs that are finished are not trained again; one that was interrupted goes on. Everything is in runs/small_{cpu,gpu}.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+say() { printf '\n== %s\n' "$*"; }
+fail() { echo "compare: $*" >&2; exit 1; }
+
+optimizers=("$@")
+((${#optimizers[@]})) || optimizers=(adamw muon dmuon)
+for optimizer in "${optimizers[@]}"; do
+    [[ $optimizer =~ ^(adamw|muon|dmuon)$ ]] || fail "'$optimizer' is not one of adamw, muon, dmuon"
+done
+
+say "tools"
+scripts/setup.sh
+say "build"
+make
+
+say "data"
+# Python's own library is enough for bytes. The first text that can be had:
+data=""
+for text in tinyshakespeare austen; do
+    if scripts/data.py $text --tokenizer byte --out data/${text}_byte > /dev/null; then
+        data=data/${text}_byte
+        break
+    fi
+done
+[[ $data ]] || fail "no text could be fetched (no network?); train on your own: scripts/data.py text:FILE says how"
+
+# A byte-level model in both cases: a million characters teach spelling, names and the form of a play. (A 124M model on
+# GPT-2 tokens would know so short a text by heart after a hundred steps; the README says how to train one on FineWeb.)
+if ./train_gpt --version | grep -q cuda && nvidia-smi -L > /dev/null 2>&1; then
+    runs=runs/small_gpu
+    steps=1500
+    flags=(--model d6 --seq_len 256 --batch 64 --warmup 100 --eval_every 100)
+    say "a GPU: $(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)"
+    echo "training d6, 11 M parameters on the bytes of ${data#data/}, $steps steps with each of: ${optimizers[*]}"
+else
+    runs=runs/small_cpu
+    steps=600
+    flags=(--layers 4 --heads 4 --channels 128 --seq_len 128 --batch 16 --warmup 30 --eval_every 50 --device cpu)
+    say "no GPU in use ($(command -v nvidia-smi > /dev/null && echo "this build has no CUDA" || echo "none found")): the CPU"
+    echo "training 4 layers of 128 channels, 0.8 M parameters on the bytes of ${data#data/}, $steps steps with each of:" \
+        "${optimizers[*]}"
+fi
+flags+=(--train "$data/train_*.bin" --val "$data/val_*.bin" --steps "$steps" --sample_every "$steps" --sample_tokens 400)
+
+for optimizer in "${optimizers[@]}"; do
+    run=$runs/$optimizer
+    case $optimizer in # each with its own learning rate
+        adamw) command=(./train_gpt "${flags[@]}" --optimizer adamw --lr 2e-3 --out "$run") ;;
+        *) command=(./train_gpt "${flags[@]}" --optimizer "$optimizer" --lr 2e-3 --muon_lr 4e-3 --out "$run") ;;
+    esac
+    say "$optimizer"
+    if [[ -e $run/command && $(< "$run/command") != "${command[*]}" ]]; then
+        fail "$run was made by another command ($(< "$run/command")); remove it to train anew"
+    elif [[ -e $run/step_$(printf %08d "$steps").ckpt ]]; then
+        echo "trained already: $run (remove it to train anew)"
+        continue
+    fi
+    mkdir -p "$run"
+    echo "${command[*]}" | tee "$run/command"
+    # All lines go to the file; of the step lines, the first and those with a validation loss are shown.
+    "${command[@]}" --resume auto | tee -a "$run/output.txt" |
+        awk '!/^step/ || /^step +1\// || / val / { print; fflush() }'
+done
+
+say "what the last of them, ${optimizers[-1]}, writes after $steps steps"
+awk '/^--- sample/ { text = ""; on = 1; next } /^---$/ { on = 0 } on { text = text $0 "\n" } END { printf "%s", text }' \
+    "$runs/${optimizers[-1]}/output.txt"
+
+say "side by side"
+scripts/compare.py "${optimizers[@]/#/$runs/}" --png "$runs/compare.png"

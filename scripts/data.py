@@ -1,0 +1,521 @@
+#!/usr/bin/env python3
+"""Turns text into token shards that train_gpt reads, and writes tokenizer.bin beside them.
+
+    scripts/data.py tinyshakespeare                        1.1 MB of Shakespeare, as bytes
+    scripts/data.py austen --tokenizer gpt2                six novels by Jane Austen, from a Debian package
+    scripts/data.py tinystories --tokenizer gpt2           2.2 GB of stories for small models
+    scripts/data.py fineweb10B --tokenizer gpt2 --shards 10   web text, GPT-2 tokens already, 100M to a shard
+    scripts/data.py text:PATH --val_frac 0.04              your own: a file (plain, .xz, .gz), a directory, or a URL
+
+Bytes need nothing but Python; GPT-2's BPE comes from the package tiktoken (installed into .venv on first need).
+
+Shard (llm.c's format):  256 int32 {20240520, 1, number of tokens, 0...}, then the tokens as uint16.
+tokenizer.bin (llm.c's): 256 int32 {20240328, 2, vocabulary, end-of-text token, 0...}, then for each token one byte of
+length and its bytes. Every document is preceded by the end-of-text token: 50256 under gpt2, a newline under byte.
+"""
+import argparse
+import array
+import concurrent.futures
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import zlib
+from collections import deque
+from pathlib import Path
+
+import packages
+
+GITHUB = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+GITHUB_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-%s.txt"
+FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_%s_%06d.bin"
+FINEWEB_SHARDS = 103  # training shards that exist there
+DATASETS = ("tinyshakespeare", "austen", "tinystories", "fineweb10B")
+
+SEPARATOR = b"<|endoftext|>"  # between the documents of one text file
+BLOCK = 1 << 20  # bytes of text tokenized at a time
+
+
+class Unreachable(Exception):
+    """A source that does not answer: another one may."""
+
+
+def say(text):
+    print(f"data: {text}", file=sys.stderr, flush=True)
+
+
+def fail(text, code=1):
+    sys.exit(say(text) or code)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources: each yields documents, as bytes
+
+class Progress:
+    """A line that rewrites itself on a terminal, and a line every ten seconds elsewhere."""
+
+    def __init__(self, label, total=None, unit="MB"):
+        self.label, self.total, self.unit = label, total, unit
+        self.start = self.last = time.time()
+
+    def show(self, done, start=0):
+        tty, now = sys.stderr.isatty(), time.time()
+        if now - self.last < (0.2 if tty else 10):
+            return
+        self.last = now
+        rate = (done - start) / 1e6 / (now - self.start)
+        total = f" of {self.total / 1e6:.1f}" if self.total else ""
+        line = f"data: {self.label}: {done / 1e6:.1f}{total} {self.unit}, {rate:.1f} {self.unit}/s"
+        print(f"\r{line}   " if tty else line, end="" if tty else "\n", file=sys.stderr, flush=True)
+
+    def done(self):
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def download(url, path, sha256=None, tries=5):
+    """Fetches url to path, continuing path.part where an earlier try stopped. Complete (the server's length) or nothing."""
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    say(f"downloading {url}")
+    for attempt in range(tries):
+        have = part.stat().st_size if part.exists() else 0
+        try:
+            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+            with urllib.request.urlopen(request, timeout=30) as reply:
+                if have and reply.status != 206:  # the server does not resume
+                    have = 0
+                length = reply.headers.get("Content-Length")
+                total = have + int(length) if length else None
+                progress = Progress(path.name, total)
+                with open(part, "ab" if have else "wb") as f:
+                    start = have
+                    while block := reply.read(1 << 18):
+                        f.write(block)
+                        have += len(block)
+                        progress.show(have, start)
+                progress.done()
+            if total is None or have == total:
+                break
+            reason = f"the connection ended after {have} of {total} bytes"
+        except urllib.error.HTTPError as e:
+            if e.code == 416:  # part is as long as the file, or longer: of another version
+                part.unlink()
+            elif e.code not in (408, 429) and e.code < 500:
+                raise Unreachable(f"{url}: {e}") from None
+            reason = str(e)
+        except (OSError, urllib.error.URLError) as e:  # URLError is an OSError; the name is for the reader
+            reason = str(getattr(e, "reason", e))
+            if not have and attempt == 1:  # twice without a byte: it is not the connection that is shaky
+                raise Unreachable(f"{url}: {reason}") from None
+        if attempt + 1 < tries:
+            say(f"{reason}; trying again ({attempt + 2} of {tries})")
+            time.sleep(min(2**attempt, 10))
+    else:
+        raise Unreachable(f"{url}: {reason}; what came is kept in {part}: run this again to continue")
+    if sha256:
+        found = hashlib.sha256(part.read_bytes()).hexdigest()
+        if found != sha256:
+            part.unlink()
+            raise Unreachable(f"{url}: not the expected content (sha256 {found}, expected {sha256})")
+    os.replace(part, path)
+    return path
+
+
+def text_documents(path):
+    """The documents of a text file (plain, .xz or .gz), split at <|endoftext|>; read in pieces, so of any size."""
+    opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
+    with opener(path, "rb") as f:
+        rest = b""
+        while block := f.read(16 * BLOCK):
+            *complete, rest = (rest + block).split(SEPARATOR)
+            yield from complete
+        yield rest
+
+
+def directory_documents(root):
+    """Every text file under a directory, in order of name; hidden ones, and those that are not UTF-8 text, left out."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(d for d in folders if not d.startswith("."))
+        for name in sorted(f for f in files if not f.startswith(".")):
+            path = Path(folder, name)
+            if path.is_file():
+                text = path.read_bytes()
+                try:
+                    text.decode()
+                except UnicodeDecodeError:
+                    continue
+                if b"\0" not in text:
+                    yield text
+
+
+def austen_documents(downloads):
+    """Six novels from Debian's r-cran-janeaustenr, fetched and unpacked as an ordinary user, read without R.
+
+    Rdata.rdb is a row of {uint32 length (big-endian), zlib stream}; each stream is one R value, serialised as XDR:
+    "X\\n", int32 format (2 or 3), two R versions, in format 3 the native encoding (int32 length, bytes); then a character
+    vector: int32 16 (STRSXP), int32 count, and for every line int32 flags (low byte 9: CHARSXP), int32 length, bytes.
+    """
+    package = downloads / "r-cran-janeaustenr.deb"
+    if not package.exists():
+        package.parent.mkdir(parents=True, exist_ok=True)
+        say("fetching the Debian package r-cran-janeaustenr")
+        fetch_debian("r-cran-janeaustenr", package)
+    with tempfile.TemporaryDirectory() as unpacked:
+        subprocess.run(["dpkg", "-x", package, unpacked], check=True)
+        blocks = Path(unpacked, "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").read_bytes()
+    at = 0
+    while at < len(blocks):
+        stream = zlib.decompressobj()
+        data = stream.decompress(blocks[at + 4:])
+        if len(data) != int.from_bytes(blocks[at:at + 4], "big"):
+            fail(f"{package}: damaged: delete it and try again")
+        at = len(blocks) - len(stream.unused_data)
+        yield b"\n".join(r_character_vector(data)) + b"\n"
+
+
+def r_character_vector(data):
+    def int32(at):
+        return struct.unpack_from(">i", data, at)[0]
+
+    assert data[:2] == b"X\n", "not an R value in XDR form"
+    at = 14  # past "X\n", the format and two versions
+    if int32(2) == 3:
+        at += 4 + int32(at)
+    assert int32(at) & 0xff == 16, "not a character vector"
+    count = int32(at + 4)
+    at += 8
+    for _ in range(count):
+        flags, length = int32(at), int32(at + 4)
+        assert flags & 0xff == 9
+        line = data[at + 8:at + 8 + max(length, 0)]  # length -1: NA
+        latin1 = flags >> 12 & 4
+        yield line.decode("latin-1").encode() if latin1 else line
+        at += 8 + len(line)
+
+
+def fetch_debian(package, path):
+    """apt-get download; where the machine's package lists lack it (or are empty), with lists of our own."""
+    if not shutil.which("apt-get") or not shutil.which("dpkg"):
+        raise Unreachable(f"{package}: no apt-get and dpkg on this machine")
+    with tempfile.TemporaryDirectory() as tmp:
+        own = ["-o", f"Dir::State::lists={tmp}/lists", "-o", f"Dir::Cache={tmp}/cache"]
+        quick = ["-qq", "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=20", "-o", "APT::Sandbox::User="]
+        for options in ([], own):
+            if options:
+                os.makedirs(f"{tmp}/lists/partial")
+                subprocess.run(["apt-get", *quick, *options, "update"], cwd=tmp, capture_output=True)
+            run = subprocess.run(["apt-get", *quick, *options, "download", package], cwd=tmp, capture_output=True, text=True)
+            found = list(Path(tmp).glob("*.deb"))
+            if run.returncode == 0 and found:
+                temporary = path.with_name(path.name + ".part")
+                shutil.copyfile(found[0], temporary)
+                os.replace(temporary, path)
+                return
+    raise Unreachable(f"{package}: {(run.stderr.strip() or 'apt-get has no such package').splitlines()[-1]}")
+
+
+def reachable(name, downloads):
+    """Whether another dataset could be had, for the hint after a failure."""
+    try:
+        if name == "austen":
+            with tempfile.TemporaryDirectory() as tmp:
+                fetch_debian("r-cran-janeaustenr", Path(tmp, "austen.deb"))
+        else:
+            url = {"tinyshakespeare": GITHUB, "tinystories": TINYSTORIES % "valid", "fineweb10B": FINEWEB % ("val", 0)}[name]
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
+        return True
+    except (Unreachable, OSError):
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers: bytes of text -> tokens, as little-endian uint16
+
+class ByteTokenizer:
+    """A token is a byte. The end-of-text token is a newline: every text has it, so a sample can start from it."""
+    vocab, eot = 256, 10
+
+    def tokens(self):
+        return [bytes([i]) for i in range(256)]
+
+    def encode(self, pieces):
+        for piece in pieces:
+            out = bytearray(2 * len(piece))
+            out[::2] = piece
+            yield out
+
+
+class Gpt2Tokenizer:
+    vocab, eot = 50257, 50256
+
+    def __init__(self, downloads):
+        packages.need("tiktoken")
+        os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(downloads / "tiktoken"))  # workers read it too
+        import tiktoken
+        try:
+            self.bpe = tiktoken.get_encoding("gpt2")
+        except Exception as e:  # tiktoken downloads its two files with another package, whose errors we do not know
+            fail(f"tiktoken could not download GPT-2's vocabulary ({type(e).__name__}): try again with a network, point "
+                 "TIKTOKEN_CACHE_DIR at a directory that has it, or use --tokenizer byte")
+
+    def tokens(self):
+        return [self.bpe.decode_single_token_bytes(i) for i in range(self.eot)] + [SEPARATOR]
+
+    def encode(self, pieces):
+        """In parallel processes, in order; a few pieces ahead of the reader, so that the text need not fit in memory."""
+        workers = len(os.sched_getaffinity(0))
+        with concurrent.futures.ProcessPoolExecutor(workers, initializer=gpt2_start) as pool:
+            queue = deque()
+            for piece in pieces:
+                queue.append(pool.submit(gpt2_encode, piece))
+                if len(queue) > 3 * workers:
+                    yield queue.popleft().result()
+            while queue:
+                yield queue.popleft().result()
+
+
+def gpt2_start():
+    global gpt2
+    import tiktoken
+    gpt2 = tiktoken.get_encoding("gpt2")
+
+
+def gpt2_encode(piece):
+    return array.array("H", gpt2.encode_ordinary(piece.decode(errors="replace"))).tobytes()
+
+
+# GPT-2's BPE never joins anything across a single newline between two visible ASCII characters, so a text cut after one
+# has the same tokens as the whole.
+CUT = re.compile(rb"(?<=[!-~]\n)(?=[!-~])")
+
+
+def pieces(document):
+    at = 0
+    while len(document) - at > BLOCK:
+        cut = CUT.search(document, at + BLOCK)
+        end = cut.start() if cut else len(document)
+        yield document[at:end]
+        at = end
+    yield document[at:]
+
+
+def tokenize(documents, tokenizer, path):
+    """Writes all tokens to path; returns their number."""
+    eot, progress, done = struct.pack("<H", tokenizer.eot), Progress("tokens", unit="M"), 0
+    starts = deque()  # for each piece under way: does a document begin with it?
+
+    def all_pieces():
+        for document in documents:
+            if document.strip():
+                for i, piece in enumerate(pieces(document)):
+                    starts.append(i == 0)
+                    yield piece
+
+    with open(path, "wb") as f:
+        for tokens in tokenizer.encode(all_pieces()):
+            if starts.popleft():
+                done += f.write(eot) // 2
+            done += f.write(tokens) // 2
+            progress.show(done)
+    progress.done()
+    return done
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is written
+
+def write_atomic(path, blocks):
+    """Under a temporary name, then renamed: a file with its name is whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as f:
+        for block in blocks:
+            f.write(block)
+    os.replace(temporary, path)
+
+
+def header(*fields):
+    return struct.pack("<256i", *fields, *[0] * (256 - len(fields)))
+
+
+def write_shards(out, split, tokens, begin, end, shard_tokens):
+    """Tokens begin..end of an open file of uint16, as split_000.bin, split_001.bin, ..."""
+    def blocks(first, count):
+        yield header(20240520, 1, count)
+        tokens.seek(2 * first)
+        while count:
+            block = tokens.read(2 * min(count, BLOCK))
+            count -= len(block) // 2
+            yield block
+
+    names = []
+    for first in range(begin, end, shard_tokens):
+        names.append(f"{split}_{len(names):03d}.bin")
+        write_atomic(out / names[-1], blocks(first, min(shard_tokens, end - first)))
+    return names
+
+
+def write_tokenizer(out, tokenizer):
+    write_atomic(out / "tokenizer.bin", [header(20240328, 2, tokenizer.vocab, tokenizer.eot)] +
+                 [bytes([len(t)]) + t for t in tokenizer.tokens()])
+
+
+def text_shards(args, out, tokenizer):
+    """Datasets that arrive as text."""
+    kind, _, where = args.dataset.partition(":")
+    splits = {"train": None}
+    if kind == "tinyshakespeare":
+        splits["train"] = text_documents(download(GITHUB, args.downloads / "tinyshakespeare.txt", GITHUB_SHA256))
+    elif kind == "austen":
+        splits["train"] = austen_documents(args.downloads)
+    elif kind == "tinystories":
+        splits = {s: text_documents(download(TINYSTORIES % n, args.downloads / f"tinystories_{s}.txt"))
+                  for s, n in (("val", "valid"), ("train", "train"))}
+    elif re.match("https?://", where):
+        name = hashlib.sha256(where.encode()).hexdigest()[:8] + "_" + where.rsplit("/", 1)[-1]
+        splits["train"] = text_documents(download(where, args.downloads / name))
+    else:
+        splits["train"] = directory_documents(where) if os.path.isdir(where) else text_documents(Path(where))
+
+    files, temporary = [], out / "tokens.tmp"
+    for split, documents in splits.items():
+        count = tokenize(documents, tokenizer, temporary)
+        held_out = int(count * args.val_frac) if len(splits) == 1 else 0  # the last tokens, so that no text is in both
+        with open(temporary, "rb") as tokens:
+            files += write_shards(out, split, tokens, 0, count - held_out, args.shard_tokens)
+            files += write_shards(out, "val", tokens, count - held_out, count, args.shard_tokens)
+        temporary.unlink()
+        if not count:
+            fail(f"{args.dataset}: no text in it")
+    return files
+
+
+def fineweb_shards(args, out):
+    """Shards that exist as such. 100M tokens each, 200 MB."""
+    files = []
+    for split, index in [("val", 0)] + [("train", i) for i in range(1, args.shards + 1)]:
+        path = out / f"{split}_{index:03d}.bin"
+        download(FINEWEB % (split, index), path)
+        with open(path, "rb") as f:
+            magic, version, count = struct.unpack("<3i", f.read(12))
+        if (magic, version, path.stat().st_size) != (20240520, 1, 1024 + 2 * count):
+            path.unlink()
+            raise Unreachable(f"{FINEWEB % (split, index)}: what came is not a whole shard")
+        files.append(path.name)
+    return files
+
+
+def fingerprint(where):
+    """Of a text on this machine: shards are made again when it has changed."""
+    digest = hashlib.sha256()
+    documents = directory_documents(where) if os.path.isdir(where) else text_documents(Path(where))
+    for document in documents:
+        digest.update(document + SEPARATOR)
+    return digest.hexdigest()
+
+
+def shard_tokens(path):
+    with open(path, "rb") as f:
+        return struct.unpack("<3i", f.read(12))[2]
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", metavar="DATASET", help=f"{', '.join(DATASETS)} or text:PATH")
+    parser.add_argument("--tokenizer", choices=("byte", "gpt2"), default="byte")
+    parser.add_argument("--val_frac", type=float, metavar="X",
+                        help="the last X of the tokens are held out for validation [0.1; tinystories and fineweb10B bring their own]")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the shards go [data/DATASET_TOKENIZER]")
+    parser.add_argument("--shards", type=int, default=10, metavar="N", help="fineweb10B: training shards to fetch, up to 103 [10]")
+    parser.add_argument("--shard_tokens", type=int, default=10**8, metavar="N", help="tokens in one shard at most [100000000]")
+    parser.add_argument("--downloads", type=Path, metavar="DIR", default=packages.ROOT / "data" / "downloads",
+                        help="where downloaded originals are kept [data/downloads]")
+    args = parser.parse_args()
+    kind, _, where = args.dataset.partition(":")
+    if kind == "text" and where:
+        if not re.match("https?://", where) and not os.path.exists(where):
+            parser.error(f"{where}: no such file or directory")
+    elif args.dataset not in DATASETS:
+        parser.error(f"no dataset {args.dataset!r}: there are {', '.join(DATASETS)} and text:PATH")
+    if kind == "fineweb10B" and args.tokenizer != "gpt2":
+        parser.error("fineweb10B is GPT-2 tokens: add --tokenizer gpt2")
+    if kind in ("fineweb10B", "tinystories") and args.val_frac is not None:
+        parser.error(f"{kind} has a validation split of its own: leave --val_frac out")
+    args.val_frac = 0.1 if args.val_frac is None else args.val_frac
+    if not 0 <= args.val_frac < 1:
+        parser.error("--val_frac must be at least 0 and below 1")
+    if not 1 <= args.shards <= FINEWEB_SHARDS:
+        parser.error(f"--shards must be 1 to {FINEWEB_SHARDS}")
+    if not 2 <= args.shard_tokens < 2**31:
+        parser.error("--shard_tokens must be at least 2 and below 2^31, which is what the header holds")
+    name = Path(where.rstrip("/")).name.split(".")[0] if kind == "text" else kind
+    args.out = args.out or packages.ROOT / "data" / f"{name}_{args.tokenizer}"
+    return args
+
+
+def main():
+    args = parse_arguments()
+    out, manifest = args.out, args.out / "manifest.json"
+
+    # The manifest says how the shards were made; it is written last, so shards with a complete one are whole.
+    settings = {"dataset": args.dataset, "tokenizer": args.tokenizer}
+    if args.dataset == "fineweb10B":
+        settings["shards"] = args.shards
+    else:
+        settings.update(val_frac=args.val_frac, shard_tokens=args.shard_tokens)
+    if args.dataset.startswith("text:") and os.path.exists(args.dataset[5:]):
+        settings["sha256"] = fingerprint(args.dataset[5:])
+
+    found = {}
+    if manifest.exists():
+        found = json.loads(manifest.read_text())
+    elif any(out.glob("*.bin")):
+        fail(f"{out} holds shards that this script did not make: choose another --out")
+    if found.get("settings") == settings and all(
+            (out / name).exists() and (out / name).stat().st_size == size for name, size in found["files"].items()):
+        say(f"{out} is there already")
+        files = list(found["files"])
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(manifest, [b"{}"])
+        if found.get("settings", {}).get("dataset") != "fineweb10B" or args.dataset != "fineweb10B":
+            for stale in out.glob("*.bin"):  # of other settings, or of a run that did not end
+                stale.unlink()
+        tokenizer = ByteTokenizer() if args.tokenizer == "byte" else Gpt2Tokenizer(args.downloads)
+        write_tokenizer(out, tokenizer)
+        try:
+            files = fineweb_shards(args, out) if args.dataset == "fineweb10B" else text_shards(args, out, tokenizer)
+        except Unreachable as e:
+            say(str(e))
+            others = [d for d in DATASETS if d != args.dataset and reachable(d, args.downloads)] + ["text:PATH"]
+            fail(f"{args.dataset} can't be had here; these can: {', '.join(others)}")
+        sizes = {name: (out / name).stat().st_size for name in files + ["tokenizer.bin"]}
+        write_atomic(manifest, [json.dumps({"settings": settings, "files": sizes}, indent=1).encode()])
+
+    def total(split):
+        return sum(shard_tokens(out / name) for name in files if name.startswith(split))
+
+    say(f"{total('train'):,} tokens to train on, {total('val'):,} to validate on")
+    print(f"--train '{out}/train_*.bin'" + (f" --val '{out}/val_*.bin'" if total("val") else ""))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted; the same command continues", 130)
+    except OSError as e:  # a full disk, a directory that may not be written
+        fail(str(e))

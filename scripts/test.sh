@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# Builds and runs the whole suite: all that this machine allows. Ends with "N passed, N failed, N skipped"; tests that want
+# a GPU where there is none are the skipped ones. Output of each part: build/log/.
+#   scripts/test.sh [--no_setup]      --no_setup: installs nothing
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+passed=0 failed=0 skipped=0
+broken=()
+log=build/log
+mkdir -p $log
+
+count() { # name passed failed skipped seconds
+    passed=$((passed + $2)) failed=$((failed + $3)) skipped=$((skipped + $4))
+    printf '%-28s %4d passed %4d failed %4d skipped %6d s\n' "$1" "$2" "$3" "$4" "$5"
+    if (($3)); then
+        broken+=("$1")
+        echo "--- the end of $log/$1.txt"
+        tail -n 80 "$log/$1.txt" 2> /dev/null || true
+        echo "---"
+    fi
+}
+
+# A part that passes or fails as a whole.
+check() { # name command...
+    local name=$1 start=$SECONDS
+    shift
+    if "$@" > "$log/$name.txt" 2>&1; then
+        count "$name" 1 0 0 $((SECONDS - start))
+    else
+        count "$name" 0 1 0 $((SECONDS - start))
+    fi
+}
+
+# A test program or script: its own last counts, doctest's or "N passed, N failed, N skipped". One that ends badly without
+# a failed test, or that ran none, has failed.
+program() { # name command...
+    local name=$1 start=$SECONDS status=0 counts p f s
+    shift
+    timeout --kill-after=10 1500 "$@" > "$log/$name.txt" 2>&1 < /dev/null || status=$?
+    counts=$(sed -nE -e 's/^\[doctest\] test cases: *[0-9]+ \| *([0-9]+) passed \| *([0-9]+) failed \| *([0-9]+) skipped.*/\1 \2 \3/p' \
+        -e 's/^([0-9]+) passed, ([0-9]+) failed, ([0-9]+) skipped$/\1 \2 \3/p' "$log/$name.txt" | tail -n 1)
+    read -r p f s <<< "${counts:-0 1 0}"
+    ((status == 0 || f > 0)) || f=1
+    ((p + f + s > 0)) || f=1
+    ((status == 0)) || echo "exit status $status" >> "$log/$name.txt"
+    count "$name" "$p" "$f" "$s" $((SECONDS - start))
+}
+
+[[ ${1:-} == --no_setup ]] || scripts/setup.sh
+
+echo "== build"
+make info
+check make make
+check make_tests make --keep-going --jobs="$(nproc)" tests
+no_warnings() { ! grep -h 'warning' $log/make.txt $log/make_tests.txt; }
+check no_warnings no_warnings
+
+echo "== tests"
+# A build for the GPU can leave NCCL and MPI out; then what is tested here is not the whole program.
+have_nvcc=$(make info | grep -q '^CUDA .*nvcc' && echo yes || true)
+complete() { # with nvcc: CUDA in it; in CI: NCCL and MPI as well
+    ./train_gpt --version
+    [[ ! $have_nvcc ]] || ./train_gpt --version | grep -q cuda
+    [[ ${CI:-} != true || ! $have_nvcc ]] || ./train_gpt --version | grep -q nccl
+    [[ ${CI:-} != true ]] || ./train_gpt --version | grep -q mpi
+}
+check complete_build complete
+
+for name in test_host test_cpu test_fiber_fp32 test_fiber_bf16 test_comm; do
+    program $name build/$name
+done
+for name in test_cuda_fp32 test_cuda_bf16; do
+    if nvidia-smi -L > /dev/null 2>&1 && [[ $have_nvcc ]]; then
+        program $name build/$name
+    elif [[ $have_nvcc ]]; then # built and counted, not run
+        cases=$(build/$name --count 2>&1 | grep -oE '[0-9]+$' | tail -n 1 || true)
+        if [[ $cases ]]; then count "$name (no GPU)" 0 0 "$cases" 0; else count "$name" 0 1 0 0; fi
+    else
+        count "$name (no nvcc)" 0 0 "$(grep -c '^TEST_CASE' test/test_cuda.cu)" 0
+    fi
+done
+program test_ranks python3 test/test_ranks.py ./train_gpt
+program test_train python3 test/test_train.py ./train_gpt
+program test_data python3 test/test_data.py
+
+echo
+((${#broken[@]} == 0)) || echo "failed: ${broken[*]}"
+echo "$passed passed, $failed failed, $skipped skipped"
+((failed == 0))

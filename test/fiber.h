@@ -1,0 +1,490 @@
+// fiber.h (tests only): runs CUDA kernels on a CPU, one fiber per CUDA thread, compiled by a host compiler with -DFIBER.
+//
+// It tests semantics: indexing, tails, barriers, reductions, rounding, alignment. It does not test timing or memory races,
+// though it makes both easier to see: between two barriers a thread runs as far as it can before the next one starts, and
+// the order of blocks and threads and the moment at which cp.async copies land alternate from launch to launch.
+// Blocks run one after the other, so __shared__ is a static variable. wgmma and TMA are not emulated.
+//
+// In reading order: the switch between fibers, the scheduler of one block, barriers and warp collectives, the launch, the
+// vocabulary of CUDA (threadIdx, shuffles, intrinsics, the few runtime calls), and the instructions that mma.cuh wraps.
+// Compile with: g++ -std=c++17 -O2 -DFIBER -fno-strict-aliasing -Wno-unknown-pragmas -I <toolkit>/include
+#pragma once
+#include <cuda_bf16.h>  // the toolkit's bf16 and half types have host code, with round to nearest even
+#include <cuda_fp16.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+namespace fiber {
+
+constexpr int kWarp = 32, kMaxThreads = 1024;
+constexpr size_t kStackBytes = 256 * 1024;
+constexpr size_t kSharedBytes = 227 * 1024;  // what one block may ask for on sm_90
+
+[[noreturn]] inline void die(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The switch: saves the registers that a call must preserve on the running stack, and continues on the other stack.
+
+#if defined(__x86_64__)
+typedef void* Context;  // a stack pointer
+__attribute__((naked, noinline)) inline void switch_context(Context* /*save: rdi*/, Context* /*load: rsi*/) {
+    asm("pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
+        "movq %rsp, (%rdi)\n movq (%rsi), %rsp\n"
+        "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret");
+}
+inline void make_context(Context* context, char* stack, size_t bytes, void (*entry)()) {
+    // As if entry's caller had just called switch_context: six registers and the return address. Above them one slot keeps
+    // the stack misaligned by 8, as a function finds it on entry.
+    void** top = reinterpret_cast<void**>(stack + bytes) - 8;
+    std::memset(top, 0, 8 * sizeof(void*));
+    top[6] = reinterpret_cast<void*>(entry);
+    *context = top;
+}
+#else
+}  // namespace fiber
+#include <ucontext.h>
+namespace fiber {
+typedef ucontext_t Context;
+inline void switch_context(Context* save, Context* load) { swapcontext(save, load); }
+inline void make_context(Context* context, char* stack, size_t bytes, void (*entry)()) {
+    getcontext(context);
+    context->uc_stack.ss_sp = stack;
+    context->uc_stack.ss_size = bytes;
+    makecontext(context, entry, 0);
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The threads of the one block that runs, and a queue of those that can go on.
+
+enum class Wait { none, block_barrier, warp_collective, done };
+
+struct PendingCopy {  // cp.async that has not landed yet
+    void* to;
+    const void* from;  // null: zeros
+    int group;
+};
+
+struct Collective {                     // what a thread hands in when it reaches a warp-wide instruction
+    const char* name = nullptr;         // two lanes must meet at the same one
+    unsigned mask = 0;
+    void* arguments = nullptr;          // lies on the stack of the waiting thread
+};
+
+struct Thread {
+    Context context;
+    uint3 index{};
+    Wait wait = Wait::done;
+    Collective collective;
+    std::vector<PendingCopy> copies;
+    int copy_group = 0;
+};
+
+struct Warp {
+    unsigned live = 0, arrived = 0;  // bit masks of lanes
+};
+
+struct Machine {
+    Thread threads[kMaxThreads];
+    Warp warps[kMaxThreads / kWarp];
+    Context scheduler;
+    std::vector<int> queue;
+    size_t next = 0;  // queue[next..] can go on
+    int current = 0, count = 0, live = 0, at_barrier = 0, made = 0;
+    const std::function<void()>* body = nullptr;
+    const char* kernel = "";
+    bool late_copies = false;
+    unsigned launches = 0;
+};
+inline Machine machine;
+alignas(1024) inline unsigned char dynamic_shared[kSharedBytes];
+
+}  // namespace fiber
+
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+constexpr int warpSize = 32;
+
+namespace fiber {
+
+inline void die(const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    std::fprintf(stderr, "fiber: kernel %s, block (%u,%u,%u), thread (%u,%u,%u): ", machine.kernel, blockIdx.x, blockIdx.y,
+                 blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z);
+    std::vfprintf(stderr, format, args);
+    std::fprintf(stderr, "\n");
+    va_end(args);
+    std::abort();
+}
+
+[[noreturn]] inline void report_deadlock() {
+    std::fprintf(stderr, "fiber: no thread can go on: the threads of a block wait at different places\n");
+    for (int w = 0; w * kWarp < machine.count; w++) {
+        int barrier = 0, done = 0, collective = 0;
+        const char* name = "";
+        for (int t = w * kWarp; t < std::min(machine.count, (w + 1) * kWarp); t++) {
+            const Thread& thread = machine.threads[t];
+            barrier += thread.wait == Wait::block_barrier;
+            done += thread.wait == Wait::done;
+            if (thread.wait == Wait::warp_collective) collective++, name = thread.collective.name;
+        }
+        std::fprintf(stderr, "  warp %d: %d at __syncthreads, %d at a warp collective %s, %d returned\n", w, barrier,
+                     collective, name, done);
+    }
+    die("deadlock");
+}
+
+inline void make_ready(int t) {
+    machine.threads[t].wait = Wait::none;
+    machine.queue.push_back(t);
+}
+
+// Leaves the running thread, which has said what it waits for, and continues the next one that can run. The scheduler is
+// only returned to when all threads of the block have returned.
+inline void run_next() {
+    int from = machine.current;
+    if (machine.next == machine.queue.size()) {
+        if (machine.live > 0) report_deadlock();
+        switch_context(&machine.threads[from].context, &machine.scheduler);
+    } else {
+        int to = machine.queue[machine.next++];
+        if (to == from) return;
+        machine.current = to;
+        threadIdx = machine.threads[to].index;
+        switch_context(&machine.threads[from].context, &machine.threads[to].context);
+    }
+}
+
+inline void try_collective(int w, unsigned mask, void (*run)(Thread* lanes, unsigned active));
+
+inline void release_block_barrier() {
+    if (machine.at_barrier == 0 || machine.at_barrier < machine.live) return;
+    machine.at_barrier = 0;
+    for (int t = 0; t < machine.count; t++)
+        if (machine.threads[t].wait == Wait::block_barrier) make_ready(t);
+}
+
+inline void thread_main() {
+    for (;;) {  // one round per block
+        (*machine.body)();
+        Thread& thread = machine.threads[machine.current];
+        if (!thread.copies.empty()) thread.copies.clear();
+        thread.wait = Wait::done;
+        machine.live--;
+        machine.warps[machine.current / kWarp].live &= ~(1u << machine.current % kWarp);
+        release_block_barrier();  // a barrier waits for the threads that have not returned
+        run_next();
+    }
+}
+
+inline void block_barrier() {
+    machine.threads[machine.current].wait = Wait::block_barrier;
+    machine.at_barrier++;
+    release_block_barrier();
+    run_next();
+}
+
+// All lanes of `mask` that have not returned meet here; the last to come runs `run` for all of them, so the instruction
+// happens at one moment, as on the device. A lane that returns while others wait for it is reported as a deadlock.
+inline void warp_collective(const char* name, unsigned mask, void* arguments, void (*run)(Thread* lanes, unsigned active)) {
+    int t = machine.current, w = t / kWarp;
+    if (!(mask >> t % kWarp & 1)) die("%s: the mask %08x lacks the calling lane", name, mask);
+    Warp& warp = machine.warps[w];
+    machine.threads[t].collective = {name, mask, arguments};
+    warp.arrived |= 1u << t % kWarp;
+    unsigned expected = mask & warp.live;
+    if ((warp.arrived & expected) != expected) {
+        machine.threads[t].wait = Wait::warp_collective;
+        run_next();
+        return;
+    }
+    Thread* lanes = &machine.threads[w * kWarp];
+    for (int l = 0; l < kWarp; l++) {
+        if (!(expected >> l & 1)) continue;
+        if (std::strcmp(lanes[l].collective.name, name) != 0 || lanes[l].collective.mask != mask)
+            die("lane %d is at %s (mask %08x) while this lane is at %s (mask %08x)", l, lanes[l].collective.name,
+                lanes[l].collective.mask, name, mask);
+    }
+    run(lanes, expected);
+    warp.arrived &= ~expected;
+    for (int l = 0; l < kWarp; l++)
+        if ((expected >> l & 1) && lanes[l].wait == Wait::warp_collective) make_ready(w * kWarp + l);
+}
+
+template <class T> T& argument(Thread& lane) { return *static_cast<T*>(lane.collective.arguments); }
+
+inline void check_aligned(const void* pointer, size_t bytes, const char* what) {
+    if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) die("%s at %p needs %zu-byte alignment", what, pointer, bytes);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The launch: blocks one after the other.
+
+inline void make_threads(int count) {
+    // Stacks are kept for the life of the process. The odd stride spreads their tops over the sets of the CPU's cache.
+    constexpr size_t stride = kStackBytes + 4096 + 192;
+    static char* stacks = nullptr;
+    if (!stacks) {
+        void* memory = mmap(nullptr, kMaxThreads * stride, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (memory == MAP_FAILED) die("no memory for the stacks");
+        stacks = static_cast<char*>(memory);
+    }
+    for (; machine.made < count; machine.made++)
+        make_context(&machine.threads[machine.made].context, stacks + machine.made * stride, kStackBytes, thread_main);
+}
+
+inline void run_block(bool reversed, size_t shared_bytes) {
+    machine.live = machine.count;
+    machine.at_barrier = 0;
+    machine.queue.clear();
+    machine.next = 0;
+    std::memset(dynamic_shared, 0xff, shared_bytes);  // NaN: shared memory starts undefined
+    for (int w = 0; w * kWarp < machine.count; w++) machine.warps[w] = Warp{};
+    for (int i = 0; i < machine.count; i++) {
+        int t = reversed ? machine.count - 1 - i : i;
+        machine.threads[t].index = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
+        machine.warps[t / kWarp].live |= 1u << t % kWarp;
+        make_ready(t);
+    }
+    machine.current = machine.queue[machine.next++];
+    threadIdx = machine.threads[machine.current].index;
+    switch_context(&machine.scheduler, &machine.threads[machine.current].context);
+}
+
+inline void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
+    machine.kernel = kernel;
+    machine.count = block.x * block.y * block.z;
+    size_t blocks = size_t(grid.x) * grid.y * grid.z;
+    if (machine.count < 1 || machine.count > kMaxThreads) die("%d threads in a block", machine.count);
+    if (blocks < 1 || grid.y > 65535 || grid.z > 65535) die("grid (%u,%u,%u)", grid.x, grid.y, grid.z);
+    if (shared_bytes > kSharedBytes) die("%zu bytes of dynamic shared memory; a block may have %zu", shared_bytes, kSharedBytes);
+    make_threads(machine.count);
+    machine.body = &body;
+    blockDim = block;
+    gridDim = grid;
+    unsigned variant = machine.launches++;  // the order and the copies alternate, so that tests meet each of them
+    for (size_t i = 0; i < blocks; i++) {
+        size_t b = variant & 1 ? blocks - 1 - i : i;
+        blockIdx = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y)};
+        machine.late_copies = (variant >> 1 ^ i) & 1;
+        run_block((variant ^ i >> 1) & 1, shared_bytes);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Shuffles and votes
+
+template <class T> struct Shuffle {
+    T value, result;
+    int source;
+};
+template <class T> T shuffle(const char* name, unsigned mask, T value, int source) {
+    Shuffle<T> mine{value, value, source};
+    warp_collective(name, mask, &mine, [](Thread* lanes, unsigned active) {
+        for (int l = 0; l < kWarp; l++) {
+            if (!(active >> l & 1)) continue;
+            Shuffle<T>& to = argument<Shuffle<T>>(lanes[l]);
+            if (active >> to.source & 1) to.result = argument<Shuffle<T>>(lanes[to.source]).value;
+            else std::memset(static_cast<void*>(&to.result), 0xff, sizeof(T));  // undefined on the device: poison
+        }
+    });
+    return mine.result;
+}
+inline int lane() { return machine.current % kWarp; }
+
+inline unsigned ballot(const char* name, unsigned mask, bool predicate) {
+    struct Vote { bool predicate; unsigned result; } mine{predicate, 0};
+    warp_collective(name, mask, &mine, [](Thread* lanes, unsigned active) {
+        unsigned result = 0;
+        for (int l = 0; l < kWarp; l++)
+            if ((active >> l & 1) && argument<Vote>(lanes[l]).predicate) result |= 1u << l;
+        for (int l = 0; l < kWarp; l++)
+            if (active >> l & 1) argument<Vote>(lanes[l]).result = result;
+    });
+    return mine.result;
+}
+
+}  // namespace fiber
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The vocabulary of CUDA
+
+#undef __shared__
+#define __shared__ static
+#ifndef __launch_bounds__
+#define __launch_bounds__(...)
+#endif
+#define DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(fiber::dynamic_shared)
+
+inline void __syncthreads() { fiber::block_barrier(); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+    fiber::warp_collective("__syncwarp", mask, nullptr, [](fiber::Thread*, unsigned) {});
+}
+template <class T> T __shfl_sync(unsigned mask, T value, int source, int width = warpSize) {
+    int lane = fiber::lane();
+    return fiber::shuffle("__shfl_sync", mask, value, (lane & ~(width - 1)) | (source & (width - 1)));
+}
+template <class T> T __shfl_xor_sync(unsigned mask, T value, int bits, int width = warpSize) {
+    int lane = fiber::lane(), source = lane ^ bits;
+    return fiber::shuffle("__shfl_xor_sync", mask, value, source > (lane | (width - 1)) ? lane : source);
+}
+template <class T> T __shfl_down_sync(unsigned mask, T value, int delta, int width = warpSize) {
+    int lane = fiber::lane(), source = lane + delta;
+    return fiber::shuffle("__shfl_down_sync", mask, value, source > (lane | (width - 1)) ? lane : source);
+}
+template <class T> T __shfl_up_sync(unsigned mask, T value, int delta, int width = warpSize) {
+    int lane = fiber::lane(), source = lane - delta;
+    return fiber::shuffle("__shfl_up_sync", mask, value, source < (lane & ~(width - 1)) ? lane : source);
+}
+inline unsigned __ballot_sync(unsigned mask, bool p) { return fiber::ballot("__ballot_sync", mask, p); }
+inline bool __any_sync(unsigned mask, bool p) { return fiber::ballot("__any_sync", mask, p) != 0; }
+inline bool __all_sync(unsigned mask, bool p) { return fiber::ballot("__all_sync", mask, !p) == 0; }
+
+template <class T> T __ldg(const T* p) { return *p; }
+template <class T> T __ldcs(const T* p) { return *p; }
+template <class T> T __ldcg(const T* p) { return *p; }
+template <class T> void __stcs(T* p, T value) { *p = value; }
+template <class T> void __stcg(T* p, T value) { *p = value; }
+template <class T> T atomicAdd(T* p, T value) { T old = *p; *p = old + value; return old; }
+template <class T> T atomicMax(T* p, T value) { T old = *p; *p = std::max(old, value); return old; }
+inline void __threadfence() {}
+
+using std::isfinite;
+using std::isinf;
+using std::isnan;
+using std::max;
+using std::min;
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline float __expf(float x) { return std::exp(x); }
+inline float __logf(float x) { return std::log(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __frcp_rn(float x) { return 1.0f / x; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline int __float_as_int(float x) { int r; std::memcpy(&r, &x, 4); return r; }
+inline unsigned __float_as_uint(float x) { unsigned r; std::memcpy(&r, &x, 4); return r; }
+inline float __int_as_float(int x) { float r; std::memcpy(&r, &x, 4); return r; }
+inline float __uint_as_float(unsigned x) { float r; std::memcpy(&r, &x, 4); return r; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
+
+// The runtime calls that tests and launchers make, on host memory. The toolkit's headers declare them.
+extern "C" {
+inline cudaError_t cudaMalloc(void** p, size_t bytes) {
+    *p = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+    return *p ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+inline cudaError_t cudaFree(void* p) { std::free(p); return cudaSuccess; }
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+    std::memmove(to, from, bytes);
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+    std::memset(p, value, bytes);
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+    return error == cudaErrorMemoryAllocation ? "out of memory" : "no error";
+}
+}
+template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) { return cudaSuccess; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What mma.cuh wraps. Fragment layouts are those of the PTX manual; g = lane/4, t = lane%4.
+
+namespace fiber {
+
+// Matrix i (8x8 of 16 bits) has its rows at the addresses that lanes 8i..8i+7 pass. Lane l receives, in register i, elements
+// (g, 2t) and (g, 2t+1); transposed, (2t, g) and (2t+1, g).
+struct LoadMatrix {
+    const void* row;
+    uint32_t* registers;
+};
+template <int matrices, bool transposed> void ldmatrix(uint32_t* registers, const void* row) {
+    LoadMatrix mine{row, registers};
+    if (lane() < 8 * matrices) check_aligned(row, 16, "ldmatrix: row");
+    warp_collective(transposed ? "ldmatrix.trans" : "ldmatrix", 0xffffffffu, &mine, [](Thread* lanes, unsigned active) {
+        if (active != 0xffffffffu) die("ldmatrix needs all 32 lanes");
+        for (int i = 0; i < matrices; i++) {
+            const uint16_t* rows[8];
+            for (int r = 0; r < 8; r++) rows[r] = static_cast<const uint16_t*>(argument<LoadMatrix>(lanes[8 * i + r]).row);
+            for (int l = 0; l < kWarp; l++) {
+                int g = l / 4, t = l % 4;
+                uint32_t low = transposed ? rows[2 * t][g] : rows[g][2 * t];
+                uint32_t high = transposed ? rows[2 * t + 1][g] : rows[g][2 * t + 1];
+                argument<LoadMatrix>(lanes[l]).registers[i] = low | high << 16;
+            }
+        }
+    });
+}
+
+// d (16x8) += a (16x16) b (16x8). Registers: a0 (g, 2t..), a1 (g+8, 2t..), a2 (g, 2t+8..), a3 (g+8, 2t+8..);
+// b0 (2t.., g), b1 (2t+8.., g); d0,d1 (g, 2t..), d2,d3 (g+8, 2t..). Products and sums in fp32, k ascending.
+struct MatrixMultiply {
+    float* d;
+    const uint32_t *a, *b;
+};
+template <class T> float element(uint32_t pair, int half) {
+    uint16_t bits = uint16_t(pair >> 16 * half);
+    T value;
+    std::memcpy(static_cast<void*>(&value), &bits, 2);
+    return float(value);
+}
+template <class T> void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b) {
+    MatrixMultiply mine{d, a, b};
+    const char* name = std::is_same<T, __half>::value ? "mma.f16" : "mma.bf16";
+    warp_collective(name, 0xffffffffu, &mine, [](Thread* lanes, unsigned active) {
+        if (active != 0xffffffffu) die("mma needs all 32 lanes");
+        float A[16][16], B[16][8], D[16][8];
+        for (int l = 0; l < kWarp; l++) {
+            int g = l / 4, t = l % 4;
+            const MatrixMultiply& of = argument<MatrixMultiply>(lanes[l]);
+            for (int i = 0; i < 4; i++)
+                for (int j = 0; j < 2; j++) A[g + 8 * (i & 1)][2 * t + 8 * (i >> 1) + j] = element<T>(of.a[i], j);
+            for (int i = 0; i < 2; i++)
+                for (int j = 0; j < 2; j++) B[2 * t + 8 * i + j][g] = element<T>(of.b[i], j);
+            for (int i = 0; i < 4; i++) D[g + 8 * (i >> 1)][2 * t + (i & 1)] = of.d[i];
+        }
+        for (int k = 0; k < 16; k++)
+            for (int m = 0; m < 16; m++)
+                for (int n = 0; n < 8; n++) D[m][n] += A[m][k] * B[k][n];
+        for (int l = 0; l < kWarp; l++)
+            for (int i = 0; i < 4; i++) argument<MatrixMultiply>(lanes[l]).d[i] = D[l / 4 + 8 * (i >> 1)][2 * (l % 4) + (i & 1)];
+    });
+}
+
+// cp.async lands at once or, in every other block, only when the thread waits for it: a missing wait then reads old data,
+// a buffer that is refilled too early is overwritten too early.
+inline void land(const PendingCopy& copy) {
+    if (copy.from) std::memcpy(copy.to, copy.from, 16);
+    else std::memset(copy.to, 0, 16);
+}
+inline void cp_async_16(void* shared, const void* global, bool valid) {
+    check_aligned(shared, 16, "cp.async: shared address");
+    if (valid) check_aligned(global, 16, "cp.async: global address");
+    Thread& thread = machine.threads[machine.current];
+    PendingCopy copy{shared, valid ? global : nullptr, thread.copy_group};
+    if (machine.late_copies) thread.copies.push_back(copy);
+    else land(copy);
+}
+inline void cp_async_commit() { machine.threads[machine.current].copy_group++; }
+inline void cp_async_wait(int newest) {  // all but the `newest` last committed groups have landed
+    Thread& thread = machine.threads[machine.current];
+    size_t landed = 0;
+    while (landed < thread.copies.size() && thread.copies[landed].group < thread.copy_group - newest)
+        land(thread.copies[landed++]);
+    thread.copies.erase(thread.copies.begin(), thread.copies.begin() + landed);
+}
+
+}  // namespace fiber

@@ -1,0 +1,937 @@
+// train_gpt.cu: the program. It trains a GPT-2 class model end to end, on a GPU or without one, from top to bottom of this page:
+//
+//   1. Model config   sizes, the table of parameter tensors
+//   2. Model          activations, forward, backward; written once over the backend
+//   3. Trainer        data, schedule, evaluation, sampling, checkpoints, log, the training loop
+//   4. main
+//
+// Every operation of the model is a static function of the backend: struct Cuda (hand-written kernels) or struct Cpu (plain C++), with
+// the same signatures. nvcc builds both, a C++17 compiler (-x c++) the CPU one alone. Shapes stand beside every tensor:
+//   L layers, B sequences of T tokens, N = B T rows, C channels, H heads, V vocabulary, Vp its size padded to a multiple of 128.
+// defines: Options, parse_flags, print_help, ModelPreset
+#include "flags.h"
+// defines: Shards, DataLoader, Batch, Tokenizer
+#include "dataloader.h"
+// defines: Checkpoint, CheckpointWriter, newest_good_checkpoint
+#include "checkpoint.h"
+// defines: ranks, start_ranks, stop_ranks, fail_ranks, wait_until, CpuComm, CudaComm
+#ifdef __CUDACC__
+#include "cuda_common.cuh"
+#endif
+#include "comm.h"
+// defines: CpuOps
+#include "cpu_backend.h"
+// defines: Cuda
+#ifdef __CUDACC__
+#include "cuda_backend.cuh"
+#endif
+// defines: Plan, newton_schulz, Optimizer, print_plan
+#include "dmuon.cuh"
+
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cinttypes>
+#include <cmath>
+#include <fstream>
+#include <functional>
+
+struct Cpu : CpuOps, CpuComm {
+    static constexpr const char* backend_name = "cpu fp32";
+    static void start(const Ranks& r) {
+        CpuOps::start(r.local_size);
+        CpuComm::start();
+    }
+    static void stop() { CpuComm::stop(); }
+};
+
+// ----------------------------------------------------------------------------------------------------------------------
+// 1. Model config
+
+struct ModelConfig {
+    int layers, heads, channels, seq_len, vocab;
+    int padded_vocab() const { return round_up(vocab, 128); }  // whole tiles for the matrix products; padding is masked
+};
+
+inline ModelConfig model_config(const Options& options, int vocab) {
+    if (options.layers) return {options.layers, options.heads, options.channels, options.seq_len, vocab};
+    const ModelPreset* preset = find_preset(options.model.empty() ? "d12" : options.model);
+    return {preset->layers, preset->heads, preset->channels, options.seq_len, vocab};
+}
+
+// The parameters of GPT-2, by the names of its published checkpoints; matrices are (outputs, inputs).
+inline std::vector<TensorSpec> tensor_specs(const ModelConfig& config) {
+    const int C = config.channels;
+    std::vector<TensorSpec> specs;
+    auto matrix = [&](std::string name, int rows, int cols, int layer, int split = 1) {
+        specs.push_back({name, rows, cols, rows, layer >= 0, true, layer, split});
+    };
+    auto vector = [&](std::string name, int size, int layer) { specs.push_back({name, 1, size, 1, false, false, layer, 1}); };
+    matrix("wte.weight", config.padded_vocab(), C, -1);
+    specs.back().stored_rows = config.vocab;
+    matrix("wpe.weight", config.seq_len, C, -1);
+    for (int l = 0; l < config.layers; l++) {
+        const std::string h = "h." + std::to_string(l) + ".";
+        vector(h + "ln_1.weight", C, l);
+        vector(h + "ln_1.bias", C, l);
+        matrix(h + "attn.c_attn.weight", 3 * C, C, l, 3);
+        vector(h + "attn.c_attn.bias", 3 * C, l);
+        matrix(h + "attn.c_proj.weight", C, C, l);
+        vector(h + "attn.c_proj.bias", C, l);
+        vector(h + "ln_2.weight", C, l);
+        vector(h + "ln_2.bias", C, l);
+        matrix(h + "mlp.c_fc.weight", 4 * C, C, l);
+        vector(h + "mlp.c_fc.bias", 4 * C, l);
+        matrix(h + "mlp.c_proj.weight", C, 4 * C, l);
+        vector(h + "mlp.c_proj.bias", C, l);
+    }
+    vector("ln_f.weight", C, -1);
+    vector("ln_f.bias", C, -1);
+    return specs;
+}
+
+inline size_t parameter_count(const std::vector<TensorSpec>& specs) {
+    size_t count = 0;
+    for (const TensorSpec& spec : specs) count += size_t(spec.stored_rows) * spec.cols;
+    return count;
+}
+
+// Pointers to the tensors in an arena: real* into the parameters, float* into the gradients. Q, K and V may have different owners
+// and then lie apart.
+template <class T> struct Tensors {
+    struct Layer {
+        T *ln1w, *ln1b;      // (C)
+        T *qkvw[3], *qkvb;   // 3 x (C,C), (3C)
+        T *attprojw, *attprojb;  // (C,C), (C)
+        T *ln2w, *ln2b;      // (C)
+        T *fcw, *fcb;        // (4C,C), (4C)
+        T *fcprojw, *fcprojb;    // (C,4C), (C)
+    };
+    T *wte, *wpe;  // (Vp,C), (maxT,C)
+    std::vector<Layer> layers;
+    T *lnfw, *lnfb;  // (C)
+
+    Tensors(T* arena, const Plan& plan, const ModelConfig& config) : layers(config.layers) {
+        int t = 0;  // in the order of tensor_specs
+        auto next = [&] { return arena + plan.offset_of(t++); };
+        wte = next(), wpe = next();
+        for (Layer& layer : layers) {
+            layer.ln1w = next(), layer.ln1b = next();
+            for (int i = 0; i < 3; i++) layer.qkvw[i] = arena + plan.offset_of(t, i * size_t(config.channels) * config.channels);
+            t++;
+            layer.qkvb = next(), layer.attprojw = next(), layer.attprojb = next(), layer.ln2w = next(), layer.ln2b = next();
+            layer.fcw = next(), layer.fcb = next(), layer.fcprojw = next(), layer.fcprojb = next();
+        }
+        lnfw = next(), lnfb = next();
+    }
+};
+
+// ----------------------------------------------------------------------------------------------------------------------
+// 2. Model
+
+// One allocation cut into named tensors.
+class Arena {
+    struct Tensor {
+        std::function<void(void*)> point;
+        size_t offset;
+    };
+    std::vector<Tensor> tensors;
+
+  public:
+    size_t bytes = 0;
+    template <class T> void add(T*& pointer, size_t count) {
+        tensors.push_back({[&pointer](void* at) { pointer = static_cast<T*>(at); }, bytes});
+        bytes += round_up<size_t>(count * sizeof(T), 256);
+    }
+    void place(void* memory) {
+        for (Tensor& tensor : tensors) tensor.point(static_cast<char*>(memory) + tensor.offset);
+    }
+};
+
+template <class Backend> class Model {
+    using real = typename Backend::real;
+
+  public:
+    const ModelConfig config;
+    const bool recompute;
+    const Tensors<real> params;
+    const Tensors<float> grads;
+
+    Model(const ModelConfig& config_, bool recompute_, Optimizer<Backend>& optimizer)
+        : config(config_), recompute(recompute_), params(optimizer.params, optimizer.plan, config_),
+          grads(optimizer.grads, optimizer.plan, config_), acts(config_.layers) {}
+
+    // Device memory of the activations for B sequences per micro-step.
+    size_t activation_bytes(int B) { return activations(B).bytes; }
+    void allocate(int B) {
+        Arena arena = activations(B);
+        arena.place(Backend::alloc(arena.bytes, "activations"));
+        if (recompute)
+            for (Activations& a : acts) a.ln1 = acts[0].ln1, a.ln2 = acts[0].ln2, a.gelu = acts[0].gelu;
+    }
+
+    int *inputs, *targets, *order;  // (B,T) device: tokens, the tokens that follow, positions sorted by token (embedding_backward)
+    real* logits;                   // (N,Vp), turned into dlogits by loss()
+    real* lnf;                      // (N,C), the input of the head
+    float* losses;                  // (N)
+
+    // tokens (B,T) -> lnf (B,T,C)
+    void forward(const int* tokens, int B, int T) {
+        const int C = config.channels, N = B * T, H = config.heads, L = config.layers;
+        Backend::embedding_forward(encoded, tokens, params.wte, params.wpe, B, T, C);
+        Backend::layernorm_forward(acts[0].ln1, acts[0].ln1_mean, acts[0].ln1_rstd, encoded, params.layers[0].ln1w,
+                                   params.layers[0].ln1b, N, C);
+        for (int l = 0; l < L; l++) {
+            const auto& w = params.layers[l];
+            Activations& a = acts[l];
+            Backend::matmul_forward(a.qkv, 3 * C, a.ln1, packed_qkv(w.qkvw), w.qkvb, N, C, 3 * C);
+            Backend::attention_forward(a.att, a.lse, a.qkv, B, T, C, H);
+            Backend::matmul_forward(scratch_c, C, a.att, w.attprojw, w.attprojb, N, C, C);
+            Backend::residual_layernorm_forward(a.residual2, a.ln2, a.ln2_mean, a.ln2_rstd, residual_in(l), scratch_c, w.ln2w,
+                                                w.ln2b, N, C);
+            Backend::matmul_forward(a.fc, 4 * C, a.ln2, w.fcw, w.fcb, N, C, 4 * C);
+            Backend::gelu_forward(a.gelu, a.fc, size_t(N) * 4 * C);
+            Backend::matmul_forward(scratch_c, C, a.gelu, w.fcprojw, w.fcprojb, N, 4 * C, C);
+            // The block's residual and the next block's first LayerNorm (after the last block: the final one) in one pass.
+            if (l + 1 < L)
+                Backend::residual_layernorm_forward(a.residual3, acts[l + 1].ln1, acts[l + 1].ln1_mean, acts[l + 1].ln1_rstd,
+                                                    a.residual2, scratch_c, params.layers[l + 1].ln1w, params.layers[l + 1].ln1b, N, C);
+            else
+                Backend::residual_layernorm_forward(a.residual3, lnf, lnf_mean, lnf_rstd, a.residual2, scratch_c, params.lnfw,
+                                                    params.lnfb, N, C);
+        }
+    }
+
+    // lnf -> losses (N) against targets; with dlogits also the logits' gradient, times dloss, in place of the logits
+    void loss(int B, int T, float dloss, bool dlogits) {
+        const int N = B * T, Vp = config.padded_vocab();
+        head(logits, lnf, N);
+        Backend::classifier(losses, logits, targets, dloss, N, config.vocab, Vp, dlogits);
+    }
+
+    // lnf of `rows` positions -> their logits (rows,Vp); the head is the token embedding
+    void head(real* out, const real* x, int rows) {
+        const int Vp = config.padded_vocab();
+        Backend::matmul_forward(out, Vp, x, params.wte, nullptr, rows, config.channels, Vp);
+    }
+
+    // dlogits -> gradients, added to what is there
+    void backward(int B, int T) {
+        const int C = config.channels, N = B * T, H = config.heads, L = config.layers, Vp = config.padded_vocab();
+        Backend::matmul_backward_input(scratch_c, logits, params.wte, N, C, Vp);
+        Backend::matmul_backward_weight(grads.wte, logits, Vp, lnf, N, C, Vp);
+        // dresidual (N,C): the gradient of the residual stream, which LayerNorm's backward adds to all the way down
+        Backend::zero(dresidual, size_t(N) * C * sizeof(real));
+        Backend::layernorm_backward(dresidual, grads.lnfw, grads.lnfb, scratch_c, acts[L - 1].residual3, params.lnfw, lnf_mean,
+                                    lnf_rstd, N, C, partials);
+        for (int l = L - 1; l >= 0; l--) {
+            const auto& w = params.layers[l];
+            const auto& dw = grads.layers[l];
+            Activations& a = acts[l];
+            real* dfc = scratch_4c;   // (N,4C)
+            real* dqkv = scratch_4c;  // (N,3C)
+            // MLP
+            if (recompute) {
+                Backend::gelu_forward(a.gelu, a.fc, size_t(N) * 4 * C);
+                Backend::layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, w.ln2w, w.ln2b, N, C);
+            }
+            Backend::matmul_backward_weight(dw.fcprojw, dresidual, C, a.gelu, N, 4 * C, C);
+            Backend::bias_backward(dw.fcprojb, dresidual, N, C, partials);
+            Backend::matmul_backward_input(dfc, dresidual, w.fcprojw, N, 4 * C, C);
+            Backend::gelu_backward(dfc, dfc, a.fc, size_t(N) * 4 * C);
+            Backend::matmul_backward_weight(dw.fcw, dfc, 4 * C, a.ln2, N, C, 4 * C);
+            Backend::bias_backward(dw.fcb, dfc, N, 4 * C, partials);
+            Backend::matmul_backward_input(scratch_c, dfc, w.fcw, N, C, 4 * C);
+            Backend::layernorm_backward(dresidual, dw.ln2w, dw.ln2b, scratch_c, a.residual2, w.ln2w, a.ln2_mean, a.ln2_rstd, N, C,
+                                        partials);
+            // attention
+            Backend::matmul_backward_weight(dw.attprojw, dresidual, C, a.att, N, C, C);
+            Backend::bias_backward(dw.attprojb, dresidual, N, C, partials);
+            Backend::matmul_backward_input(scratch_c, dresidual, w.attprojw, N, C, C);
+            Backend::attention_backward(dqkv, delta, scratch_c, a.qkv, a.att, a.lse, B, T, C, H);
+            if (recompute) Backend::layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual_in(l), w.ln1w, w.ln1b, N, C);
+            for (int i = 0; i < 3; i++)  // dQ, dK, dV go where their owners want them
+                Backend::matmul_backward_weight(dw.qkvw[i], dqkv + i * C, 3 * C, a.ln1, N, C, C);
+            Backend::bias_backward(dw.qkvb, dqkv, N, 3 * C, partials);
+            Backend::matmul_backward_input(scratch_c, dqkv, packed_qkv(w.qkvw), N, C, 3 * C);
+            Backend::layernorm_backward(dresidual, dw.ln1w, dw.ln1b, scratch_c, residual_in(l), w.ln1w, a.ln1_mean, a.ln1_rstd, N, C,
+                                        partials);
+        }
+        Backend::embedding_backward(grads.wte, grads.wpe, dresidual, inputs, order, B, T, C);
+    }
+
+  private:
+    struct Activations {
+        real* ln1;                    // (N,C); one buffer for all layers under --recompute, like ln2 and gelu
+        float *ln1_mean, *ln1_rstd;   // (N)
+        real* qkv;                    // (N,3C)
+        real* att;                    // (N,C)
+        float* lse;                   // (B,H,T) log-sum-exp of each row of the attention scores
+        real* residual2;              // (N,C) the residual stream after attention
+        real* ln2;                    // (N,C)
+        float *ln2_mean, *ln2_rstd;   // (N)
+        real *fc, *gelu;              // (N,4C)
+        real* residual3;              // (N,C) the residual stream after the MLP
+    };
+    std::vector<Activations> acts;
+    real* encoded;                // (N,C)
+    float *lnf_mean, *lnf_rstd;   // (N)
+    real* dresidual;              // (N,C)
+    real *scratch_c, *scratch_4c; // (N,C), (N,4C)
+    float* delta;                 // (B,H,T) scratch of the attention backward
+    float* partials;              // partial sums of layernorm_backward and bias_backward
+    real* qkvw_scratch;           // (3C,C)
+
+    const real* residual_in(int l) const { return l == 0 ? encoded : acts[l - 1].residual3; }
+
+    // Q, K and V as one (3C,C) matrix for one product: in place where they are neighbours, else copied together.
+    const real* packed_qkv(real* const qkvw[3]) {
+        const size_t square = size_t(config.channels) * config.channels;
+        if (qkvw[1] == qkvw[0] + square && qkvw[2] == qkvw[1] + square) return qkvw[0];
+        for (int i = 0; i < 3; i++) Backend::copy(qkvw_scratch + i * square, qkvw[i], square * sizeof(real));
+        return qkvw_scratch;
+    }
+
+    Arena activations(int B) {
+        const size_t N = size_t(B) * config.seq_len, C = config.channels, rows = size_t(B) * config.heads * config.seq_len;
+        Arena arena;
+        arena.add(inputs, N), arena.add(targets, N), arena.add(order, N);
+        arena.add(encoded, N * C);
+        for (int l = 0; l < config.layers; l++) {
+            Activations& a = acts[l];
+            arena.add(a.ln1_mean, N), arena.add(a.ln1_rstd, N), arena.add(a.ln2_mean, N), arena.add(a.ln2_rstd, N);
+            arena.add(a.qkv, N * 3 * C), arena.add(a.att, N * C), arena.add(a.lse, rows);
+            arena.add(a.residual2, N * C), arena.add(a.fc, N * 4 * C), arena.add(a.residual3, N * C);
+            const bool shared = recompute && l > 0;
+            if (!shared) arena.add(a.ln1, N * C), arena.add(a.ln2, N * C), arena.add(a.gelu, N * 4 * C);
+        }
+        arena.add(lnf, N * C), arena.add(lnf_mean, N), arena.add(lnf_rstd, N);
+        arena.add(logits, N * config.padded_vocab()), arena.add(losses, N);
+        arena.add(dresidual, N * C), arena.add(scratch_c, N * C), arena.add(scratch_4c, N * 4 * C), arena.add(delta, rows);
+        arena.add(partials, std::max(Backend::layernorm_scratch_floats(int(C)), Backend::bias_scratch_floats(int(4 * C))));
+        arena.add(qkvw_scratch, 3 * C * C);
+        return arena;
+    }
+};
+
+// ----------------------------------------------------------------------------------------------------------------------
+// 3. Trainer
+
+// A normal deviate that is a function of (seed, tensor, element) alone, by Box-Muller on hashed counters: every backend and
+// every number of ranks starts from the same weights.
+inline float normal(uint64_t seed, int tensor, uint64_t element) {
+    const uint64_t bits = mix(mix(seed + 1) ^ mix((uint64_t(tensor) << 40) + element));
+    const double u = (double(bits >> 32) + 0.5) * 0x1p-32, v = double(bits & 0xffffffff) * 0x1p-32;
+    return float(std::sqrt(-2.0 * std::log(u)) * std::cos(6.283185307179586 * v));
+}
+
+// GPT-2: N(0, 0.02), the projections into the residual stream smaller by sqrt(2L), LayerNorm weights 1, biases 0.
+inline void initial_values(float* out, const TensorSpec& spec, int tensor, size_t begin, size_t count, uint64_t seed, int layers) {
+    auto ends_with = [&](const char* end) {
+        const size_t n = strlen(end);
+        return spec.name.size() >= n && spec.name.compare(spec.name.size() - n, n, end) == 0;
+    };
+    if (!spec.decay) {  // vectors
+        std::fill(out, out + count, spec.name.find("ln_") != std::string::npos && ends_with("weight") ? 1.0f : 0.0f);
+        return;
+    }
+    const float deviation = ends_with("c_proj.weight") ? 0.02f / std::sqrt(2.0f * float(layers)) : 0.02f;
+    const size_t stored = size_t(spec.stored_rows) * spec.cols;
+#pragma omp parallel for
+    for (int64_t i = 0; i < int64_t(count); i++) {
+        const size_t element = begin + size_t(i);
+        out[i] = element < stored ? deviation * normal(seed, tensor, element) : 0.0f;
+    }
+}
+
+// The share of the peak learning rate at a step, which counts from 1.
+inline double schedule(const Options& o, int64_t step) {
+    if (step <= o.warmup) return double(step) / double(o.warmup);
+    const double progress = double(step - o.warmup) / double(std::max<int64_t>(1, o.steps - o.warmup));
+    if (o.schedule == "cosine") return o.final_lr_frac + (1 - o.final_lr_frac) * 0.5 * (1 + std::cos(M_PI * progress));
+    if (o.schedule == "linear") return 1 - (1 - o.final_lr_frac) * progress;
+    if (o.schedule == "wsd") {
+        const double left = double(o.steps - step) / std::max(1.0, o.decay_frac * double(o.steps));
+        return left >= 1 ? 1 : o.final_lr_frac + (1 - o.final_lr_frac) * left;
+    }
+    return 1;
+}
+
+inline std::string join(const std::vector<std::string>& words) {
+    std::string text;
+    for (const std::string& word : words) text += (text.empty() ? "" : " ") + word;
+    return text;
+}
+
+inline std::string directory_of(const std::string& path) {
+    const size_t slash = path.rfind('/');
+    return slash == std::string::npos ? "." : path.substr(0, slash);
+}
+
+// DIR/log.jsonl, one line a step. A resumed run cuts it back to the step it goes on from.
+class StepLog {
+    FILE* file = nullptr;
+    std::string path;
+
+  public:
+    void open(const std::string& directory, int64_t resumed_step) {
+        path = directory + "/log.jsonl";
+        std::string kept;
+        if (resumed_step > 0) {
+            std::ifstream old(path);
+            int64_t step;
+            for (std::string line; std::getline(old, line);)
+                if (sscanf(line.c_str(), "{\"step\": %" SCNd64, &step) == 1 && step <= resumed_step && line.back() == '}') kept += line + "\n";
+        }
+        const std::string temporary = path + ".tmp";
+        file = fopen(temporary.c_str(), "w");
+        if (!file || fwrite(kept.data(), 1, kept.size(), file) != kept.size() || fflush(file) != 0 ||
+            rename(temporary.c_str(), path.c_str()) != 0)
+            fail("cannot write %s: %s", path.c_str(), strerror(errno));
+    }
+    void write(const std::string& line) {
+        if (!file) return;
+        if (fprintf(file, "%s\n", line.c_str()) < 0 || fflush(file) != 0) fail("cannot write %s: %s", path.c_str(), strerror(errno));
+    }
+    ~StepLog() {
+        if (file) fclose(file);
+    }
+};
+
+inline std::string json_number(double x, const char* format = "%.9g") { return std::isfinite(x) ? strprintf(format, x) : "null"; }
+
+template <class Backend> class Trainer {
+    using real = typename Backend::real;
+    using Event = typename Backend::Event;
+
+    const Options& options;
+    const std::unique_ptr<Shards> train, val;
+    const std::unique_ptr<Tokenizer> tokenizer;
+    const ModelConfig config;
+    const int64_t total_batch;   // tokens per optimizer step, over all ranks
+    const int accumulation;      // micro-steps per optimizer step
+    Optimizer<Backend> optimizer;
+    Model<Backend> model;
+    std::unique_ptr<DataLoader> val_loader;
+    int64_t first_step = 0;      // steps done before this process started
+    StepLog log;
+    double flops_per_token;
+
+    // What the device leaves for the host at the end of a step. The host reads it one step later, so it never waits inside a
+    // step; two slots, used in turn.
+    struct Stats {
+        double loss, orthogonalised;  // sums over all ranks: of the losses, of the matrices through Newton-Schulz
+        float clip[2];                // scale, norm
+    };
+    struct Slot {
+        Event begin, optimizer_begin, phases[phase_count], end;  // of the step's work on the device
+        Event read;                                               // `host` is filled
+        Stats* host;
+        int64_t step = 0;  // 0: empty
+        double lr = 0;
+    };
+    Slot slots[2];
+    double* sums;        // [2] device: loss, orthogonalised
+    double* ns_counts;   // [2] pinned, by slot
+    int64_t skipped = 0; // updates skipped in a row
+    double mean_ms = 0;
+
+  public:
+    explicit Trainer(const Options& options_)
+        : options(options_), train(new Shards(options_.train, options_.seq_len)),
+          val(options_.val.empty() ? nullptr : new Shards(options_.val, options_.seq_len)), tokenizer(find_tokenizer()),
+          config(find_config()), total_batch(find_total_batch()),
+          accumulation(int(total_batch / (int64_t(options_.batch) * options_.seq_len * ranks.size))),
+          optimizer(tensor_specs(config), options_, config.heads), model(config, options_.recompute, optimizer) {
+        train->check_tokens(config.vocab);
+        if (val) val->check_tokens(config.vocab);
+        const size_t free = Backend::memory_available(), margin = size_t(512) << 20, need = model.activation_bytes(options.batch);
+        if (need + margin > free) {
+            const size_t each = model.activation_bytes(2) - model.activation_bytes(1);
+            const size_t fits = free > margin ? (free - margin) / each : 0;
+            fail("out of memory: --batch %d needs %.1f GiB of activations and %.1f GiB are free: %s", options.batch, need / 0x1p30,
+                 free / 0x1p30, fits > 0 ? strprintf("--batch %zu fits", fits).c_str()
+                                         : "not even --batch 1 fits; try --recompute, a shorter --seq_len or a smaller model");
+        }
+        model.allocate(options.batch);
+        if (val)
+            val_loader.reset(new DataLoader(*val, 0, options.batch, ranks.rank, ranks.size, int(options.eval_batches), 0,
+                                            Backend::alloc_host, DataLoader::Order::in_order));
+        sums = static_cast<double*>(Backend::alloc(2 * sizeof(double), "sums"));
+        ns_counts = static_cast<double*>(Backend::alloc_host(2 * sizeof(double)));
+        for (Slot& slot : slots) slot.host = static_cast<Stats*>(Backend::alloc_host(sizeof(Stats)));
+        // Forward and backward multiply and add each parameter once and twice per token; attention adds 6 L C T (causal).
+        flops_per_token = 6.0 * double(parameter_count(optimizer.plan.tensors)) + 6.0 * config.layers * config.channels * config.seq_len;
+    }
+
+    void run() {
+        start_weights();
+        print_table();
+        if (first_step >= options.steps) {
+            say("the run is at step %" PRId64 " of %" PRId64 ": nothing left to do (--steps is the total, also after a resume)\n",
+                first_step, options.steps);
+            return;
+        }
+        DataLoader loader(*train, uint64_t(options.seed), options.batch, ranks.rank, ranks.size, accumulation, uint64_t(first_step),
+                          Backend::alloc_host);
+        Event uploaded[3];  // as many batches as the loader keeps: a batch is refilled only after its upload
+        int64_t micro_steps = 0;
+        for (int64_t step = first_step + 1; step <= options.steps; step++) {
+            Slot& slot = slots[step % 2];
+            const size_t tokens = size_t(options.batch) * options.seq_len;
+            slot.begin.record();
+            Backend::zero(optimizer.grads, optimizer.plan.arena * sizeof(float));
+            Backend::zero(sums, 2 * sizeof(double));
+            for (int m = 0; m < accumulation; m++, micro_steps++) {
+                if (micro_steps >= 2) wait_until([&] { return uploaded[(micro_steps - 2) % 3].done(); }, "the device to take a batch");
+                const Batch batch = loader.next();
+                Backend::upload(model.inputs, batch.inputs, tokens * sizeof(int));
+                Backend::upload(model.targets, batch.targets, tokens * sizeof(int));
+                Backend::upload(model.order, batch.order, tokens * sizeof(int));
+                uploaded[micro_steps % 3].record();
+                model.forward(model.inputs, options.batch, options.seq_len);
+                // The loss is the mean over all tokens of the step, whoever has them, so plain sums over micro-steps and ranks
+                // give the gradient.
+                model.loss(options.batch, options.seq_len, 1.0f / float(total_batch), true);
+                Backend::sum_losses(sums, model.losses, int(tokens));
+                model.backward(options.batch, options.seq_len);
+            }
+            slot.optimizer_begin.record();
+            const double share = schedule(options, step), muon_peak = options.muon_lr > 0 ? options.muon_lr : 2 * options.lr;
+            slot.lr = options.lr * share;
+            const int64_t before = optimizer.orthogonalised;
+            optimizer.step(float(slot.lr), float(muon_peak * share), [&](Phase phase) {
+                if (options.profile) slot.phases[phase].record();
+            });
+            slot.end.record();
+            ns_counts[step % 2] = double(optimizer.orthogonalised - before);
+            Backend::upload(&sums[1], &ns_counts[step % 2], sizeof(double));
+            Backend::all_reduce(sums, 2);
+            Backend::download(&slot.host->loss, sums, 2 * sizeof(double));
+            Backend::download(slot.host->clip, optimizer.clip, 2 * sizeof(float));
+            slot.read.record();
+            slot.step = step;
+
+            const bool last = step == options.steps;
+            auto due = [&](int64_t every) { return last || (every > 0 && step % every == 0); };
+            report(slots[(step - 1) % 2]);  // the previous step, while this one runs
+            if (val && due(options.eval_every)) report(slot, evaluate());
+            if (options.sample_every > 0 && due(options.sample_every)) report(slot), sample(step);
+            if (!options.out.empty() && due(options.save_every)) report(slot), save(step);
+            if (last) report(slot);
+        }
+    }
+
+  private:
+    __attribute__((format(printf, 1, 2))) static void say(const char* format, ...) {
+        if (ranks.rank != 0) return;
+        va_list args;
+        va_start(args, format);
+        fputs(vstrprintf(format, args).c_str(), stdout);
+        va_end(args);
+        fflush(stdout);
+    }
+
+    // ------------------------------------------------------------------------------------------------------------------
+    // What the run is made of
+
+    std::unique_ptr<Tokenizer> find_tokenizer() const {
+        const std::string path = directory_of(train->paths()[0]) + "/tokenizer.bin";
+        return std::unique_ptr<Tokenizer>(access(path.c_str(), F_OK) == 0 ? new Tokenizer(path) : nullptr);
+    }
+
+    ModelConfig find_config() const {
+        const int vocab = options.vocab > 0 ? options.vocab : tokenizer ? tokenizer->vocab : 50257;
+        if (options.model.empty() || find_preset(options.model)) return model_config(options, vocab);
+        const Checkpoint checkpoint(options.model);
+        return checkpoint_config(checkpoint, options.model);
+    }
+
+    int64_t find_total_batch() const {
+        const int64_t step = int64_t(options.batch) * options.seq_len * ranks.size;
+        if (options.total_batch == 0) return step;
+        if (options.total_batch % step)
+            usage_fail("--total_batch %" PRId64 " is not a multiple of --batch %d x --seq_len %d x %d ranks = %" PRId64,
+                       options.total_batch, options.batch, options.seq_len, ranks.size, step);
+        return options.total_batch;
+    }
+
+    void print_table() {
+        const size_t activations = model.activation_bytes(options.batch);
+        const size_t fixed = Optimizer<Backend>::bytes(optimizer.plan) + optimizer.workspace_bytes();
+        say("| %-12s | %s\n", "device", strprintf("%s (%s)", std::string(Backend::device_name()).c_str(), Backend::backend_name).c_str());
+        say("| %-12s | %d%s\n", "ranks", ranks.size, ranks.launcher == Launcher::mpi ? " (MPI)" : ranks.launcher == Launcher::self ? " (--gpus)" : "");
+        say("| %-12s | %d layers, %d heads, %d channels, %d tokens of context, vocabulary %d (padded to %d)\n", "model", config.layers,
+            config.heads, config.channels, config.seq_len, config.vocab, config.padded_vocab());
+        say("| %-12s | %.2f M\n", "parameters", parameter_count(optimizer.plan.tensors) / 1e6);
+        say("| %-12s | %.2f GiB: %.2f weights, gradients and optimizer, %.2f activations\n", "memory", (fixed + activations) / 0x1p30,
+            fixed / 0x1p30, activations / 0x1p30);
+        say("| %-12s | %s: %" PRIu64 " tokens, %" PRIu64 " windows%s\n", "train", options.train.c_str(), train->tokens(), train->windows(),
+            tokenizer ? "" : " (no tokenizer.bin beside them: samples are token numbers)");
+        if (val) say("| %-12s | %s: %" PRIu64 " tokens\n", "val", options.val.c_str(), val->tokens());
+        say("| %-12s | %" PRId64 " tokens: %d sequences x %d tokens x %d ranks x %d micro-steps\n", "step", total_batch, options.batch,
+            options.seq_len, ranks.size, accumulation);
+        say("| %-12s | %s, steps %" PRId64 " to %" PRId64 "\n", "optimizer", options.optimizer.c_str(), first_step + 1, options.steps);
+        say("| %-12s | %s\n", "flags", join(non_default_flags(options)).c_str());
+    }
+
+    // ------------------------------------------------------------------------------------------------------------------
+    // Weights and checkpoints. A checkpoint holds whole tensors by name, so it knows neither ranks nor owners: fp32 weights as
+    // "h.0.mlp.c_fc.weight", the optimizer's state with a prefix.
+
+    struct StateKind {
+        const char* prefix;
+        float* arena;
+    };
+    std::vector<StateKind> state_of(int tensor) const {
+        if (optimizer.muon_tensor(tensor)) return {{"", optimizer.master}, {"momentum/", optimizer.moment1}};
+        return {{"", optimizer.master}, {"adam_m/", optimizer.moment1}, {"adam_v/", optimizer.moment2}};
+    }
+
+    // Calls fill(tensor, begin, count, host) for every run of fp32 state in `arena` that this rank holds, and uploads the result.
+    template <class Fill> void fill_state(int tensor, float* arena, Fill fill) {
+        std::vector<float> host;
+        for (const auto& part : optimizer.state_parts(tensor)) {
+            if (!part.here) continue;
+            host.assign(part.count, 0.0f);
+            fill(part.begin, part.count, host.data());
+            Backend::upload(arena + part.state, host.data(), part.count * sizeof(float));
+            Backend::synchronize();
+        }
+    }
+
+    void start_weights() {
+        if (!options.out.empty()) prepare_directory();
+        const std::string resumed = find_resume();
+        const std::string source = !resumed.empty() ? resumed : find_preset(options.model) ? "" : options.model;
+        if (!source.empty()) {
+            const Checkpoint checkpoint(source);
+            check_config(checkpoint, source);
+            if (!resumed.empty()) check_run(checkpoint, source);
+            load_tensors(checkpoint, !resumed.empty());
+        } else {
+            for (int t = 0; t < int(optimizer.plan.tensors.size()); t++)
+                fill_state(t, optimizer.master, [&](size_t begin, size_t count, float* host) {
+                    initial_values(host, optimizer.plan.tensors[t], t, begin, count, uint64_t(options.seed), config.layers);
+                });
+        }
+        optimizer.publish();
+        if (!options.out.empty() && ranks.rank == 0) log.open(options.out, first_step);
+    }
+
+    void prepare_directory() {
+        int exists = 0;
+        if (ranks.rank == 0) {
+            if (mkdir(options.out.c_str(), 0777) != 0 && errno != EEXIST) fail("cannot make --out %s: %s", options.out.c_str(), strerror(errno));
+            exists = access((options.out + "/log.jsonl").c_str(), F_OK) == 0 || !list_checkpoints(options.out).empty();
+        }
+        broadcast_host(&exists, sizeof exists);
+        if (exists && options.resume.empty())
+            fail("--out %s holds a run already: go on with --resume auto, or choose another directory", options.out.c_str());
+    }
+
+    // Rank 0 decides, so that all ranks go on from the same file.
+    std::string find_resume() {
+        if (options.resume.empty()) return "";
+        std::string path = options.resume;
+        if (path == "auto") {
+            char chosen[4096] = "";
+            if (ranks.rank == 0) snprintf(chosen, sizeof chosen, "%s", newest_good_checkpoint(options.out, stderr).c_str());
+            broadcast_host(chosen, sizeof chosen);
+            path = chosen;
+            if (path.empty()) say("--resume auto: no checkpoint in %s yet, starting from step 1\n", options.out.c_str());
+        }
+        if (!path.empty()) say("resuming from %s\n", path.c_str());
+        return path;
+    }
+
+    static int64_t number(const Checkpoint& checkpoint, const std::string& path, const char* key) {
+        const auto found = checkpoint.meta.find(key);
+        if (found == checkpoint.meta.end()) fail("checkpoint %s does not say its %s: it is not one of this program's", path.c_str(), key);
+        return std::stoll(found->second);
+    }
+    static std::string text(const Checkpoint& checkpoint, const char* key) {
+        const auto found = checkpoint.meta.find(key);
+        return found == checkpoint.meta.end() ? "" : found->second;
+    }
+
+    ModelConfig checkpoint_config(const Checkpoint& checkpoint, const std::string& path) const {
+        auto size = [&](const char* key) { return int(number(checkpoint, path, key)); };
+        return {size("layers"), size("heads"), size("channels"), size("seq_len"), size("vocab")};
+    }
+
+    void check_config(const Checkpoint& checkpoint, const std::string& path) const {
+        const ModelConfig other = checkpoint_config(checkpoint, path);
+        const struct { const char* name; int here, there; } sizes[] = {{"layers", config.layers, other.layers},
+                                                                       {"heads", config.heads, other.heads},
+                                                                       {"channels", config.channels, other.channels},
+                                                                       {"seq_len", options.seq_len, other.seq_len},
+                                                                       {"vocab", config.vocab, other.vocab}};
+        for (auto& size : sizes)
+            if (size.here != size.there)
+                fail("checkpoint %s is of another model: its %s is %d, this run's is %d", path.c_str(), size.name, size.there, size.here);
+        const std::string identity = text(checkpoint, "tokenizer");
+        if (tokenizer && !identity.empty() && identity != tokenizer->identity)
+            fail("checkpoint %s was trained with another tokenizer than the one beside the shards", path.c_str());
+    }
+
+    // What a resumed run must share with the one that it continues, or its steps would read other data.
+    void check_run(const Checkpoint& checkpoint, const std::string& path) {
+        const struct { const char* flag; int64_t here, there; } same[] = {
+            {"total_batch", total_batch, number(checkpoint, path, "total_batch")},
+            {"seed", options.seed, number(checkpoint, path, "seed")}};
+        for (auto& flag : same)
+            if (flag.here != flag.there)
+                fail("checkpoint %s was made with --%s %" PRId64 ", this run has %" PRId64 ": pass --%s %" PRId64, path.c_str(), flag.flag,
+                     flag.there, flag.here, flag.flag, flag.there);
+        if (number(checkpoint, path, "train_windows") != int64_t(train->windows()))
+            say("note: the training data have changed since %s\n", path.c_str());
+        const std::string optimizer_there = text(checkpoint, "optimizer");
+        if (optimizer_there != options.optimizer && !options.switch_optimizer)
+            fail("checkpoint %s was made with --optimizer %s, this run has %s: pass --switch_optimizer to change it", path.c_str(),
+                 optimizer_there.c_str(), options.optimizer.c_str());
+        first_step = number(checkpoint, path, "step");
+    }
+
+    // muon and dmuon keep the same state; between adamw and these, or from weights alone, it starts afresh.
+    void load_tensors(const Checkpoint& checkpoint, bool with_state) {
+        const bool was_adamw = text(checkpoint, "optimizer") == "adamw", is_adamw = optimizer.plan.method == Method::adamw;
+        with_state = with_state && was_adamw == is_adamw;
+        for (int t = 0; t < int(optimizer.plan.tensors.size()); t++) {
+            const TensorSpec& spec = optimizer.plan.tensors[t];
+            const size_t stored = size_t(spec.stored_rows) * spec.cols;
+            for (const StateKind& kind : state_of(t)) {
+                if (kind.prefix[0] && !with_state) continue;
+                const float* values = checkpoint.data(kind.prefix + spec.name, stored);
+                fill_state(t, kind.arena, [&](size_t begin, size_t count, float* host) {
+                    if (begin < stored) memcpy(host, values + begin, std::min(count, stored - begin) * sizeof(float));
+                });
+            }
+        }
+        if (with_state) optimizer.steps_done = std::stoll(text(checkpoint, "optimizer_steps"));
+    }
+
+    void save(int64_t step) {
+        const auto& tensors = optimizer.plan.tensors;
+        std::vector<TensorInfo> table;
+        for (int t = 0; t < int(tensors.size()); t++)
+            for (const StateKind& kind : state_of(t)) {
+                TensorInfo info{kind.prefix + tensors[t].name, {tensors[t].cols}};
+                if (tensors[t].decay) info.shape = {tensors[t].stored_rows, tensors[t].cols};
+                table.push_back(info);
+            }
+        const Meta meta = {{"step", std::to_string(step)},
+                           {"layers", std::to_string(config.layers)},
+                           {"heads", std::to_string(config.heads)},
+                           {"channels", std::to_string(config.channels)},
+                           {"seq_len", std::to_string(config.seq_len)},
+                           {"vocab", std::to_string(config.vocab)},
+                           {"optimizer", options.optimizer},
+                           {"optimizer_steps", std::to_string(optimizer.steps_done)},
+                           {"seed", std::to_string(options.seed)},
+                           {"total_batch", std::to_string(total_batch)},
+                           {"train_windows", std::to_string(train->windows())},
+                           {"tokenizer", tokenizer ? tokenizer->identity : ""}};
+        std::unique_ptr<CheckpointWriter> writer;
+        if (ranks.rank == 0) writer.reset(new CheckpointWriter(options.out, step, meta, table));
+        // Each part goes from its owner through this buffer to rank 0 and to the file: no rank ever holds the whole.
+        constexpr size_t piece = size_t(4) << 20;
+        if (!staging) {
+            staging = static_cast<float*>(Backend::alloc(piece * sizeof(float), "checkpoint staging"));
+            staging_host = static_cast<float*>(Backend::alloc_host(piece * sizeof(float)));
+        }
+        for (int t = 0; t < int(tensors.size()); t++)
+            for (const StateKind& kind : state_of(t)) {
+                const size_t stored = size_t(tensors[t].stored_rows) * tensors[t].cols;
+                for (const auto& part : optimizer.state_parts(t))
+                    for (size_t at = 0; at < part.count && part.begin + at < stored; at += piece) {
+                        const size_t count = std::min({piece, part.count - at, stored - part.begin - at});
+                        if (ranks.rank == part.owner) Backend::copy(staging, kind.arena + part.state + at, count * sizeof(float));
+                        if (part.owner != 0) Backend::broadcast(staging, count * sizeof(float), part.owner);
+                        if (!writer) continue;
+                        Backend::download(staging_host, staging, count * sizeof(float));
+                        Backend::synchronize();
+                        writer->append(staging_host, count * sizeof(float));
+                    }
+            }
+        if (writer) writer->finish(int(options.keep));
+        say("saved %s/step_%08" PRId64 ".ckpt\n", options.out.c_str(), step);
+    }
+    float *staging = nullptr, *staging_host = nullptr;
+
+    // ------------------------------------------------------------------------------------------------------------------
+    // Evaluation, samples, the step line
+
+    // The mean loss over the first --eval_batches batches of every rank, in the order of the files.
+    double evaluate() {
+        const size_t tokens = size_t(options.batch) * options.seq_len;
+        double total[2] = {0, 0};
+        Backend::zero(sums, 2 * sizeof(double));
+        for (int64_t i = 0; i < options.eval_batches; i++) {
+            const Batch batch = val_loader->next();
+            Backend::upload(model.inputs, batch.inputs, tokens * sizeof(int));
+            Backend::upload(model.targets, batch.targets, tokens * sizeof(int));
+            Backend::synchronize();  // the loader may have its memory back
+            model.forward(model.inputs, options.batch, options.seq_len);
+            model.loss(options.batch, options.seq_len, 0.0f, false);
+            Backend::sum_losses(sums, model.losses, int(tokens));
+        }
+        Backend::all_reduce(sums, 2);
+        read_back(total, sums, sizeof total, "an evaluation");
+        return total[0] / double(tokens) / double(options.eval_batches) / ranks.size;
+    }
+
+    // A small copy to the host that may have to wait for other ranks. Not inside a step.
+    void read_back(void* host, const void* device, size_t bytes, const char* what) {
+        Event copied;
+        Backend::download(host, device, bytes);
+        copied.record();
+        wait_until([&] { return copied.done(); }, what);
+    }
+
+    // Text from the model, token by token, each from a forward pass over what is there (no cache of keys and values: short
+    // samples, short code). Randomness is a function of seed, step and position.
+    void sample(int64_t step) {
+        if (ranks.rank != 0) return;
+        std::vector<int> tokens = {tokenizer ? tokenizer->end_of_text : std::min(50256, config.vocab - 1)};
+        std::vector<real> row(config.vocab);
+        std::vector<double> weights(config.vocab);
+        std::string written;
+        for (int64_t i = 0; i < options.sample_tokens; i++) {
+            const int T = int(std::min<size_t>(tokens.size(), size_t(config.seq_len)));
+            Backend::upload(model.inputs, tokens.data() + tokens.size() - T, T * sizeof(int));
+            Backend::synchronize();
+            model.forward(model.inputs, 1, T);
+            model.head(model.logits, model.lnf + size_t(T - 1) * config.channels, 1);
+            Backend::download(row.data(), model.logits, row.size() * sizeof(real));
+            Backend::synchronize();
+            int next = 0;
+            double top = -INFINITY, total = 0;
+            for (int v = 0; v < config.vocab; v++)
+                if (double(float(row[v])) > top) top = double(float(row[v])), next = v;
+            if (options.temperature > 0) {
+                for (int v = 0; v < config.vocab; v++) total += weights[v] = std::exp((double(float(row[v])) - top) / options.temperature);
+                double coin = double(mix(mix(uint64_t(options.seed) + uint64_t(step)) + uint64_t(i)) >> 11) * 0x1p-53 * total;
+                for (next = 0; next + 1 < config.vocab && coin >= weights[next]; next++) coin -= weights[next];
+            }
+            tokens.push_back(next);
+            written += tokenizer ? tokenizer->decode(next) : std::to_string(next) + " ";
+        }
+        say("--- sample at step %" PRId64 "\n%s\n---\n", step, written.c_str());
+    }
+
+    // Prints and logs a step once the device has finished it; does nothing for a slot that is empty or already reported.
+    void report(Slot& slot, double val_loss = NAN) {
+        if (slot.step == 0) return;
+        wait_until([&] { return slot.read.done(); }, "a step to finish");
+        const double loss = slot.host->loss / double(total_batch), norm = slot.host->clip[1];
+        const double ms = Event::ms(slot.begin, slot.end), optimizer_ms = Event::ms(slot.optimizer_begin, slot.end);
+        const double rate = double(total_batch) / ms * 1e3, peak = Backend::peak_flops() * ranks.size;
+        const double mfu = peak > 0 ? 100 * rate * flops_per_token / peak : NAN;
+        mean_ms = mean_ms > 0 ? 0.9 * mean_ms + 0.1 * ms : ms;
+        const int64_t left = int64_t(mean_ms * double(options.steps - slot.step) / 1e3);
+
+        std::string line = strprintf("step %5" PRId64 "/%" PRId64 " | loss %.4f", slot.step, options.steps, loss);
+        if (!std::isnan(val_loss)) line += strprintf(" | val %.4f", val_loss);
+        line += strprintf(" | norm %.3f | lr %.2e | %.2f ms (optimizer %.2f) | %.0f tok/s | MFU %s | %" PRId64 "m%02" PRId64 "s left", norm,
+                          slot.lr, ms, optimizer_ms, rate, peak > 0 ? strprintf("%.1f%%", mfu).c_str() : "n/a", left / 60, left % 60);
+        std::string json = strprintf("{\"step\": %" PRId64 ", \"loss\": %s", slot.step, json_number(loss).c_str());
+        if (!std::isnan(val_loss)) json += ", \"val_loss\": " + json_number(val_loss);
+        json += strprintf(", \"lr\": %s, \"grad_norm\": %s, \"step_ms\": %.4f, \"optimizer_ms\": %.4f, \"tokens_per_s\": %.1f, \"mfu\": %s, \"tokens\": %" PRId64,
+                          json_number(slot.lr).c_str(), json_number(norm).c_str(), ms, optimizer_ms, rate, json_number(mfu, "%.3f").c_str(),
+                          slot.step * total_batch);
+        if (optimizer.plan.method != Method::adamw) json += strprintf(", \"ns_matrices\": %.0f", slot.host->orthogonalised);
+        if (options.profile) {
+            const Event* from = &slot.optimizer_begin;
+            for (int p = 0; p < phase_count; p++) {
+                const double phase_ms = Event::ms(*from, slot.phases[p]);
+                line += strprintf(" | %s %.3f", phase_names[p], phase_ms);
+                json += strprintf(", \"%s_ms\": %.4f", phase_names[p], phase_ms);
+                from = &slot.phases[p];
+            }
+        }
+        const bool skip = slot.host->clip[0] == 0;
+        if (skip) line += " | not finite: update skipped";
+        say("%s\n", line.c_str());
+        log.write(json + "}");
+        slot.step = 0;
+        skipped = skip ? skipped + 1 : 0;
+        if (skipped == 10) fail("10 steps in a row had a loss or gradient that is not finite: lower --lr, or resume from an earlier checkpoint");
+    }
+};
+
+// ----------------------------------------------------------------------------------------------------------------------
+// 4. main
+
+#ifndef TRAIN_GPT_NO_MAIN
+
+// What this binary was built with, for `--version` and for bug reports.
+inline void print_version() {
+    std::string parts = "cpu";
+#ifdef HAVE_CBLAS
+    parts += " blas";
+#endif
+#ifdef _OPENMP
+    parts += " openmp";
+#endif
+#ifdef __CUDACC__
+    parts += sizeof(real) == 4 ? " cuda-fp32" : " cuda-bf16";
+#endif
+#ifdef USE_NCCL
+    parts += " nccl";
+#endif
+#ifdef USE_MPI
+    parts += " mpi";
+#endif
+    printf("train_gpt: %s\n", parts.c_str());
+}
+
+template <class Backend> void train(const Options& options) {
+    Backend::start(ranks);
+    Trainer<Backend>(options).run();
+    Backend::stop();
+}
+
+// auto: the GPU if there is one. The answer must be the same on all ranks, so a machine without one is an error there.
+inline bool use_cuda(const Options& options) {
+    if (options.device == "cpu") return false;
+#ifdef __CUDACC__
+    const std::string why = Cuda::unavailable();
+    if (why.empty()) return true;
+    if (options.device == "cuda" || options.gpus > 0) fail("no GPU can be used: %s; --device cpu trains without one", why.c_str());
+#else
+    if (options.device == "cuda" || options.gpus > 0)
+        fail("this build has no CUDA: install the CUDA Toolkit and run make again, or pass --device cpu");
+#endif
+    return false;
+}
+
+int main(int argc, char** argv) {
+    try {
+        if (argc == 2 && strcmp(argv[1], "--version") == 0) return print_version(), 0;
+        const Options options = parse_flags(argc, argv);
+        if (options.help) return print_help(stdout), 0;
+        if (options.print_plan) {
+            const ModelConfig config = model_config(options, options.vocab > 0 ? options.vocab : 50257);
+            const Plan plan(tensor_specs(config), options, options.ranks > 0 ? options.ranks : ranks.size);
+            if (ranks.rank == 0) print_plan(plan, options, 2, stdout);
+            return 0;
+        }
+        start_ranks(argc, argv, options.gpus, options.rank_timeout);
+#ifdef __CUDACC__
+        if (use_cuda(options)) train<Cuda>(options);
+        else train<Cpu>(options);
+#else
+        use_cuda(options);
+        train<Cpu>(options);
+#endif
+        stop_ranks();
+    } catch (const Error& error) {
+        fail_ranks(error.what(), error.exit_code);
+    } catch (const std::bad_alloc&) {
+        fail_ranks("out of host memory: choose a smaller --batch or a smaller model", 1);
+    }
+    return 0;
+}
+
+#endif
