@@ -85,7 +85,7 @@ TESTS := test_host test_cpu test_comm test_fiber_fp32 test_fiber_bf16 $(if $(NVC
 tests: train_gpt $(addprefix $(BUILD)/,$(TESTS))
 
 TEST_HEADERS := $(HEADERS) $(wildcard test/*.h test/*.cpp) $(BUILD)/config
-FIBER_FLAGS   = $(CXX) -std=c++17 -O2 -g -Wall -Wextra -DFIBER $(DEFINES) $(INCLUDES) $(if $(CUDA_DIR),-isystem $(CUDA_DIR)/include)
+FIBER_FLAGS   = $(CXX) -std=c++17 -O2 -g -Wall -Wextra -Wno-unknown-pragmas -fno-strict-aliasing -DFIBER $(DEFINES) $(INCLUDES) $(if $(CUDA_DIR),-isystem $(CUDA_DIR)/include)
 
 $(BUILD)/test_host: test/test_host.cpp $(TEST_HEADERS)
 	$(CXX) -std=c++17 -O1 -g -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=undefined -I. $< -o $@ -lpthread
@@ -96,7 +96,7 @@ $(BUILD)/test_comm: test/test_comm.cpp $(TEST_HEADERS)
 $(BUILD)/test_fiber_%: test/test_fiber.cpp $(TEST_HEADERS)
 	$(FIBER_FLAGS) $($*_define) $< -o $@ $(LIBS)
 $(BUILD)/test_cuda_%: test/test_cuda.cu train_gpt.cu $(TEST_HEADERS)
-	$(NVCC) $(NVCC_FLAGS) $($*_define) $< -o $@ $(NVCC_LIBS)
+	$(NVCC) $(NVCC_FLAGS) $($*_define) $< -o $@ $(NVCC_LIBS) -lcublas
 
 test:
 	./scripts/test.sh

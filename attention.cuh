@@ -2,33 +2,32 @@
 //
 // For each head, with Q, K, V of shape (T, hd) and scale = 1/sqrt(hd):
 //     S = scale * Q K^T  (T, T), row t sees columns 0..t      P = softmax of the rows of S      O = P V  (T, hd)
-// Nothing but O and one number per row, lse[t] = log(sum over s <= t of exp(S[t,s])), is kept. This is FlashAttention (Dao et
-// al., arXiv 2205.14135) with the loops of FlashAttention-2 (Dao, arXiv 2307.08691). What makes it work:
+// Nothing is kept but O and one number per row, lse[t] = log(sum over s <= t of exp(S[t,s])). This is FlashAttention
+// (Dao et al., arXiv 2205.14135) with the loops of FlashAttention-2 (Dao, arXiv 2307.08691). What makes it work:
 //
-// Online softmax. A row of S is met a few columns at a time. m is the largest score so far, l the sum of exp(S - m), and o
-// the sum of exp(S - m) V. When new columns raise m to m', l and o are multiplied by exp(m - m') and the sums go on. At the
-// end O = o / l and lse = m + log(l).
+// Online softmax. A row of S is met some columns at a time. m is the largest score so far, l the sum of exp(S - m), and
+// o the sum of exp(S - m) V. When new columns raise m to m', l and o are multiplied by exp(m - m'), and the sums go on.
+// At the end O = o / l and lse = m + log(l).
 //
-// Recomputation. The backward needs P again, and P = exp(S - lse) costs one product Q K^T less than reading (T, T) would:
+// Recomputation. The backward computes P = exp(S - lse) anew from Q and K, which is cheaper than reading (T, T):
 //     dV = P^T dO     dP = dO V^T     dS = P * (dP - delta)     dQ = scale * dS K     dK = scale * dS^T Q
-// where delta[t] = sum over s of P[t,s] dP[t,s], which is also the dot product of dO[t] and O[t], is the part of the gradient
-// that goes through the softmax's denominator. dQ sums over keys and dK, dV over queries, so there is one kernel for each
-// direction. They compute S and dP twice (7 products instead of 5), and in return no sum is shared between blocks: no
-// atomics, the same bits in every run.
+// where delta[t] = sum over s of P[t,s] dP[t,s], the share of the softmax's denominator, equals dO[t] . O[t]. dQ sums
+// over keys, dK and dV over queries, so there is one kernel for each direction. Both compute S and dP (7 products
+// instead of 5), and in return no sum is shared between blocks: no atomics, the same bits in every run.
 //
-// All three kernels have one shape. A warp owns 16 rows and keeps everything about them in registers: its rows of the
-// inputs, as the left operand of mma.sync, and its sums, as results. Tiles of 64 rows of the other side pass by in shared
-// memory, double-buffered with cp.async, and serve all warps of the block as the right operand:
+// All three kernels have one shape. A warp owns 16 rows and keeps what belongs to them in registers: its rows of the
+// inputs, as the left operand of mma.sync, and its sums, as results. Tiles of 64 rows of the other side pass by in
+// shared memory, double-buffered with cp.async, and serve all warps of the block as the right operand:
 //                              own rows (16 a warp)     passing tiles (64)     sums
 //     flash_forward_kernel     queries: Q               keys: K, V             m, l, O
 //     flash_dq_kernel          queries: Q, dO           keys: K, V             dQ, delta
 //     flash_dkv_kernel         keys: K, V               queries: Q, dO         dK, dV
-// Scores never touch shared memory: the registers in which mma.sync leaves a (16, 16) block of P are the ones in which it
-// takes the left operand of P V (flash_dkv_kernel computes S^T = K Q^T instead of S for the same reason). Blocks above the
-// diagonal are skipped, blocks on it are masked.
+// Scores never touch shared memory: the registers in which mma.sync leaves a (16, 16) block of P are those from which
+// it takes the left operand of P V (and flash_dkv_kernel computes S^T = K Q^T, so that P^T is a left operand too). What
+// lies above the diagonal is skipped, blocks on the diagonal are masked.
 //
-// In reading order: FlashTiles (how a tile lies in shared memory, how a warp reads it), the three tensor-core kernels (bf16, hd of
-// 32, 64 or 128), their scalar twins (float, or any hd up to 256), struct Attention (the launchers).
+// In reading order: FlashTiles (how a tile lies in shared memory, how a warp reads it), the three tensor-core kernels
+// (bf16, hd of 32, 64 or 128), their scalar twins (float, or any hd up to 256), struct Attention (the launchers).
 #pragma once
 #include <cmath>
 #include <type_traits>
@@ -37,11 +36,8 @@
 #include "cuda_common.cuh"
 #include "mma.cuh"
 
-// The exponentials are powers of two, ex2 being the instruction that there is: exp(x) = exp2(x * kLog2e).
+// The instruction for exponentials is a power of two: exp(x) = exp2(x * kLog2e).
 constexpr float kLog2e = 1.4426950408889634f;
-
-#ifndef PRECISION_FP32
-
 __device__ inline float fast_exp2(float x) {
 #ifdef FIBER
     return exp2f(x);
@@ -61,15 +57,15 @@ template <int HD, int WARPS> struct FlashTiles {
     static constexpr int passing_rows = 64;           // of a tile that passes by
     static constexpr int own_elements = own_rows * HD, passing_elements = passing_rows * HD;
 
-    // A tile is (rows, HD) in shared memory. cp.async writes and ldmatrix reads it by chunks of 8 columns (16 bytes), and
-    // ldmatrix takes one chunk of each of 8 consecutive rows at a time. Those must lie in different banks (8 chunks fill the
-    // 32 banks), so the chunks of a row are permuted: chunk c is stored at place c ^ key, with keys that differ between such rows.
+    // A tile is (rows, HD) in shared memory. cp.async writes and ldmatrix reads it in chunks of 8 columns (16 bytes),
+    // and ldmatrix takes one chunk of each of 8 consecutive rows at a time. Those must lie in different banks (8 chunks
+    // fill the 32 banks), so chunk c of a row is stored at place c ^ key, with keys that differ between such rows.
     __device__ static int place(int row, int chunk) {
         int key = HD == 32 ? row / 2 % 4 : row % 8;   // two rows of HD 32 fill the banks
         return row * HD + (chunk ^ key) * 8;
     }
 
-    // Starts copying rows first..first+rows-1 of a (T, HD) matrix with row stride `stride`; rows past the end become zeros.
+    // Starts copying rows first..first+rows-1 of a (T, HD) matrix with that row stride; rows past the end become zeros.
     template <int rows> __device__ static void load(real* tile, const real* matrix, int stride, int first, int T) {
         constexpr int chunks = HD / 8, rows_at_once = threads / chunks;
         int chunk = threadIdx.x % chunks;
@@ -77,14 +73,32 @@ template <int HD, int WARPS> struct FlashTiles {
         for (int i = 0; i < rows / rows_at_once; i++) {
             int row = i * rows_at_once + threadIdx.x / chunks;
             bool valid = first + row < T;
-            int offset = valid ? (first + row) * stride + chunk * 8 : 0;
-            cp_async_16(tile + place(row, chunk), matrix + offset, valid);
+            const real* from = matrix + (valid ? (first + row) * stride : 0) + chunk * 8;
+            cp_async_16(tile + place(row, chunk), from, valid);
         }
     }
+    __device__ static void load_own(real* tile, const real* matrix, int stride, int first, int T) {
+        load<own_rows>(tile, matrix, stride, first, T);
+    }
 
-    // Fragments of a tile. The columns 16*k.. are chunks 2*k.., and (2*k + half) ^ key = (half ^ key) ^ 2*k: what depends on
-    // the lane is computed once.
-    // A (16, 16) block as the left operand of mma: rows row.., columns 16*k..
+    // Two (T, HD) matrices, x and y, that pass by. While tile i is in use, i + 1 is on its way into the other buffers.
+    struct Passing {
+        real* buffers;                   // 2 x {tile of x, tile of y}
+        const real *x, *y;
+        int x_stride, y_stride, T;
+
+        __device__ real* x_tile(int i) const { return buffers + i % 2 * 2 * passing_elements; }
+        __device__ real* y_tile(int i) const { return x_tile(i) + passing_elements; }
+        __device__ void load_tile(int i) const {
+            load<passing_rows>(x_tile(i), x, x_stride, i * passing_rows, T);
+            load<passing_rows>(y_tile(i), y, y_stride, i * passing_rows, T);
+            cp_async_commit();
+        }
+    };
+
+    // Fragments of a tile. Columns 16*k.. are the chunks 2*k and 2*k + 1, and (2*k + half) ^ key = (half ^ key) ^ 2*k,
+    // so what depends on the lane is the same for all k. A (16, 16) block as the left operand of mma: rows row..,
+    // columns 16*k..
     __device__ static void left(uint32_t fragment[4], const real* tile, int row, int k) {
         int lane = threadIdx.x % 32;
         ldmatrix_x4(fragment, tile + row * HD + (place(lane % 16, lane / 16) ^ 16 * k));
@@ -103,7 +117,8 @@ template <int HD, int WARPS> struct FlashTiles {
 
     // result (16, 8*blocks) += own (16, HD) * tile[row.. row + 8*blocks]^T
     template <int blocks>
-    __device__ static void product_transposed(float (&result)[blocks][4], const uint32_t (&own)[HD / 16][4], const real* tile, int row) {
+    __device__ static void product_transposed(float (&result)[blocks][4], const uint32_t (&own)[HD / 16][4],
+                                              const real* tile, int row) {
 #pragma unroll
         for (int k = 0; k < HD / 16; k++) {
 #pragma unroll
@@ -115,9 +130,10 @@ template <int HD, int WARPS> struct FlashTiles {
             }
         }
     }
-    // sum (16, HD) += weights (16, 8*blocks) * tile[row.. row + 8*blocks], weights being the result of such a product
+    // sum (16, HD) += weights (16, 8*blocks) * tile[row.. row + 8*blocks], with weights laid out as such a result
     template <int blocks>
-    __device__ static void add_product(float (&sum)[HD / 8][4], const float (&weights)[blocks][4], const real* tile, int row) {
+    __device__ static void add_product(float (&sum)[HD / 8][4], const float (&weights)[blocks][4], const real* tile,
+                                       int row) {
 #pragma unroll
         for (int k = 0; k < blocks; k += 2) {
             const float *w0 = weights[k], *w1 = weights[k + 1];
@@ -133,31 +149,34 @@ template <int HD, int WARPS> struct FlashTiles {
         }
     }
 
-    // Writes a warp's sums (16, HD), the lane's two rows times factor0 and factor1, to rows first.. of a (T, HD) matrix. They
-    // go through the warp's own 16 rows of shared memory (`staging`), where lanes exchange them to write 16 bytes at a time.
-    __device__ static void store(real* matrix, int stride, int first, int T, const float (&sum)[HD / 8][4], float factor0,
-                                 float factor1, real* staging) {
+    // Writes a warp's sums (16, HD), the lane's two rows times factor0 and factor1, to rows first.. of a (T, HD)
+    // matrix. They go through the warp's own 16 rows of shared memory (`staging`), to leave in pieces of 16 bytes.
+    __device__ static void store(real* matrix, int stride, int first, int T, const float (&sum)[HD / 8][4],
+                                 float factor0, float factor1, real* staging) {
         int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+        auto stage = [&](int row, int n, float low, float high) {
+            *reinterpret_cast<uint32_t*>(staging + place(row, n) + 2 * t) = pack_pair<real>(low, high);
+        };
         __syncwarp();
 #pragma unroll
         for (int n = 0; n < HD / 8; n++) {
-            *reinterpret_cast<uint32_t*>(staging + place(g, n) + 2 * t) = pack_pair<real>(sum[n][0] * factor0, sum[n][1] * factor0);
-            *reinterpret_cast<uint32_t*>(staging + place(g + 8, n) + 2 * t) = pack_pair<real>(sum[n][2] * factor1, sum[n][3] * factor1);
+            stage(g, n, sum[n][0] * factor0, sum[n][1] * factor0);
+            stage(g + 8, n, sum[n][2] * factor1, sum[n][3] * factor1);
         }
         __syncwarp();
         constexpr int chunks = HD / 8, rows_at_once = 32 / chunks;
 #pragma unroll
         for (int i = 0; i < 16 / rows_at_once; i++) {
             int row = i * rows_at_once + lane / chunks, chunk = lane % chunks;
-            if (first + row < T)
-                Pack<real>::load(staging + place(row, chunk)).store(matrix + size_t(first + row) * stride + chunk * 8);
+            real* to = matrix + (first + row) * stride + chunk * 8;
+            if (first + row < T) Pack<real>::load(staging + place(row, chunk)).store(to);
         }
     }
 };
 
-// Results of mma lie in registers as float x[n][4], n counting blocks of 8 columns: with g = lane / 4, t = lane % 4, a lane holds
-// x[n][0..1] = row g, columns 8n + 2t and 8n + 2t + 1; x[n][2..3] = row g + 8, the same columns. So a lane has two rows,
-// element e is in the lane's row e / 2, and four neighbouring lanes share a row:
+// Results of mma lie in registers as float x[n][4], n counting blocks of 8 columns. With g = lane / 4, t = lane % 4:
+// x[n][0..1] = row g, columns 8n + 2t and 8n + 2t + 1; x[n][2..3] = row g + 8, the same columns. So a lane has two
+// rows, element e is in the lane's row e / 2, and four neighbouring lanes share a row:
 __device__ inline float row_sum(float x) {
     x += __shfl_xor_sync(kAllLanes, x, 1);
     return x + __shfl_xor_sync(kAllLanes, x, 2);
@@ -181,10 +200,9 @@ __global__ void __launch_bounds__(QueryTiles<HD>::threads, kQueryBlocks)
 flash_forward_kernel(real* out, float* lse, const real* qkv, int T, int C, float scale) {
     typedef QueryTiles<HD> Tiles;
     DYNAMIC_SHARED(real, q_tile);                        // (own_rows, HD)
-    real* passing = q_tile + Tiles::own_elements;        // 2 x {K, V}, each (passing_rows, HD)
 
     const int b = blockIdx.z, h = blockIdx.y, H = gridDim.y;
-    const int first = (gridDim.x - 1 - blockIdx.x) * Tiles::own_rows;  // the last queries, which see most keys, start first
+    const int first = (gridDim.x - 1 - blockIdx.x) * Tiles::own_rows;  // the last queries, with most keys, start first
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int warp_first = first + 16 * warp;
     const int row0 = warp_first + lane / 4;              // this lane's rows are row0 and row0 + 8
@@ -193,16 +211,10 @@ flash_forward_kernel(real* out, float* lse, const real* qkv, int T, int C, float
 
     const int last = min(first + Tiles::own_rows, T) - 1;
     const int tiles = last / Tiles::passing_rows + 1;
-    auto k_tile = [&](int tile) { return passing + tile % 2 * 2 * Tiles::passing_elements; };
-    auto v_tile = [&](int tile) { return k_tile(tile) + Tiles::passing_elements; };
-    auto load_tile = [&](int tile) {
-        Tiles::template load<Tiles::passing_rows>(k_tile(tile), k, 3 * C, tile * Tiles::passing_rows, T);
-        Tiles::template load<Tiles::passing_rows>(v_tile(tile), v, 3 * C, tile * Tiles::passing_rows, T);
-        cp_async_commit();
-    };
+    const typename Tiles::Passing keys{q_tile + Tiles::own_elements, k, v, 3 * C, 3 * C, T};
 
-    Tiles::template load<Tiles::own_rows>(q_tile, q, 3 * C, first, T);
-    load_tile(0);
+    Tiles::load_own(q_tile, q, 3 * C, first, T);
+    keys.load_tile(0);
     cp_async_wait<0>();
     __syncthreads();
     uint32_t own_q[HD / 16][4];
@@ -214,12 +226,12 @@ flash_forward_kernel(real* out, float* lse, const real* qkv, int T, int C, float
     const float scale_log2 = scale * kLog2e;
 
     for (int tile = 0; tile < tiles; tile++) {
-        if (tile + 1 < tiles) load_tile(tile + 1);
+        if (tile + 1 < tiles) keys.load_tile(tile + 1);
         const int key = tile * Tiles::passing_rows;
-        if (key <= warp_first) {                               // else all of these keys are later than the warp's queries
+        if (key <= warp_first) {                               // else these keys are later than the warp's queries
             constexpr int blocks = Tiles::passing_rows / 8;
             float s[blocks][4] = {};
-            Tiles::product_transposed(s, own_q, k_tile(tile), 0);
+            Tiles::product_transposed(s, own_q, keys.x_tile(tile), 0);
             if (key + Tiles::passing_rows > warp_first) {      // on the diagonal
 #pragma unroll
                 for (int n = 0; n < blocks; n++)
@@ -248,7 +260,7 @@ flash_forward_kernel(real* out, float* lse, const real* qkv, int T, int C, float
 #pragma unroll
                 for (int n = 0; n < HD / 8; n++) o[n][2 * r] *= correction, o[n][2 * r + 1] *= correction;
             }
-            Tiles::add_product(o, s, v_tile(tile), 0);
+            Tiles::add_product(o, s, keys.y_tile(tile), 0);
         }
         cp_async_wait<0>();
         __syncthreads();  // the next tile is there, and nobody reads this one any more
@@ -256,7 +268,8 @@ flash_forward_kernel(real* out, float* lse, const real* qkv, int T, int C, float
 
     l[0] = row_sum(l[0]);
     l[1] = row_sum(l[1]);
-    Tiles::store(out + size_t(b) * T * C + h * HD, C, warp_first, T, o, 1.0f / l[0], 1.0f / l[1], q_tile + 16 * warp * HD);
+    real* out_head = out + size_t(b) * T * C + h * HD;   // (T, HD), row stride C
+    Tiles::store(out_head, C, warp_first, T, o, 1.0f / l[0], 1.0f / l[1], q_tile + 16 * warp * HD);
     for (int r = 0; r < 2; r++) {
         const int row = row0 + 8 * r;
         if (lane % 4 == 0 && row < T) lse[(size_t(b) * H + h) * T + row] = m[r] * scale + logf(l[r]);
@@ -264,19 +277,18 @@ flash_forward_kernel(real* out, float* lse, const real* qkv, int T, int C, float
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Backward, in chunks of 16 columns: there is no softmax to finish before the scores can be used, and small chunks keep a
-// thread within 128 registers and follow the diagonal closely.
+// Backward, in chunks of 16 columns: there is no softmax to finish before the scores can be used, and small chunks keep
+// a thread within 128 registers and follow the diagonal closely.
 constexpr int kChunk = 16;
 
 // dQ and delta. dqkv (B,T,3C), delta (B,H,T), dout and out (B,T,C), lse (B,H,T). Grid as forward.
 template <int HD>
 __global__ void __launch_bounds__(QueryTiles<HD>::threads, kQueryBlocks)
-flash_dq_kernel(real* dqkv, float* delta, const real* dout, const real* qkv, const real* out, const float* lse, int T, int C,
-                float scale) {
+flash_dq_kernel(real* dqkv, float* delta, const real* dout, const real* qkv, const real* out, const float* lse,
+                int T, int C, float scale) {
     typedef QueryTiles<HD> Tiles;
     DYNAMIC_SHARED(real, q_tile);                        // (own_rows, HD)
     real* dout_tile = q_tile + Tiles::own_elements;      // (own_rows, HD)
-    real* passing = dout_tile + Tiles::own_elements;     // 2 x {K, V}, each (passing_rows, HD)
 
     const int b = blockIdx.z, h = blockIdx.y, H = gridDim.y;
     const int first = (gridDim.x - 1 - blockIdx.x) * Tiles::own_rows;
@@ -290,21 +302,14 @@ flash_dq_kernel(real* dqkv, float* delta, const real* dout, const real* qkv, con
 
     const int last = min(first + Tiles::own_rows, T) - 1;
     const int tiles = last / Tiles::passing_rows + 1;
-    auto k_tile = [&](int tile) { return passing + tile % 2 * 2 * Tiles::passing_elements; };
-    auto v_tile = [&](int tile) { return k_tile(tile) + Tiles::passing_elements; };
-    auto load_tile = [&](int tile) {
-        Tiles::template load<Tiles::passing_rows>(k_tile(tile), k, 3 * C, tile * Tiles::passing_rows, T);
-        Tiles::template load<Tiles::passing_rows>(v_tile(tile), v, 3 * C, tile * Tiles::passing_rows, T);
-        cp_async_commit();
-    };
+    const typename Tiles::Passing keys{dout_tile + Tiles::own_elements, k, v, 3 * C, 3 * C, T};
 
-    Tiles::template load<Tiles::own_rows>(q_tile, q, 3 * C, first, T);
-    Tiles::template load<Tiles::own_rows>(dout_tile, dout + out_head, C, first, T);
-    load_tile(0);
+    Tiles::load_own(q_tile, q, 3 * C, first, T);
+    Tiles::load_own(dout_tile, dout + out_head, C, first, T);
+    keys.load_tile(0);
 
-    // Rows past the end get lse = +inf, hence P = 0.
     float row_lse[2], row_delta[2] = {0.0f, 0.0f};       // of this lane's two rows; lse in units of log2
-    for (int r = 0; r < 2; r++) row_lse[r] = row0 + 8 * r < T ? lse[row0 + 8 * r] * kLog2e : INFINITY;
+    for (int r = 0; r < 2; r++) row_lse[r] = row0 + 8 * r < T ? lse[row0 + 8 * r] * kLog2e : 0.0f;
 
     cp_async_wait<0>();
     __syncthreads();
@@ -315,12 +320,11 @@ flash_dq_kernel(real* dqkv, float* delta, const real* dout, const real* qkv, con
         Tiles::left(own_dout[i], dout_tile, 16 * warp, i);
     }
 
-    // delta = dO . O. Lane t of a row's four takes the chunks t, t + 4, ..
+    // delta = dO . O. Of the four lanes that share a row, lane t takes the chunks t, t + 4, ..
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const int row = row0 + 8 * r;
         if (row < T) {
-#pragma unroll
             for (int chunk = lane % 4; chunk < HD / 8; chunk += 4) {
                 Pack<real> x = Pack<real>::load(dout_tile + Tiles::place(row - first, chunk));
                 Pack<real> y = Pack<real>::load(out + out_head + size_t(row) * C + chunk * 8);
@@ -334,14 +338,14 @@ flash_dq_kernel(real* dqkv, float* delta, const real* dout, const real* qkv, con
     float dq[HD / 8][4] = {};
     const float scale_log2 = scale * kLog2e;
     for (int tile = 0; tile < tiles; tile++) {
-        if (tile + 1 < tiles) load_tile(tile + 1);
+        if (tile + 1 < tiles) keys.load_tile(tile + 1);
 #pragma unroll
         for (int chunk = 0; chunk < Tiles::passing_rows; chunk += kChunk) {
             const int key = tile * Tiles::passing_rows + chunk;
             if (key > warp_first) break;                  // later than the warp's queries
             float s[kChunk / 8][4] = {}, dp[kChunk / 8][4] = {};
-            Tiles::product_transposed(s, own_q, k_tile(tile), chunk);
-            Tiles::product_transposed(dp, own_dout, v_tile(tile), chunk);
+            Tiles::product_transposed(s, own_q, keys.x_tile(tile), chunk);
+            Tiles::product_transposed(dp, own_dout, keys.y_tile(tile), chunk);
             if (key == warp_first) {                      // on the diagonal
 #pragma unroll
                 for (int n = 0; n < kChunk / 8; n++)
@@ -356,7 +360,7 @@ flash_dq_kernel(real* dqkv, float* delta, const real* dout, const real* qkv, con
                     const float p = fast_exp2(s[n][e] * scale_log2 - row_lse[e / 2]);
                     s[n][e] = p * (dp[n][e] - row_delta[e / 2]);  // dS
                 }
-            Tiles::add_product(dq, s, k_tile(tile), chunk);
+            Tiles::add_product(dq, s, keys.x_tile(tile), chunk);
         }
         cp_async_wait<0>();
         __syncthreads();
@@ -364,15 +368,15 @@ flash_dq_kernel(real* dqkv, float* delta, const real* dout, const real* qkv, con
     Tiles::store(dqkv + head, 3 * C, warp_first, T, dq, scale, scale, q_tile + 16 * warp * HD);
 }
 
-// dK and dV, with delta from flash_dq_kernel. Grid (blocks of own_rows keys, H, B): the first keys, which most queries see,
-// start first. Everything is transposed: rows are keys, columns are queries.
+// dK and dV, with delta from flash_dq_kernel. Grid (blocks of own_rows keys, H, B): the first keys, which most queries
+// see, start first. Everything is transposed: rows are keys, columns are queries.
 template <int HD>
 __global__ void __launch_bounds__(KeyTiles<HD>::threads, kKeyBlocks<HD>)
-flash_dkv_kernel(real* dqkv, const float* delta, const real* dout, const real* qkv, const float* lse, int T, int C, float scale) {
+flash_dkv_kernel(real* dqkv, const float* delta, const real* dout, const real* qkv, const float* lse,
+                 int T, int C, float scale) {
     typedef KeyTiles<HD> Tiles;
     DYNAMIC_SHARED(real, k_tile);                        // (own_rows, HD)
     real* v_tile = k_tile + Tiles::own_elements;         // (own_rows, HD)
-    real* passing = v_tile + Tiles::own_elements;        // 2 x {Q, dO}, each (passing_rows, HD)
     __shared__ float2 passing_terms[2][Tiles::passing_rows];  // lse (in units of log2) and delta of the queries
 
     const int b = blockIdx.z, h = blockIdx.y, H = gridDim.y;
@@ -385,17 +389,11 @@ flash_dkv_kernel(real* dqkv, const float* delta, const real* dout, const real* q
     lse += (size_t(b) * H + h) * T;
     delta += (size_t(b) * H + h) * T;
 
-    auto q_tile = [&](int tile) { return passing + tile % 2 * 2 * Tiles::passing_elements; };
-    auto dout_tile = [&](int tile) { return q_tile(tile) + Tiles::passing_elements; };
-    auto load_tile = [&](int tile) {
-        Tiles::template load<Tiles::passing_rows>(q_tile(tile), q, 3 * C, tile * Tiles::passing_rows, T);
-        Tiles::template load<Tiles::passing_rows>(dout_tile(tile), dout, C, tile * Tiles::passing_rows, T);
-        cp_async_commit();
-    };
-    // lse and delta of a tile's queries, one query a thread. Past the end lse = +inf, hence P = 0.
+    const typename Tiles::Passing queries{v_tile + Tiles::own_elements, q, dout, 3 * C, C, T};
+    // lse and delta of a tile's queries, one query a thread. Past the end 0 will do: P is 1, but dO and dS are 0.
     auto load_terms = [&](int tile) {
         const int row = threadIdx.x, query = tile * Tiles::passing_rows + row;
-        if (row >= Tiles::passing_rows || query >= T) return make_float2(INFINITY, 0.0f);
+        if (row >= Tiles::passing_rows || query >= T) return make_float2(0.0f, 0.0f);
         return make_float2(lse[query] * kLog2e, delta[query]);
     };
     auto store_terms = [&](int tile, float2 terms) {
@@ -403,9 +401,9 @@ flash_dkv_kernel(real* dqkv, const float* delta, const real* dout, const real* q
     };
 
     const int first_tile = first / Tiles::passing_rows, tiles = (T - 1) / Tiles::passing_rows + 1;
-    Tiles::template load<Tiles::own_rows>(k_tile, k, 3 * C, first, T);
-    Tiles::template load<Tiles::own_rows>(v_tile, v, 3 * C, first, T);
-    load_tile(first_tile);
+    Tiles::load_own(k_tile, k, 3 * C, first, T);
+    Tiles::load_own(v_tile, v, 3 * C, first, T);
+    queries.load_tile(first_tile);
     store_terms(first_tile, load_terms(first_tile));
     cp_async_wait<0>();
     __syncthreads();
@@ -421,7 +419,7 @@ flash_dkv_kernel(real* dqkv, const float* delta, const real* dout, const real* q
     for (int tile = first_tile; tile < tiles; tile++) {
         float2 next_terms = {};
         if (tile + 1 < tiles) {
-            load_tile(tile + 1);
+            queries.load_tile(tile + 1);
             next_terms = load_terms(tile + 1);            // under way in a register while this tile is computed
         }
 #pragma unroll
@@ -429,8 +427,8 @@ flash_dkv_kernel(real* dqkv, const float* delta, const real* dout, const real* q
             const int query = tile * Tiles::passing_rows + chunk;
             if (query < warp_first) continue;             // earlier than the warp's keys
             float s[kChunk / 8][4] = {}, dp[kChunk / 8][4] = {};
-            Tiles::product_transposed(s, own_k, q_tile(tile), chunk);
-            Tiles::product_transposed(dp, own_v, dout_tile(tile), chunk);
+            Tiles::product_transposed(s, own_k, queries.x_tile(tile), chunk);
+            Tiles::product_transposed(dp, own_v, queries.y_tile(tile), chunk);
             if (query == warp_first) {                    // on the diagonal
 #pragma unroll
                 for (int n = 0; n < kChunk / 8; n++)
@@ -446,8 +444,8 @@ flash_dkv_kernel(real* dqkv, const float* delta, const real* dout, const real* q
                     s[n][e] = fast_exp2(s[n][e] * scale_log2 - terms.x);  // P
                     dp[n][e] = s[n][e] * (dp[n][e] - terms.y);            // dS
                 }
-            Tiles::add_product(dv, s, dout_tile(tile), chunk);
-            Tiles::add_product(dk, dp, q_tile(tile), chunk);
+            Tiles::add_product(dv, s, queries.y_tile(tile), chunk);
+            Tiles::add_product(dk, dp, queries.x_tile(tile), chunk);
         }
         if (tile + 1 < tiles) store_terms(tile + 1, next_terms);
         cp_async_wait<0>();
@@ -458,17 +456,16 @@ flash_dkv_kernel(real* dqkv, const float* delta, const real* dout, const real* q
     Tiles::store(dqkv + head + 2 * C, 3 * C, warp_first, T, dv, 1.0f, 1.0f, v_tile + own);
 }
 
-#endif  // !PRECISION_FP32
-
 // ---------------------------------------------------------------------------------------------------------------------
-// The scalar twins: float arithmetic, `real` of either kind, heads of any hd up to 256. The same division of labour, with
-// lanes in place of fragments: a warp owns 4 rows, tiles of 32 rows pass by. For products with tile^T (scores) a lane takes one
-// row of the tile; for sums over the tile's rows it takes the columns lane, lane + 32, .. (COLUMNS of them). In between, the
-// weights change hands through shared memory.
+// The scalar twins: float arithmetic, `real` of either kind, heads of any hd up to 256. The same division of labour,
+// with lanes in place of fragments: a warp owns 4 rows, tiles of 32 rows pass by. For products with tile^T (scores) a
+// lane takes one row of the tile; for sums over the tile's rows it takes the columns lane, lane + 32, .. (COLUMNS of
+// them). In between, the weights change hands through shared memory.
 
 constexpr int kTwinWarps = 8;
+constexpr int kTwinThreads = kWarpSize * kTwinWarps;
 constexpr int kTwinRows = 4;                           // of a warp
-constexpr int kTwinTile = kTwinWarps * kTwinRows;      // rows of a passing tile, and of a block: the diagonal is one tile
+constexpr int kTwinTile = kTwinWarps * kTwinRows;      // rows of a block, and of a passing tile
 constexpr int kTwinWeights = kTwinTile * kTwinRows;    // of a warp: (row of the tile, row of the warp)
 static_assert(kTwinTile == kWarpSize, "a lane for each row of a tile");
 
@@ -477,9 +474,10 @@ constexpr __host__ __device__ int twin_stride(int hd) { return hd | 1; }
 
 // Rows first..first+31 of a (T, hd) matrix with row stride `stride`; zeros past the end.
 __device__ inline void twin_load(float* tile, const real* matrix, int stride, int first, int T, int hd) {
-    for (int i = threadIdx.x; i < kTwinTile * hd; i += kTwinTile * kTwinWarps) {
+    for (int i = threadIdx.x; i < kTwinTile * hd; i += kTwinThreads) {
         const int row = i / hd, column = i % hd;
-        tile[row * twin_stride(hd) + column] = first + row < T ? to_float(matrix[(first + row) * stride + column]) : 0.0f;
+        const bool valid = first + row < T;
+        tile[row * twin_stride(hd) + column] = valid ? to_float(matrix[(first + row) * stride + column]) : 0.0f;
     }
 }
 
@@ -565,24 +563,27 @@ __global__ void twin_forward_kernel(real* out, float* lse, const real* qkv, int 
 }
 
 template <int COLUMNS>
-__global__ void twin_dq_kernel(real* dqkv, float* delta, const real* dout, const real* qkv, const real* out, const float* lse,
-                               int T, int C, int hd, float scale) {
+__global__ void twin_dq_kernel(real* dqkv, float* delta, const real* dout, const real* qkv, const real* out,
+                               const float* lse, int T, int C, int hd, float scale) {
     DYNAMIC_SHARED(float, k_tile);                                // (kTwinTile, hd)
     float* v_tile = k_tile + kTwinTile * twin_stride(hd);         // (kTwinTile, hd)
     const int b = blockIdx.z, h = blockIdx.y, H = gridDim.y, first = (gridDim.x - 1 - blockIdx.x) * kTwinTile;
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, row0 = first + kTwinRows * warp;
     float* weights = v_tile + kTwinTile * twin_stride(hd) + warp * kTwinWeights;
-    const size_t head = size_t(b) * T * 3 * C + h * hd, out_head = size_t(b) * T * C + h * hd, head_rows = (size_t(b) * H + h) * T;
+    const size_t head = size_t(b) * T * 3 * C + h * hd, out_head = size_t(b) * T * C + h * hd;
     const real *q = qkv + head, *k = q + C, *v = q + 2 * C;
     const TwinRows own_q(q, 3 * C, row0, T), own_dout(dout + out_head, C, row0, T), own_out(out + out_head, C, row0, T);
+    lse += (size_t(b) * H + h) * T;
+    delta += (size_t(b) * H + h) * T;
 
     float row_lse[kTwinRows], row_delta[kTwinRows] = {}, dq[kTwinRows][COLUMNS] = {};
 #pragma unroll
     for (int r = 0; r < kTwinRows; r++) {
-        for (int d = lane; d < hd; d += kWarpSize) row_delta[r] += to_float(own_dout.row[r][d]) * to_float(own_out.row[r][d]);
+        const real *row_dout = own_dout.row[r], *row_out = own_out.row[r];
+        for (int d = lane; d < hd; d += kWarpSize) row_delta[r] += to_float(row_dout[d]) * to_float(row_out[d]);
         row_delta[r] = warp_sum(row_delta[r]);
-        row_lse[r] = lse[head_rows + min(row0 + r, T - 1)];
-        if (lane == 0 && row0 + r < T) delta[head_rows + row0 + r] = row_delta[r];
+        row_lse[r] = lse[min(row0 + r, T - 1)];
+        if (lane == 0 && row0 + r < T) delta[row0 + r] = row_delta[r];
     }
     for (int key = 0; key <= first; key += kTwinTile) {
         __syncthreads();
@@ -606,15 +607,17 @@ __global__ void twin_dq_kernel(real* dqkv, float* delta, const real* dout, const
 
 // Rows are keys, the tiles that pass by are queries, from the diagonal on.
 template <int COLUMNS>
-__global__ void twin_dkv_kernel(real* dqkv, const float* delta, const real* dout, const real* qkv, const float* lse, int T, int C,
-                                int hd, float scale) {
+__global__ void twin_dkv_kernel(real* dqkv, const float* delta, const real* dout, const real* qkv, const float* lse,
+                                int T, int C, int hd, float scale) {
     DYNAMIC_SHARED(float, q_tile);                                // (kTwinTile, hd)
     float* dout_tile = q_tile + kTwinTile * twin_stride(hd);      // (kTwinTile, hd)
     const int b = blockIdx.z, h = blockIdx.y, H = gridDim.y, first = blockIdx.x * kTwinTile;
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, row0 = first + kTwinRows * warp;
     float* weights = dout_tile + kTwinTile * twin_stride(hd) + warp * kTwinWeights;
-    const size_t head = size_t(b) * T * 3 * C + h * hd, head_rows = (size_t(b) * H + h) * T;
+    const size_t head = size_t(b) * T * 3 * C + h * hd;
     const real *q = qkv + head, *k = q + C, *v = q + 2 * C;
+    lse += (size_t(b) * H + h) * T;
+    delta += (size_t(b) * H + h) * T;
     dout += size_t(b) * T * C + h * hd;
     const TwinRows own_k(k, 3 * C, row0, T), own_v(v, 3 * C, row0, T);
 
@@ -628,7 +631,7 @@ __global__ void twin_dkv_kernel(real* dqkv, const float* delta, const real* dout
         own_k.dot(s, q_tile, hd);
         own_v.dot(dp, dout_tile, hd);
         const int row = query + lane;
-        const float row_lse = row < T ? lse[head_rows + row] : INFINITY, row_delta = row < T ? delta[head_rows + row] : 0.0f;
+        const float row_lse = row < T ? lse[row] : 0.0f, row_delta = row < T ? delta[row] : 0.0f;
 #pragma unroll
         for (int r = 0; r < kTwinRows; r++) {
             s[r] = row >= row0 + r ? expf(s[r] * scale - row_lse) : 0.0f;
@@ -651,53 +654,49 @@ __global__ void twin_dkv_kernel(real* dqkv, const float* delta, const real* dout
 
 struct Attention {
     static void attention_forward(real* out /*(B,T,C)*/, float* lse /*(B,H,T)*/,
-                                  const real* qkv /*(B,T,3C): q|k|v, head h at columns h*hd*/, int B, int T, int C, int H) {
+                                  const real* qkv /*(B,T,3C): q|k|v, head h at columns h*hd*/,
+                                  int B, int T, int C, int H) {
         check_sizes(B, T, C, H);
         const int hd = C / H;
         const float scale = 1.0f / std::sqrt(float(hd));
-#ifndef PRECISION_FP32
         auto flash = [&](auto head_dim) {
             constexpr int HD = decltype(head_dim)::value;
             typedef QueryTiles<HD> Tiles;
-            const size_t bytes = (Tiles::own_elements + 4 * Tiles::passing_elements) * sizeof(real);
-            LAUNCH(flash_forward_kernel<HD>, dim3(ceil_div(T, Tiles::own_rows), H, B), Tiles::threads, bytes, out, lse, qkv, T, C,
-                   scale);
+            LAUNCH(flash_forward_kernel<HD>, grid<Tiles::own_rows>(B, T, H), Tiles::threads, flash_bytes<Tiles>(1),
+                   out, lse, qkv, T, C, scale);
         };
-        if (with_head_dim(hd, flash)) return;
-#endif
-        with_columns(hd, [&](auto columns) {
-            LAUNCH(twin_forward_kernel<decltype(columns)::value>, twin_grid(B, T, H), kTwinTile * kTwinWarps, twin_bytes(hd), out,
-                   lse, qkv, T, C, hd, scale);
-        });
+        auto twin = [&](auto columns) {
+            constexpr int COLUMNS = decltype(columns)::value;
+            LAUNCH(twin_forward_kernel<COLUMNS>, grid<kTwinTile>(B, T, H), kTwinThreads, twin_bytes(hd),
+                   out, lse, qkv, T, C, hd, scale);
+        };
+        dispatch(hd, flash, twin);
     }
 
     static void attention_backward(real* dqkv /*(B,T,3C) overwritten*/, float* delta /*(B,H,T) scratch*/,
-                                   const real* dout /*(B,T,C)*/, const real* qkv /*(B,T,3C)*/, const real* out /*(B,T,C)*/,
-                                   const float* lse /*(B,H,T)*/, int B, int T, int C, int H) {
+                                   const real* dout /*(B,T,C)*/, const real* qkv /*(B,T,3C)*/,
+                                   const real* out /*(B,T,C)*/, const float* lse /*(B,H,T)*/,
+                                   int B, int T, int C, int H) {
         check_sizes(B, T, C, H);
         const int hd = C / H;
         const float scale = 1.0f / std::sqrt(float(hd));
-#ifndef PRECISION_FP32
         auto flash = [&](auto head_dim) {
             constexpr int HD = decltype(head_dim)::value;
-            auto bytes = [](int own, int passing) { return (2 * own + 4 * passing) * sizeof(real); };
             typedef QueryTiles<HD> Queries;
-            LAUNCH(flash_dq_kernel<HD>, dim3(ceil_div(T, Queries::own_rows), H, B), Queries::threads,
-                   bytes(Queries::own_elements, Queries::passing_elements), dqkv, delta, dout, qkv, out, lse, T, C, scale);
             typedef KeyTiles<HD> Keys;
-            LAUNCH(flash_dkv_kernel<HD>, dim3(ceil_div(T, Keys::own_rows), H, B), Keys::threads,
-                   bytes(Keys::own_elements, Keys::passing_elements), dqkv, delta, dout, qkv, lse, T, C, scale);
+            LAUNCH(flash_dq_kernel<HD>, grid<Queries::own_rows>(B, T, H), Queries::threads, flash_bytes<Queries>(2),
+                   dqkv, delta, dout, qkv, out, lse, T, C, scale);
+            LAUNCH(flash_dkv_kernel<HD>, grid<Keys::own_rows>(B, T, H), Keys::threads, flash_bytes<Keys>(2),
+                   dqkv, delta, dout, qkv, lse, T, C, scale);
         };
-        if (with_head_dim(hd, flash)) return;
-#endif
-        with_columns(hd, [&](auto columns) {
+        auto twin = [&](auto columns) {
             constexpr int COLUMNS = decltype(columns)::value;
-            const int threads = kTwinTile * kTwinWarps;
-            LAUNCH(twin_dq_kernel<COLUMNS>, twin_grid(B, T, H), threads, twin_bytes(hd), dqkv, delta, dout, qkv, out, lse, T, C, hd,
-                   scale);
-            LAUNCH(twin_dkv_kernel<COLUMNS>, twin_grid(B, T, H), threads, twin_bytes(hd), dqkv, delta, dout, qkv, lse, T, C, hd,
-                   scale);
-        });
+            LAUNCH(twin_dq_kernel<COLUMNS>, grid<kTwinTile>(B, T, H), kTwinThreads, twin_bytes(hd),
+                   dqkv, delta, dout, qkv, out, lse, T, C, hd, scale);
+            LAUNCH(twin_dkv_kernel<COLUMNS>, grid<kTwinTile>(B, T, H), kTwinThreads, twin_bytes(hd),
+                   dqkv, delta, dout, qkv, lse, T, C, hd, scale);
+        };
+        dispatch(hd, flash, twin);
     }
 
 private:
@@ -705,27 +704,31 @@ private:
 
     // Kernels take offsets within a sequence as int; a grid is (blocks of rows, H, B).
     static void check_sizes(int B, int T, int C, int H) {
-        if (C % H != 0 || C / H > 256) fail("attention: %d channels in %d heads; a head has a whole number, up to 256", C, H);
-        if (size_t(T) * 3 * C > INT32_MAX) fail("attention: T = %d times 3 * %d channels exceeds 2^31: use shorter sequences", T, C);
-        if (B > 65535) fail("attention: %d sequences at once; use at most 65535 a micro-step", B);
+        if (C % H != 0 || C / H > 256)
+            fail("attention: %d channels in %d heads: choose --heads that divide them, into at most 256 each", C, H);
+        if (size_t(T) * 3 * C > INT32_MAX)
+            fail("attention: T = %d times 3 * %d channels is 2^31 or more: use a shorter --seq_len", T, C);
+        if (B > 65535) fail("attention: %d sequences at once, at most 65535 fit a launch: use a smaller --batch", B);
     }
 
-#ifndef PRECISION_FP32
-    // Calls f with the head dimension as a constant, if the tensor-core kernels have it.
-    template <class F> static bool with_head_dim(int hd, F f) {
-        if (hd == 32) f(Constant<32>());
-        else if (hd == 64) f(Constant<64>());
-        else if (hd == 128) f(Constant<128>());
-        else return false;
-        return true;
+    // Calls one of the two with its template argument: the head dimension, or the columns of a head per lane.
+    template <class Flash, class Twin> static void dispatch(int hd, Flash flash, Twin twin) {
+        if constexpr (std::is_same<real, __nv_bfloat16>::value) {
+            if (hd == 32) return flash(Constant<32>());
+            if (hd == 64) return flash(Constant<64>());
+            if (hd == 128) return flash(Constant<128>());
+        }
+        if (hd <= 32) twin(Constant<1>());
+        else if (hd <= 64) twin(Constant<2>());
+        else if (hd <= 128) twin(Constant<4>());
+        else twin(Constant<8>());
     }
-#endif
-    template <class F> static void with_columns(int hd, F f) {
-        if (hd <= 32) f(Constant<1>());
-        else if (hd <= 64) f(Constant<2>());
-        else if (hd <= 128) f(Constant<4>());
-        else f(Constant<8>());
+    template <int rows> static dim3 grid(int B, int T, int H) { return dim3(ceil_div(T, rows), H, B); }
+    // Dynamic shared memory: `own` matrices of own rows, and two pairs of passing tiles.
+    template <class Tiles> static size_t flash_bytes(int own) {
+        return (own * Tiles::own_elements + 4 * Tiles::passing_elements) * sizeof(real);
     }
-    static dim3 twin_grid(int B, int T, int H) { return dim3(ceil_div(T, kTwinTile), H, B); }
-    static size_t twin_bytes(int hd) { return (2 * kTwinTile * twin_stride(hd) + kTwinWarps * kTwinWeights) * sizeof(float); }
+    static size_t twin_bytes(int hd) {
+        return (2 * kTwinTile * twin_stride(hd) + kTwinWarps * kTwinWeights) * sizeof(float);
+    }
 };

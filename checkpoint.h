@@ -124,7 +124,11 @@ public:
         if (file_.fd < 0) give_up(errno);
 
         std::string table;
-        for (const auto& [key, value] : meta) table += "meta " + key + " " + value + "\n";
+        for (const auto& [key, value] : meta) {
+            const bool fits = key.find_first_of(" \n") == std::string::npos && value.find('\n') == std::string::npos;
+            if (!fits) fail("%s: meta data '%s' does not fit on a line", path_.c_str(), key.c_str());
+            table += "meta " + key + " " + value + "\n";
+        }
         for (const TensorInfo& tensor : tensors_) {
             table += "tensor " + tensor.name + " f32";
             for (int64_t size : tensor.shape) table += " " + std::to_string(size);

@@ -115,8 +115,8 @@ inline void sleep_seconds(double seconds) {
     _exit(code);
 }
 
-// A fault that all ranks meet (a missing file, a lost peer) is said once: each rank lets the lower ones speak first, and
-// the first to speak ends the run. Open MPI's mpirun takes a second over that.
+// A fault that all ranks meet (a missing file, a lost peer) is said once: each rank lets the lower ones speak first,
+// and the first to speak ends the run. Open MPI's mpirun takes a second over that.
 inline int turn_to_speak() { return std::min(2 * ranks.rank, 10); }   // seconds
 
 // Prints the reason as one line and ends the run.

@@ -64,13 +64,14 @@ struct CudaRuntime {
     // Dense peak of the tensor cores in FLOP/s (vendors' datasheets, bf16 with fp32 accumulation); 0 if unknown. In the fp32
     // build no tensor core runs, so no utilisation is reported.
     static double peak_flops() {
-        if (sizeof(real) == 4) return 0;
+#ifndef PRECISION_FP32
         static const std::pair<const char*, double> known[] = {
             {"H100 PCIe", 756e12}, {"H100 NVL", 835e12}, {"H100", 989e12},    {"H200", 989e12},    {"A100", 312e12},
             {"A800", 312e12},      {"L40S", 362e12},     {"RTX 4090", 165e12}, {"RTX 3090", 71e12},
         };
         for (auto& [name, flops] : known)
             if (strstr(properties().name, name)) return flops;
+#endif
         return 0;
     }
 

@@ -1,6 +1,6 @@
 // cuda_common.cuh: what every CUDA kernel of this program builds on.
-// In reading order: the element type `real`, the one stream and the checks, LAUNCH, packs of 16 bytes, warp and block sums.
-// With -DFIBER a host compiler builds the kernels against test/fiber.h, which runs them on the CPU (tests only).
+// In reading order: the element type `real`, the one stream and the checks, LAUNCH, packs of 16 bytes, warp and block
+// sums. With -DFIBER a host compiler builds the kernels against test/fiber.h, which runs them on the CPU (tests only).
 #pragma once
 #ifdef FIBER
 #include "test/fiber.h"
@@ -32,8 +32,8 @@ inline void cuda_check(cudaError_t error, const char* what, const char* file, in
 }
 #define CUDA_CHECK(expression) cuda_check((expression), #expression, __FILE__, __LINE__)
 
-// LAUNCH(kernel, grid, block, dynamic shared bytes, arguments...) on cuda_stream. A template instance goes in parentheses:
-// LAUNCH((kernel<64>), ...).
+// LAUNCH(kernel, grid, block, dynamic shared bytes, arguments...) on cuda_stream. A template instance goes in
+// parentheses: LAUNCH((kernel<64>), ...).
 #define LAUNCH(kernel, grid, block, shared_bytes, ...) \
     launch_kernel(#kernel, __FILE__, __LINE__, kernel, grid, block, shared_bytes, ##__VA_ARGS__)
 
@@ -45,7 +45,8 @@ void launch_kernel(const char* name, const char* file, int line, void (*kernel)(
     fiber::launch(name, grid, block, shared_bytes, [&] { kernel(arguments...); });
 #else
     if (shared_bytes > 32 * 1024)  // over 48 KiB, the kernel's static arrays included, has to be asked for
-        cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), name, file, line);
+        cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), name,
+                   file, line);
     kernel<<<grid, block, shared_bytes, cuda_stream>>>(arguments...);
     cuda_check(cudaGetLastError(), name, file, line);
 #endif
@@ -70,7 +71,7 @@ template <> __host__ __device__ inline float from_float<float>(float x) { return
 template <> __host__ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16(x); }
 template <> __host__ __device__ inline __half from_float<__half>(float x) { return __float2half(x); }
 
-// n elements that one access moves: 16 bytes (8 bf16, 4 float), or 8 where n says so. Addresses are multiples of that size.
+// n elements that one access moves: 16 bytes (8 bf16, 4 float), or 8 where n says so. Addresses are multiples of that.
 template <class T, int n = 16 / int(sizeof(T))> struct __align__(n * sizeof(T)) Pack {
     static constexpr int size = n;
     T values[n];
@@ -79,8 +80,9 @@ template <class T, int n = 16 / int(sizeof(T))> struct __align__(n * sizeof(T)) 
     __device__ const T& operator[](int i) const { return values[i]; }
 
     __device__ static Pack load(const T* from) { return unpack(*aligned(from)); }
-    __device__ static Pack load_once(const T* from) { return unpack(__ldcs(aligned(from))); }  // first to leave the cache
     __device__ void store(T* to) const { *aligned(to) = bits(); }
+    // The same for data that is not needed again soon: first to leave the cache.
+    __device__ static Pack load_once(const T* from) { return unpack(__ldcs(aligned(from))); }
     __device__ void store_once(T* to) const { __stcs(aligned(to), bits()); }
 
 private:

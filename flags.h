@@ -137,7 +137,8 @@ inline const std::vector<Flag>& flag_table() {
         {"muon", "muon_tile", &O::muon_tile, "T",
          "orthogonalise T x T tiles, each by itself (Hierarchical Muon); 0: whole matrices", 0, 65536},
         {"muon", "ns", &O::ns, "standard|gram|auto",
-         "Newton-Schulz on the matrix, on its Gram matrix (cheaper if one side is longer), or by a table of shapes"},
+         "Newton-Schulz on the matrix; on its small Gram matrix, fewer FLOPs if one side is longer, best in fp16 (in bf16 nearly "
+         "low-rank matrices can blow up); or by a fixed table of shapes"},
         {"muon", "ns_coefficients", &O::ns_coefficients, "keller|polar_express|you", "polynomials of the steps"},
         {"muon", "ns_steps", &O::ns_steps, "N", "Newton-Schulz steps; polar_express and you have 5 at most", 1, 20},
         {"muon", "ns_dtype", &O::ns_dtype, "bf16|fp16|fp32", "type of Newton-Schulz's operands (sums are fp32)"},

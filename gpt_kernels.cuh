@@ -1,24 +1,26 @@
-// gpt_kernels.cuh: the kernels of the model and of the optimizer that are neither a matrix product nor attention. All of them
-// are bound by memory: each reads its inputs once, 16 bytes per access, computes in fp32, and rounds once at the store.
-// Read in this order: embedding, LayerNorm and residual, GELU, classifier and loss, column sums (bias), optimizer, and at the
-// end struct GptKernels, the launchers that the program calls.
+// gpt_kernels.cuh: the kernels of the model and of the optimizer that are neither a matrix product nor attention. All
+// of them are bound by memory: each reads its inputs once, 16 bytes per access, computes in fp32, and rounds once at
+// the store.
+// Read in this order: embedding, LayerNorm and residual, GELU, classifier and loss, column sums (bias), optimizer, and
+// at the end struct GptKernels, the launchers that the program calls.
 //
-// Results are the same bits in every run and on every GPU: no atomics, and the order of every sum depends on the shapes only.
+// Results are the same bits in every run and on every GPU: no atomics, and the order of a sum depends on shapes only.
 // Letters: B sequences of T positions, N = B*T rows, C channels (a multiple of 8), V vocabulary, Vp the same padded.
 #pragma once
 #include <cfloat>
 
 #include "cuda_common.cuh"
 
-// Kernels that sum over rows run as many blocks as fill this many multiprocessors (an H100's). Other GPUs work too, with
-// a less even last wave; a fixed number keeps results independent of the device.
+// Kernels that sum over rows run as many blocks as fill this many multiprocessors (an H100's). Other GPUs work too,
+// with a less even last wave; a fixed number keeps results independent of the device.
 constexpr int kMultiprocessors = 132;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Embedding
 
 // One block per row.
-__global__ void embedding_forward_kernel(real* out /*(N,C)*/, const int* tokens /*(N)*/, const real* __restrict__ wte /*(Vp,C)*/,
+__global__ void embedding_forward_kernel(real* out /*(N,C)*/, const int* tokens /*(N)*/,
+                                         const real* __restrict__ wte /*(Vp,C)*/,
                                          const real* __restrict__ wpe /*(maxT,C)*/, int T, int C) {
     typedef Pack<real> P;
     size_t row = blockIdx.x;
@@ -32,7 +34,8 @@ __global__ void embedding_forward_kernel(real* out /*(N,C)*/, const int* tokens 
 }
 
 // dwpe[t] += sum over the sequences of dout[b,t]. One thread per pack of (T,C).
-__global__ void position_backward_kernel(float* dwpe /*(maxT,C) +=*/, const real* __restrict__ dout /*(B,T,C)*/, int B, int T, int C) {
+__global__ void position_backward_kernel(float* dwpe /*(maxT,C) +=*/, const real* __restrict__ dout /*(B,T,C)*/, int B,
+                                         int T, int C) {
     typedef Pack<real> P;
     size_t TC = size_t(T) * C, i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * P::size;
     if (i >= TC) return;
@@ -48,9 +51,10 @@ __global__ void position_backward_kernel(float* dwpe /*(maxT,C) +=*/, const real
 constexpr int kTokenWarps = 16;
 constexpr int kTokenColumns = kWarpSize * Pack<real>::size;  // of one warp
 
-// sum += dout[order[i]] for the positions i = first.. that hold `token`, at most 32 of them. Returns how many there were.
-__device__ inline int add_token_rows(float (&sum)[Pack<real>::size], const real* __restrict__ dout, const int* __restrict__ tokens,
-                                     const int* __restrict__ order, int token, int first, int N, int C, int column) {
+// sum += dout[order[i]] for the entries i = first.. that hold `token`, at most 32. Returns how many there were.
+__device__ inline int add_token_rows(float (&sum)[Pack<real>::size], const real* __restrict__ dout,
+                                     const int* __restrict__ tokens, const int* __restrict__ order, int token,
+                                     int first, int N, int C, int column) {
     typedef Pack<real> P;
     int lane = threadIdx.x % kWarpSize;
     int row = first + lane < N ? order[first + lane] : -1;
@@ -66,12 +70,14 @@ __device__ inline int add_token_rows(float (&sum)[Pack<real>::size], const real*
     return count;
 }
 
-// dwte[token] += sum of dout over the positions that hold the token. `order` lists the positions by token, so each token is
-// a run. A block looks at kTokenWarps entries of order, one per warp, and at kTokenColumns columns (blockIdx.y). A warp at
-// the first entry of a run of up to 32 sums it alone. Of longer runs at most one, the last, begins in these few entries;
-// all warps sum it together: pieces of 32, dealt out in turn, then one sum per warp, added in order.
+// dwte[token] += sum of dout over the positions that hold the token. `order` lists the positions by token, so each
+// token is a run. A block looks at kTokenWarps entries of order, one per warp, and at kTokenColumns columns
+// (blockIdx.y). A warp at the first entry of a run of up to 32 sums it alone. Of longer runs at most one, the last,
+// begins in these few entries. All warps sum it together: pieces of 32, dealt out in turn, then one sum per warp,
+// added in order.
 __global__ void token_backward_kernel(float* dwte /*(Vp,C) +=*/, const real* __restrict__ dout /*(N,C)*/,
-                                      const int* __restrict__ tokens /*(N)*/, const int* __restrict__ order /*(N)*/, int N, int C) {
+                                      const int* __restrict__ tokens /*(N)*/, const int* __restrict__ order /*(N)*/,
+                                      int N, int C) {
     typedef Pack<real> P;
     __shared__ float of_warps[kTokenWarps][kTokenColumns];
     int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -117,9 +123,10 @@ constexpr int kLayerNormWarps = 4;
 // One warp per row, the row in registers, `packs` of them in each lane. With add, x = a + b, also written to residual;
 // else x = a. Mean and variance take two passes over the registers: no cancellation.
 template <int packs, bool add>
-__global__ void layernorm_forward_kernel(real* residual /*(N,C)*/, real* out /*(N,C)*/, float* mean /*(N)*/, float* rstd /*(N)*/,
-                                         const real* a /*(N,C)*/, const real* b /*(N,C)*/, const real* __restrict__ weight /*(C)*/,
-                                         const real* __restrict__ bias /*(C)*/, int N, int C) {
+__global__ void layernorm_forward_kernel(real* residual /*(N,C)*/, real* out /*(N,C)*/, float* mean /*(N)*/,
+                                         float* rstd /*(N)*/, const real* a /*(N,C)*/, const real* b /*(N,C)*/,
+                                         const real* __restrict__ weight /*(C)*/, const real* __restrict__ bias /*(C)*/,
+                                         int N, int C) {
     typedef Pack<real> P;
     int lane = threadIdx.x % kWarpSize, row = blockIdx.x * kLayerNormWarps + threadIdx.x / kWarpSize;
     if (row >= N) return;
@@ -168,15 +175,17 @@ __global__ void layernorm_forward_kernel(real* residual /*(N,C)*/, real* out /*(
 }
 
 // With xhat = (x - mean)*rstd and g = weight*dout:  dx += (g - mean_c(g) - xhat*mean_c(g*xhat)) * rstd,
-// dweight = sum over rows of dout*xhat, dbias = sum over rows of dout. A thread keeps its columns for all rows of the block,
-// so these two sums stay in its registers; a second kernel adds the blocks. `rows` rows at a time share the barriers.
+// dweight = sum over rows of dout*xhat, dbias = sum over rows of dout. A thread keeps its columns for all rows of the
+// block, so these two sums stay in its registers; a second kernel adds the blocks. `rows` rows at a time share the
+// barriers.
 constexpr int kLayerNormThreads = 256;
 
 template <int packs /*of a row, per thread*/, int rows>
 __global__ void __launch_bounds__(kLayerNormThreads, packs == 1 ? 2 : 1)
-layernorm_backward_kernel(real* dx /*(N,C) +=*/, float* partials /*(gridDim.x,2,C)*/, const real* __restrict__ dout /*(N,C)*/,
-                          const real* __restrict__ x /*(N,C)*/, const real* __restrict__ weight /*(C)*/,
-                          const float* __restrict__ mean /*(N)*/, const float* __restrict__ rstd /*(N)*/, int N, int C) {
+    layernorm_backward_kernel(real* dx /*(N,C) +=*/, float* partials /*(gridDim.x,2,C)*/,
+                              const real* __restrict__ dout /*(N,C)*/, const real* __restrict__ x /*(N,C)*/,
+                              const real* __restrict__ weight /*(C)*/, const float* __restrict__ mean /*(N)*/,
+                              const float* __restrict__ rstd /*(N)*/, int N, int C) {
     typedef Pack<real> P;
     P w[packs];
     float dweight[packs][P::size] = {}, dbias[packs][P::size] = {};
@@ -212,7 +221,8 @@ layernorm_backward_kernel(real* dx /*(N,C) +=*/, float* partials /*(gridDim.x,2,
                 int c = (p * blockDim.x + threadIdx.x) * P::size;
                 if (row0 + r >= N || c >= C) continue;
                 for (int k = 0; k < P::size; k++) {
-                    float dk = to_float(d[r][p][k]), xhat = (to_float(v[r][p][k]) - m[r]) * s[r], g = to_float(w[p][k]) * dk;
+                    float dk = to_float(d[r][p][k]), g = to_float(w[p][k]) * dk;
+                    float xhat = (to_float(v[r][p][k]) - m[r]) * s[r];
                     dweight[p][k] += dk * xhat;
                     dbias[p][k] += dk;
                     sums[2 * r] += g;
@@ -286,15 +296,16 @@ __global__ void gelu_backward_kernel(real* dx /*may be dout*/, const real* dout,
     if (i >= n) return;
     P d = P::load(dout + i), v = P::load_once(x + i), y;
     for (int k = 0; k < P::size; k++) {
-        float xk = to_float(v[k]), s = gelu_sigmoid(xk), slope = 2.0f * kGeluScale * (1.0f + 3.0f * kGeluCubic * xk * xk);
+        float xk = to_float(v[k]), s = gelu_sigmoid(xk);
+        float slope = 2.0f * kGeluScale * (1.0f + 3.0f * kGeluCubic * xk * xk);
         y[k] = from_float<real>(to_float(d[k]) * (s + xk * s * (1.0f - s) * slope));
     }
     y.store(dx + i);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Classifier: softmax and cross-entropy, forward and backward in one kernel. One block per row; the row crosses the memory
-// bus once each way: the second pass goes backwards over what the first has just left in the caches.
+// Classifier: softmax and cross-entropy, forward and backward in one kernel. One block per row; the row crosses the
+// memory bus once each way: the second pass goes backwards over what the first has just left in the caches.
 
 __device__ inline Pack<real> load_logits(const real* row, int c, int V) {  // masked: -infinity from column V on
     typedef Pack<real> P;
@@ -307,14 +318,15 @@ __device__ inline Pack<real> load_logits(const real* row, int c, int V) {  // ma
 
 // loss = log(sum_i exp(x_i)) - x_target;  dlogits = (softmax - onehot) * dloss, in the place of the logits.
 __global__ void __launch_bounds__(1024, 2)
-classifier_kernel(float* losses /*(N)*/, real* logits /*(N,Vp)*/, const int* targets /*(N)*/, float dloss, int V, int Vp, bool write_dlogits) {
+    classifier_kernel(float* losses /*(N)*/, real* logits /*(N,Vp)*/, const int* targets /*(N)*/, float dloss, int V,
+                      int Vp, bool write_dlogits) {
     typedef Pack<real> P;
     real* row = logits + size_t(blockIdx.x) * Vp;
     int stride = blockDim.x * P::size, target = targets[blockIdx.x];
     float target_logit = to_float(row[target]);
 
-    // Each thread keeps the largest x so far and the sum of exp(x - largest), and rescales the sum when it meets a larger.
-    // -FLT_MAX, not -infinity, so that the difference of two of them is a number.
+    // Each thread keeps the largest x so far and the sum of exp(x - largest), and rescales the sum when it meets a
+    // larger. -FLT_MAX, not -infinity, so that the difference of two of them is a number.
     float largest = -FLT_MAX, sum = 0;
     int last = threadIdx.x * P::size;
     for (int c = last; c < Vp; c += stride) {
@@ -355,8 +367,9 @@ __global__ void sum_losses_kernel(double* acc, const float* losses /*(n)*/, int 
 constexpr int kBiasWarps = 8;
 constexpr int kBiasColumns = kWarpSize * Pack<real>::size;  // of one block
 
-// First stage of the bias gradient: a block takes kBiasColumns columns (blockIdx.x) of every gridDim.y-th group of rows.
-__global__ void bias_backward_kernel(float* partials /*(gridDim.y,OC)*/, const real* __restrict__ dout /*(N,OC)*/, int N, int OC) {
+// First stage of the bias gradient: a block takes kBiasColumns columns of every gridDim.y-th group of rows.
+__global__ void bias_backward_kernel(float* partials /*(gridDim.y,OC)*/, const real* __restrict__ dout /*(N,OC)*/,
+                                     int N, int OC) {
     typedef Pack<real> P;
     __shared__ float of_warps[kBiasWarps][kBiasColumns];
     int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -380,8 +393,8 @@ __global__ void bias_backward_kernel(float* partials /*(gridDim.y,OC)*/, const r
 
 // Second stage: out[c] += sum over p of partials[p,j,c], where j = blockIdx.y chooses out among first and second.
 // A block of 32 warps takes 32 columns; its warps share the partials, then each warp adds up one column.
-__global__ void add_partials_kernel(float* first /*(C) +=*/, float* second /*(C) +=*/, const float* __restrict__ partials /*(P,gridDim.y,C)*/,
-                                    int P, int C) {
+__global__ void add_partials_kernel(float* first /*(C) +=*/, float* second /*(C) +=*/,
+                                    const float* __restrict__ partials /*(P,gridDim.y,C)*/, int P, int C) {
     __shared__ float of_warps[kWarpSize][kWarpSize + 1];  // + 1: columns then lie in different banks
     int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     int column = blockIdx.x * kWarpSize + lane;
@@ -416,13 +429,15 @@ __global__ void sum_squares_kernel(double* sums, const float* __restrict__ x, co
         FloatQuad v = FloatQuad::load(values + i);
         for (int k = 0; k < kQuad; k++) sum += double(v[k]) * double(v[k]);
     }
-    for (size_t i = in_quads + threadIdx.x; i < range.count; i += blockDim.x) sum += double(values[i]) * double(values[i]);
+    for (size_t i = in_quads + threadIdx.x; i < range.count; i += blockDim.x)
+        sum += double(values[i]) * double(values[i]);
     sum = block_sum(sum);
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
 // One block. clip[0] = 0 tells the update kernels below to leave everything as it is.
-__global__ void clip_scale_kernel(float* clip /*(2): scale, norm*/, const double* __restrict__ sums /*(n)*/, int n, float max_norm) {
+__global__ void clip_scale_kernel(float* clip /*(2): scale, norm*/, const double* __restrict__ sums /*(n)*/, int n,
+                                  float max_norm) {
     double sum = 0;
     for (int i = threadIdx.x; i < n; i += blockDim.x) sum += sums[i];
     sum = block_sum(sum);
@@ -442,8 +457,8 @@ __device__ inline void adamw_element(float& master, float& m, float& v, float g,
     master = master * (1.0f - h.lr * h.weight_decay) - h.lr * (m / h.correction1) / (sqrtf(v / h.correction2) + h.eps);
 }
 
-__global__ void adamw_kernel(real* params, float* master, float* m, float* v, const float* __restrict__ grads, size_t n, AdamW h,
-                             const float* __restrict__ clip) {
+__global__ void adamw_kernel(real* params, float* master, float* m, float* v, const float* __restrict__ grads, size_t n,
+                             AdamW h, const float* __restrict__ clip) {
     float scale = clip[0];
     size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * kQuad;
     if (scale == 0 || i >= n) return;
@@ -473,7 +488,8 @@ __device__ inline void momentum_element(float& g, float& buf, float mu, bool nes
     g = nesterov ? g + mu * buf : buf;
 }
 
-__global__ void muon_momentum_kernel(float* grads, float* momentum, size_t n, float mu, bool nesterov, const float* __restrict__ clip) {
+__global__ void muon_momentum_kernel(float* grads, float* momentum, size_t n, float mu, bool nesterov,
+                                     const float* __restrict__ clip) {
     float scale = clip[0];
     size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * kQuad;
     if (scale == 0 || i >= n) return;
@@ -515,27 +531,29 @@ struct GptKernels {
     }
 
     static void embedding_backward(float* dwte /*(Vp,C) +=*/, float* dwpe /*(maxT,C) +=*/, const real* dout /*(B,T,C)*/,
-                                   const int* tokens /*(B,T)*/, const int* order /*(B*T) positions sorted by token*/, int B, int T, int C) {
+                                   const int* tokens /*(B,T)*/, const int* order /*(B*T) positions sorted by token*/,
+                                   int B, int T, int C) {
         LAUNCH(position_backward_kernel, pack_blocks(size_t(T) * C), kThreads, 0, dwpe, dout, B, T, C);
         dim3 grid(ceil_div(B * T, kTokenWarps), ceil_div(C, kTokenColumns));
         LAUNCH(token_backward_kernel, grid, kTokenWarps * kWarpSize, 0, dwte, dout, tokens, order, B * T, C);
     }
 
-    static void layernorm_forward(real* out /*(N,C)*/, float* mean /*(N)*/, float* rstd /*(N)*/, const real* x /*(N,C)*/,
-                                  const real* weight /*(C)*/, const real* bias /*(C)*/, int N, int C) {
+    static void layernorm_forward(real* out /*(N,C)*/, float* mean /*(N)*/, float* rstd /*(N)*/,
+                                  const real* x /*(N,C)*/, const real* weight /*(C)*/, const real* bias /*(C)*/, int N,
+                                  int C) {
         with_packs_per_lane(C, [&](auto packs) {
-            LAUNCH((layernorm_forward_kernel<packs, false>), ceil_div(N, kLayerNormWarps), kLayerNormWarps * kWarpSize, 0,
-                   nullptr, out, mean, rstd, x, nullptr, weight, bias, N, C);
+            LAUNCH((layernorm_forward_kernel<packs, false>), ceil_div(N, kLayerNormWarps), kLayerNormWarps * kWarpSize,
+                   0, nullptr, out, mean, rstd, x, nullptr, weight, bias, N, C);
         });
     }
 
     // residual = a + b, rounded to real; out = LayerNorm(residual)
-    static void residual_layernorm_forward(real* residual /*(N,C)*/, real* out /*(N,C)*/, float* mean /*(N)*/, float* rstd /*(N)*/,
-                                           const real* a /*(N,C)*/, const real* b /*(N,C)*/, const real* weight /*(C)*/,
-                                           const real* bias /*(C)*/, int N, int C) {
+    static void residual_layernorm_forward(real* residual /*(N,C)*/, real* out /*(N,C)*/, float* mean /*(N)*/,
+                                           float* rstd /*(N)*/, const real* a /*(N,C)*/, const real* b /*(N,C)*/,
+                                           const real* weight /*(C)*/, const real* bias /*(C)*/, int N, int C) {
         with_packs_per_lane(C, [&](auto packs) {
-            LAUNCH((layernorm_forward_kernel<packs, true>), ceil_div(N, kLayerNormWarps), kLayerNormWarps * kWarpSize, 0,
-                   residual, out, mean, rstd, a, b, weight, bias, N, C);
+            LAUNCH((layernorm_forward_kernel<packs, true>), ceil_div(N, kLayerNormWarps), kLayerNormWarps * kWarpSize,
+                   0, residual, out, mean, rstd, a, b, weight, bias, N, C);
         });
     }
 
@@ -545,26 +563,31 @@ struct GptKernels {
 
     static size_t layernorm_scratch_floats(int C) { return size_t(layernorm_backward_blocks(C)) * 2 * C; }
 
-    static void layernorm_backward(real* dx /*(N,C) +=*/, float* dweight /*(C) +=*/, float* dbias /*(C) +=*/, const real* dout /*(N,C)*/,
-                                   const real* x /*(N,C)*/, const real* weight /*(C)*/, const float* mean /*(N)*/,
-                                   const float* rstd /*(N)*/, int N, int C, float* scratch /*layernorm_scratch_floats(C)*/) {
+    static void layernorm_backward(real* dx /*(N,C) +=*/, float* dweight /*(C) +=*/, float* dbias /*(C) +=*/,
+                                   const real* dout /*(N,C)*/, const real* x /*(N,C)*/, const real* weight /*(C)*/,
+                                   const float* mean /*(N)*/, const float* rstd /*(N)*/, int N, int C,
+                                   float* scratch /*layernorm_scratch_floats(C)*/) {
         check_channels(C);
         int threads = std::min(whole_warps(C), kLayerNormThreads), blocks = std::min(layernorm_backward_blocks(C), N);
         constexpr int most_packs = kMaxChannels / kLayerNormThreads / Pack<real>::size;
-        auto kernel = whole_warps(C) == threads ? layernorm_backward_kernel<1, 2> : layernorm_backward_kernel<most_packs, 1>;
+        auto kernel =
+            whole_warps(C) == threads ? layernorm_backward_kernel<1, 2> : layernorm_backward_kernel<most_packs, 1>;
         LAUNCH(kernel, blocks, threads, 0, dx, scratch, dout, x, weight, mean, rstd, N, C);
-        LAUNCH(add_partials_kernel, dim3(ceil_div(C, kWarpSize), 2), kWarpSize * kWarpSize, 0, dweight, dbias, scratch, blocks, C);
+        LAUNCH(add_partials_kernel, dim3(ceil_div(C, kWarpSize), 2), kWarpSize * kWarpSize, 0, dweight, dbias, scratch,
+               blocks, C);
     }
 
-    static void gelu_forward(real* out, const real* x, size_t n) { LAUNCH(gelu_forward_kernel, pack_blocks(n), kThreads, 0, out, x, n); }
+    static void gelu_forward(real* out, const real* x, size_t n) {
+        LAUNCH(gelu_forward_kernel, pack_blocks(n), kThreads, 0, out, x, n);
+    }
 
     static void gelu_backward(real* dx /*may be dout*/, const real* dout, const real* x, size_t n) {
         LAUNCH(gelu_backward_kernel, pack_blocks(n), kThreads, 0, dx, dout, x, n);
     }
 
     // Columns V..Vp are masked; with write_dlogits the logits become (softmax - onehot)*dloss.
-    static void classifier(float* losses /*(N)*/, real* logits /*(N,Vp)*/, const int* targets /*(N)*/, float dloss, int N, int V,
-                           int Vp, bool write_dlogits) {
+    static void classifier(float* losses /*(N)*/, real* logits /*(N,Vp)*/, const int* targets /*(N)*/, float dloss,
+                           int N, int V, int Vp, bool write_dlogits) {
         int threads = std::min(1024, whole_warps(ceil_div(Vp, 4)));  // four packs or more per thread
         LAUNCH(classifier_kernel, N, threads, 0, losses, logits, targets, dloss, V, Vp, write_dlogits);
     }
@@ -575,10 +598,13 @@ struct GptKernels {
 
     static size_t bias_scratch_floats(int OC) { return size_t(bias_backward_slices(OC)) * OC; }
 
-    static void bias_backward(float* dbias /*(OC) +=*/, const real* dout /*(N,OC)*/, int N, int OC, float* scratch /*bias_scratch_floats(OC)*/) {
+    static void bias_backward(float* dbias /*(OC) +=*/, const real* dout /*(N,OC)*/, int N, int OC,
+                              float* scratch /*bias_scratch_floats(OC)*/) {
         int slices = std::min(bias_backward_slices(OC), ceil_div(N, kBiasWarps));
-        LAUNCH(bias_backward_kernel, dim3(ceil_div(OC, kBiasColumns), slices), kBiasWarps * kWarpSize, 0, scratch, dout, N, OC);
-        LAUNCH(add_partials_kernel, ceil_div(OC, kWarpSize), kWarpSize * kWarpSize, 0, dbias, nullptr, scratch, slices, OC);
+        LAUNCH(bias_backward_kernel, dim3(ceil_div(OC, kBiasColumns), slices), kBiasWarps * kWarpSize, 0, scratch, dout,
+               N, OC);
+        LAUNCH(add_partials_kernel, ceil_div(OC, kWarpSize), kWarpSize * kWarpSize, 0, dbias, nullptr, scratch, slices,
+               OC);
     }
 
     static void sum_squares(double* sums /*(n)*/, const float* x, const Range* ranges /*(n), device*/, int n) {
@@ -589,8 +615,9 @@ struct GptKernels {
         LAUNCH(clip_scale_kernel, 1, 1024, 0, clip, sums, n, max_norm);
     }
 
-    static void adamw(real* params, float* master, float* m, float* v, const float* grads, size_t n, float lr, float beta1, float beta2,
-                      float eps, float weight_decay, float correction1 /*1-beta1^t*/, float correction2 /*1-beta2^t*/, const float* clip) {
+    static void adamw(real* params, float* master, float* m, float* v, const float* grads, size_t n, float lr,
+                      float beta1, float beta2, float eps, float weight_decay, float correction1 /*1-beta1^t*/,
+                      float correction2 /*1-beta2^t*/, const float* clip) {
         AdamW h{lr, beta1, beta2, eps, weight_decay, correction1, correction2};
         if (n > 0) LAUNCH(adamw_kernel, quad_blocks(n), kThreads, 0, params, master, m, v, grads, n, h, clip);
     }
@@ -610,13 +637,15 @@ private:
     static int whole_warps(int C) { return round_up(ceil_div(C, Pack<real>::size), kWarpSize); }
 
     static unsigned pack_blocks(size_t n) {
-        if (n == 0 || n % Pack<real>::size != 0) fail("%zu elements do not divide into packs; sizes must be multiples of 8", n);
+        if (n == 0 || n % Pack<real>::size != 0)
+            fail("%zu elements do not divide into packs; sizes must be multiples of 8", n);
         return unsigned(ceil_div(n, size_t(kThreads * Pack<real>::size)));
     }
     static unsigned quad_blocks(size_t n) { return unsigned(ceil_div(n, size_t(kThreads * kQuad))); }
 
     static void check_channels(int C) {
-        if (C % 8 != 0 || C > kMaxChannels) fail("%d channels: LayerNorm handles multiples of 8 up to %d", C, kMaxChannels);
+        if (C % 8 != 0 || C > kMaxChannels)
+            fail("%d channels: LayerNorm handles multiples of 8 up to %d", C, kMaxChannels);
     }
 
     // Calls f with the number of packs of a row that each lane of a warp holds, as a compile-time constant.

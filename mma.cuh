@@ -1,6 +1,7 @@
 // mma.cuh: the tensor-core instructions of sm_80 and later that the kernels use, one thin function each:
-// ldmatrix (shared memory -> fragments), mma (fragments -> fragments), cp.async (global -> shared memory in the background).
-// With -DFIBER the same functions come from the emulation in test/fiber.h, where the fragment layouts are also written down.
+// ldmatrix (shared memory -> fragments), mma (fragments -> fragments), cp.async (global -> shared memory in the
+// background). With -DFIBER the same functions come from the emulation in test/fiber.h, where the fragment layouts are
+// also written down.
 #pragma once
 #include "cuda_common.cuh"
 
@@ -9,9 +10,9 @@
 __device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 #endif
 
-// Loads two or four 8x8 matrices of 16-bit elements. Lane l passes the address of row l%8 of matrix l/8 (16 bytes, aligned; for
-// x2 the lanes 16..31 pass any valid address). Lane l receives of matrix i, in r[i], elements (l/4, 2(l%4)) and
-// (l/4, 2(l%4)+1); with _trans those of the transposed matrix.
+// Loads two or four 8x8 matrices of 16-bit elements. Lane l passes the address of row l%8 of matrix l/8 (16 bytes,
+// aligned; for x2 the lanes 16..31 pass any valid address). Lane l receives of matrix i, in r[i], row l/4, columns
+// 2(l%4) and 2(l%4)+1 (low half first); with _trans those of the transposed matrix.
 __device__ inline void ldmatrix_x4(uint32_t r[4], const void* row) {
 #ifdef FIBER
     fiber::ldmatrix<4, false>(r, row);
@@ -45,7 +46,7 @@ __device__ inline void ldmatrix_x2_trans(uint32_t r[2], const void* row) {
 #endif
 }
 
-// d (16,8) += a (16,16) * b (16,8) by one warp; T is __nv_bfloat16 or __half, sums are fp32. With g = lane/4, t = lane%4:
+// d (16,8) += a (16,16) * b (16,8) by one warp; T is __nv_bfloat16 or __half, sums are fp32. g = lane/4, t = lane%4:
 // a[0] = (g, 2t), (g, 2t+1)   a[1] = row g+8   a[2] = columns +8   a[3] = row g+8, columns +8     (low half first)
 // b[0] = (2t, g), (2t+1, g)   b[1] = rows +8;   d[0], d[1] = (g, 2t), (g, 2t+1)   d[2], d[3] = row g+8
 // So ldmatrix_x4 on row-major a gives a; ldmatrix_x2 on b stored as (n, k) rows, or _trans on (k, n) rows, gives b.
@@ -58,13 +59,15 @@ template <class T> void mma_m16n8k16(float d[4], const uint32_t a[4], const uint
 #else
 template <>
 __device__ inline void mma_m16n8k16<__nv_bfloat16>(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 template <>
 __device__ inline void mma_m16n8k16<__half>(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -81,8 +84,8 @@ template <> __device__ inline uint32_t pack_pair<__half>(float low, float high) 
     return *reinterpret_cast<uint32_t*>(&pair);
 }
 
-// Copies 16 bytes from global to shared memory in the background; writes zeros, and reads nothing, where !valid. Copies are
-// committed in groups; cp_async_wait<n> returns when all but the newest n groups of this thread have landed.
+// Copies 16 bytes from global to shared memory in the background; writes zeros, and reads nothing, where !valid. Copies
+// are committed in groups; cp_async_wait<n> returns when all but the newest n groups of this thread have landed.
 __device__ inline void cp_async_16(void* shared, const void* global, bool valid) {
 #ifdef FIBER
     fiber::cp_async_16(shared, global, valid);

@@ -1,18 +1,19 @@
 // ns_kernels.cuh: the optimizer's matrix work on the GPU: everything between a momentum matrix and its Muon update.
 //
-// Muon (Keller Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024) replaces a momentum matrix
-// X = U S V^T by nearly U V^T: all singular values are moved to about 1. No SVD is needed. With X scaled to ||X||_F = 1,
-// so that its singular values s lie in [0, 1], the Newton-Schulz step
+// Muon (Keller Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024) replaces a momentum
+// matrix X = U S V^T by nearly U V^T: all singular values are moved to about 1. No SVD is needed. With X scaled to
+// ||X||_F = 1, so that its singular values s lie in [0, 1], the Newton-Schulz step
 //     A = X X^T,   B = b A + c A A,   X <- a X + B X
-// applies the odd polynomial s <- a s + b s^3 + c s^5 to every singular value, and a few steps with well chosen (a, b, c)
-// take all but the smallest s close to 1 ("Polar Express", arXiv 2505.16932, chooses them optimally, anew for each step).
-// All of it is matrix products, so it runs on the tensor cores; the iteration itself is written in dmuon.cuh, once for
-// every backend, over the product below. DMuon (arXiv 2606.27153) lets one rank do it for each matrix and skips half of
-// the symmetric products; that half is the idea of this file.
+// applies the odd polynomial s <- a s + b s^3 + c s^5 to every singular value, and a few steps with well chosen (a, b,
+// c) take all but the smallest s close to 1 ("Polar Express", arXiv 2505.16932, chooses them optimally, anew for each
+// step). All of it is matrix products, so it runs on the tensor cores; the iteration itself is written in dmuon.cuh,
+// once for every backend, over the product below. DMuon (arXiv 2606.27153) lets one rank do it for each matrix; here
+// its matrices of one shape go through together, and of symmetric results only one half is computed.
 //
-// Why symmetry halves the work: A = X X^T equals its transpose, and so do A A and every polynomial in A. Of the (m/128)^2
-// tiles of the result only those on and below the diagonal are computed; each is stored twice, the second time transposed.
-// With X (m, n) and r = n/m a step costs 2(2r + 1) m^3 FLOPs in full and 2(1.5 r + 0.5) m^3 with A and A A symmetric.
+// Why symmetry halves the work: A = X X^T equals its transpose, and so do A A and every polynomial in A. Of the
+// (m/128)^2 tiles of the result only those on and below the diagonal are computed; each is stored twice, the second
+// time transposed. With X (m, n) and r = n/m a step costs 2(2r + 1) m^3 FLOPs in full and 2(1.5 r + 0.5) m^3 with A and
+// A A symmetric.
 //
 // What to read in which order: product_kernel (tensor cores, bf16 and fp16), product_fp32_kernel (the exact build),
 // norm_parts_kernel and normalize_kernel (gradient -> X), muon_update_kernel (X -> weights), then the launchers in
@@ -32,35 +33,39 @@ template <typename T> struct alignas(2 * sizeof(T)) Pair {
 //
 // A thread block computes one 128 x 128 tile of D of one matrix of the batch: it walks over K in steps of 64, with the
 // next steps' tiles of A and B already on their way into shared memory (cp.async, a ring of three stages). Each of its
-// four warps owns 64 x 64 of the tile: per 16 of K it loads 64 rows of A and 64 columns of B from shared memory and feeds
-// 4 x 8 mma.sync of shape 16 x 8 x 16. A square that large is what the shared memory needs: 4 KiB read per 131,072 FLOPs.
-// Its 128 accumulators per thread leave room for two such blocks on an SM, which hide each other's starts and ends.
+// four warps owns 64 x 64 of the tile: per 16 of K it loads 64 rows of A and 64 columns of B from shared memory and
+// feeds 4 x 8 mma.sync of shape 16 x 8 x 16. A square that large is what the shared memory needs: 4 KiB read per
+// 131,072 FLOPs. Its 128 accumulators per thread leave room for two such blocks on an SM, which hide each other's
+// starts and ends.
 
 constexpr int kProductThreads = 128;
-constexpr int kTile = 128;                                 // rows and columns of a block's tile of D
-constexpr int kTileK = 64;                                 // step over K
+constexpr int kTile = 128;                           // rows and columns of a block's tile of D
+constexpr int kTileK = 64;                           // step over K
 constexpr int kStages = 3;
-constexpr int kStageElements = 2 * kTile * kTileK;         // a tile of A, then one of B; or one (128, 128) tile of C or D
+constexpr int kStageElements = 2 * kTile * kTileK;   // a tile of A, then one of B; or one (128, 128) tile of C and D
 constexpr size_t kProductSharedBytes = kStages * kStageElements * 2;   // 96 KiB
 
-// Where element (row, col) of a tile with `cols` columns lies in shared memory. ldmatrix reads eight chunks of 16 bytes (8
-// elements) from eight consecutive rows. Stored plainly they would all lie in the same four banks and be read one by one;
-// so the chunks of a row are permuted, by a key that differs among eight consecutive rows.
+// Where element (row, col) of a tile with `cols` columns lies in shared memory. ldmatrix reads eight chunks of 16 bytes
+// (8 elements) from eight consecutive rows. Stored plainly they would all lie in the same four banks and be read one by
+// one; so the chunks of a row are permuted, by a key that differs among eight consecutive rows.
 template <int cols>
 __device__ inline int tile_at(int row, int col) {
     return row * cols + ((col / 8) ^ (row % 8)) * 8 + col % 8;
 }
 
-// The same for the (128, 128) tile of C and D in the epilogue, whose mirrored store has ldmatrix read rows 0 1 8 9 16 17 24 25.
+// The same for the (128, 128) tile of C and D in the epilogue, whose mirrored store has ldmatrix read rows 0 1 8 9 16
+// 17 24 25.
 __device__ inline int result_at(int row, int col) {
     int key = (row ^ (row / 8) * 2) % 8;
     return row * kTile + ((col / 8) ^ key) * 8 + col % 8;
 }
 
-// Starts copying matrix[row0 .. row0 + rows, col0 .. col0 + cols], a tile of a contiguous (matrix_rows, matrix_cols) matrix,
-// to shared memory, element (row, col) to tile[at(row, col)]. What lies outside of the matrix becomes zero and adds nothing.
+// Starts copying matrix[row0 .. row0 + rows, col0 .. col0 + cols], a tile of a contiguous (matrix_rows, matrix_cols)
+// matrix, to shared memory, element (row, col) to tile[at(row, col)]. What lies outside of the matrix becomes zero and
+// adds nothing.
 template <int rows, int cols, typename T, typename At>
-__device__ inline void load_tile(T* tile, const T* matrix, int matrix_rows, int matrix_cols, int row0, int col0, At at) {
+__device__ inline void load_tile(T* tile, const T* matrix, int matrix_rows, int matrix_cols, int row0, int col0,
+                                 At at) {
     constexpr int chunks = cols / 8, rows_at_once = kProductThreads / chunks;
     int row = threadIdx.x / chunks, col = threadIdx.x % chunks * 8;
     const T* from = matrix + (size_t)(row0 + row) * matrix_cols + col0 + col;
@@ -85,17 +90,19 @@ __device__ inline void tile_origin(int t, int tiles_across, int tile, int* row0,
     *col0 = col * tile;
 }
 
-// What a warp feeds to the tensor cores per 16 of K: 64 rows of A and 64 columns of B, spread over the lanes' registers.
+// What a warp feeds to the tensor cores per 16 of K: 64 rows of A and 64 columns of B, spread over the lanes'
+// registers.
 struct Fragments {
     uint32_t a[4][4];   // four (16, 16) blocks, one below the other
     uint32_t b[8][2];   // eight (16, 8) blocks, side by side
 };
 
-// D (batch, M, N), A (batch, M, K), B (batch, N, K) or (batch, K, N), C (batch, M, N) or null. Grid: batch * tiles blocks.
-// With K = 0 only the end happens: D = beta * C + diag * I.
+// D (batch, M, N), A (batch, M, K), B (batch, N, K) or (batch, K, N), C (batch, M, N) or null. Grid: batch * tiles
+// blocks. With K = 0 only the end happens: D = beta * C + diag * I.
 template <typename T, NsProduct kind>
 __global__ void __launch_bounds__(kProductThreads, 2)
-product_kernel(T* D, const T* A, const T* B, const T* C, float alpha, float beta, float diag, int M, int N, int K, int tiles) {
+product_kernel(T* D, const T* A, const T* B, const T* C, float alpha, float beta, float diag, int M, int N, int K,
+               int tiles) {
     DYNAMIC_SHARED(T, stages);   // (kStages, kStageElements)
     constexpr bool symmetric = kind == NsProduct::symmetric_nt;
     int m0, n0;
@@ -122,7 +129,8 @@ product_kernel(T* D, const T* A, const T* B, const T* C, float alpha, float beta
         cp_async_commit();   // one group per stage, empty ones too, so that cp_async_wait can count stages
     };
 
-    // B's tile is (n, k) for symmetric_nt, which is the layout that mma wants, and (k, n) for nn, which ldmatrix transposes.
+    // B's tile is (n, k) for symmetric_nt, which is the layout that mma wants, and (k, n) for nn, which ldmatrix
+    // transposes.
     auto load_fragments = [&](Fragments& f, int k, int step) {
         const T *a = stage(k), *b = a + kTile * kTileK;
         #pragma unroll
@@ -167,9 +175,9 @@ product_kernel(T* D, const T* A, const T* B, const T* C, float alpha, float beta
         }
     }
 
-    // The next stage of the ring, free by now, becomes the tile of D. C's tile is loaded there, and each of its elements is
-    // replaced by D's, rounded once, by the thread that has the accumulator. On a diagonal tile the upper half is a copy of
-    // the lower one: D is symmetric to the last bit.
+    // The next stage of the ring, free by now, becomes the tile of D. C's tile is loaded there, and each of its
+    // elements is replaced by D's, rounded once, by the thread that has the accumulator. On a diagonal tile the upper
+    // half is a copy of the lower one: D is symmetric to the last bit.
     T* tile = stage(k_tiles);   // (128, 128)
     if (C) load_tile<kTile, kTile>(tile, C, M, N, m0, n0, result_at);
     cp_async_commit();
@@ -187,7 +195,7 @@ product_kernel(T* D, const T* A, const T* B, const T* C, float alpha, float beta
         #pragma unroll
         for (int j = 0; j < 8; j++) {
             #pragma unroll
-            for (int half = 0; half < 2; half++) {   // mma's layout: rows lane/4 and lane/4 + 8, columns 2*(lane%4) and the next
+            for (int half = 0; half < 2; half++) {   // mma's layout: rows lane/4 and + 8, columns 2*(lane%4) and + 1
                 int row = warp_row + i * 16 + half * 8 + lane / 4, col = warp_col + j * 8 + lane % 4 * 2;
                 const float* sum = &acc[i][j][half * 2];
                 T* at = &tile[result_at(row, col)];
@@ -210,21 +218,22 @@ product_kernel(T* D, const T* A, const T* B, const T* C, float alpha, float beta
     }
     if (!symmetric || diagonal) return;
 
-    // The mirror image. ldmatrix's transpose hands lane l, of each of four (8, 8) blocks, column l/4 in rows 2*(l%4) and the
-    // next. So if block q is made of rows 2q and 2q + 1 of each eight, a lane ends up with eight neighbours of one column,
-    // 16 bytes of one row of D, and a warp writes eight rows of 64 bytes.
+    // The mirror image. ldmatrix's transpose hands lane l, of each of four (8, 8) blocks, column l/4 in rows 2*(l%4)
+    // and the next. So if block q is made of rows 2q and 2q + 1 of each eight, a lane ends up with eight neighbours of
+    // one column, 16 bytes of one row of D, and a warp writes eight rows of 64 bytes.
     int row = warp * 32 + lane % 8 / 2 * 8 + lane / 8 * 2 + lane % 2;
     for (int col = 0; col < kTile; col += 8) {
         uint32_t eight[4];
         ldmatrix_x4_trans(eight, &tile[result_at(row, col)]);
         int to_row = n0 + col + lane / 4, to_col = m0 + warp * 32 + lane % 4 * 8;
-        if (to_row < N && to_col < M) *(uint4*)&D[(size_t)to_row * N + to_col] = {eight[0], eight[1], eight[2], eight[3]};
+        if (to_row < N && to_col < M)
+            *(uint4*)&D[(size_t)to_row * N + to_col] = {eight[0], eight[1], eight[2], eight[3]};
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The same in fp32, for --ns_dtype fp32: exact before fast. A block of 256 threads computes a 64 x 64 tile, 4 x 4 per thread
-// (rows and columns 16 apart), from 16 columns of A and of B at a time in shared memory.
+// The same in fp32, for --ns_dtype fp32: exact before fast. A block of 256 threads computes a 64 x 64 tile, 4 x 4 per
+// thread (rows and columns 16 apart), from 16 columns of A and of B at a time in shared memory.
 
 constexpr int kTile32 = 64;
 constexpr int kTile32K = 16;
@@ -233,7 +242,7 @@ template <NsProduct kind>
 __global__ void __launch_bounds__(256)
 product_fp32_kernel(float* D, const float* A, const float* B, const float* C, float alpha, float beta, float diag,
                     int M, int N, int K, int tiles) {
-    __shared__ float a[kTile32K][kTile32 + 1], b[kTile32K][kTile32 + 1];   // both with k first; +1 against bank conflicts
+    __shared__ float a[kTile32K][kTile32 + 1], b[kTile32K][kTile32 + 1];   // k first; + 1 against bank conflicts
     constexpr bool symmetric = kind == NsProduct::symmetric_nt;
     int m0, n0;
     tile_origin<kind>(blockIdx.x % tiles, (N + kTile32 - 1) / kTile32, kTile32, &m0, &n0);
@@ -264,7 +273,8 @@ product_fp32_kernel(float* D, const float* A, const float* B, const float* C, fl
             #pragma unroll
             for (int i = 0; i < 4; i++) {
                 #pragma unroll
-                for (int j = 0; j < 4; j++) acc[i][j] = fmaf(a[k][thread_row + 16 * i], b[k][thread_col + 16 * j], acc[i][j]);
+                for (int j = 0; j < 4; j++)
+                    acc[i][j] = fmaf(a[k][thread_row + 16 * i], b[k][thread_col + 16 * j], acc[i][j]);
             }
         }
         __syncthreads();
@@ -285,8 +295,8 @@ product_fp32_kernel(float* D, const float* A, const float* B, const float* C, fl
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Gradient -> X: X = x / ||x||_F, transposed if x is taller than wide, zero-padded to multiples of 8, cast.
-// The division comes before the cast, and the squares are summed in double: a gradient of 1e-20 has a square that fp32 does
+// Gradient -> X: X = x / ||x||_F, transposed if x is taller than wide, zero-padded to multiples of 8, cast. The
+// division comes before the cast, and the squares are summed in double: a gradient of 1e-20 has a square that fp32 does
 // not know. Sums run in a fixed order, which depends on rows and cols alone.
 
 constexpr int kNormParts = 64;         // partial sums of a matrix, one block each
@@ -309,16 +319,17 @@ norm_parts_kernel(double* parts, const float* grads, const MatrixRef* refs, int 
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
 
-// The two kernels that move a matrix between its own orientation and X's do it by (64, 64) tiles through shared memory, so
-// that both sides are read and written along rows. The tile is kept in the orientation of the gradient and the master.
+// The two kernels that move a matrix between its own orientation and X's do it by (64, 64) tiles through shared memory,
+// so that both sides are read and written along rows. The tile is kept in the orientation of the gradient and the
+// master.
 constexpr int kMoveTile = 64;
 constexpr int kMoveThreads = 256;
 
 // X (batch, mp, np). Grid: batch * tiles blocks, one per tile of X.
 template <typename T>
 __global__ void __launch_bounds__(kMoveThreads)
-normalize_kernel(T* X, const double* parts, const float* grads, const MatrixRef* refs, int rows, int cols, int mp, int np,
-                 int tiles) {
+normalize_kernel(T* X, const double* parts, const float* grads, const MatrixRef* refs, int rows, int cols, int mp,
+                 int np, int tiles) {
     __shared__ float tile[kMoveTile][kMoveTile + 1];
     __shared__ double inverse_norm;
     int across = (np + kMoveTile - 1) / kMoveTile, tile_number = blockIdx.x % tiles;
@@ -354,8 +365,8 @@ normalize_kernel(T* X, const double* parts, const float* grads, const MatrixRef*
 // X -> weights: master = master * decay - step * U, params = master rounded. U (batch, mp, np). Grid as above.
 template <typename T>
 __global__ void __launch_bounds__(kMoveThreads)
-muon_update_kernel(real* params, float* master, const T* U, const MatrixRef* refs, int rows, int cols, int mp, int np, int tiles,
-                   float decay, float step, const float* clip) {
+muon_update_kernel(real* params, float* master, const T* U, const MatrixRef* refs, int rows, int cols, int mp, int np,
+                   int tiles, float decay, float step, const float* clip) {
     __shared__ float tile[kMoveTile][kMoveTile + 1];
     if (clip[0] == 0.0f) return;   // the gradients were not finite: no update
     int across = (np + kMoveTile - 1) / kMoveTile, tile_number = blockIdx.x % tiles;
@@ -387,44 +398,43 @@ muon_update_kernel(real* params, float* master, const T* U, const MatrixRef* ref
 // ---------------------------------------------------------------------------------------------------------------------
 
 struct NsKernels {
-    // D (batch, M, N) = alpha * A op(B) + beta * C + diag * I, summed in fp32 and rounded to `type` once. A is (batch, M, K), C is
-    // (batch, M, N) or null and may be D. symmetric_nt: op(B) is the transpose of B (batch, N, K), M == N, and the caller knows that
-    // the result, and C, are symmetric. nn: op(B) is B (batch, K, N). M, N and K are multiples of 8. The bits of a matrix of D
-    // depend on its own operands only, not on the batch it is in.
-    static void ns_product(void* D, const void* A, const void* B, const void* C, float alpha, float beta, float diag, int batch,
-                           int M, int N, int K, NsProduct kind, NsType type) {
+    // D (batch, M, N) = alpha * A op(B) + beta * C + diag * I, summed in fp32 and rounded to `type` once. A is (batch,
+    // M, K), C is (batch, M, N) or null and may be D. symmetric_nt: op(B) is the transpose of B (batch, N, K), M == N,
+    // and the caller knows that the result, and C, are symmetric. nn: op(B) is B (batch, K, N). M, N and K are
+    // multiples of 8. The bits of a matrix of D depend on its own operands only, not on the batch it is in.
+    static void ns_product(void* D, const void* A, const void* B, const void* C, float alpha, float beta, float diag,
+                           int batch, int M, int N, int K, NsProduct kind, NsType type) {
         with_type(type, [&](auto zero) {
             using T = decltype(zero);
-            if (kind == NsProduct::nn)
-                product<T, NsProduct::nn>((T*)D, (const T*)A, (const T*)B, (const T*)C, alpha, beta, diag, batch, M, N, K);
-            else
-                product<T, NsProduct::symmetric_nt>((T*)D, (const T*)A, (const T*)B, (const T*)C, alpha, beta, diag, batch, M, N, K);
+            auto run = kind == NsProduct::nn ? product<T, NsProduct::nn> : product<T, NsProduct::symmetric_nt>;
+            run((T*)D, (const T*)A, (const T*)B, (const T*)C, alpha, beta, diag, batch, M, N, K);
         });
     }
 
-    // X (batch, mp, np) = (type)(x / ||x||_F) of each (rows, cols) matrix x of grads, transposed if it is taller than wide, so that
-    // m = min(rows, cols), n = max(rows, cols); mp and np are those rounded up to multiples of 8, the padding is zero.
-    static void ns_normalize(void* X, double* scratch /*ns_scratch_doubles(batch)*/, const float* grads, const MatrixRef* refs,
-                             int batch, int rows, int cols, NsType type) {
+    // X (batch, mp, np) = (type)(x / ||x||_F) of each (rows, cols) matrix x of grads, transposed if it is taller than
+    // wide, so that m = min(rows, cols), n = max(rows, cols); mp and np are those rounded up to multiples of 8, the
+    // padding is zero.
+    static void ns_normalize(void* X, double* scratch /*ns_scratch_doubles(batch)*/, const float* grads,
+                             const MatrixRef* refs, int batch, int rows, int cols, NsType type) {
         LAUNCH(norm_parts_kernel, batch * kNormParts, kNormThreads, 0, scratch, grads, refs, rows, cols);
         Shape s(rows, cols);
         with_type(type, [&](auto zero) {
             using T = decltype(zero);
-            LAUNCH((normalize_kernel<T>), batch * s.tiles, kMoveThreads, 0, (T*)X, scratch, grads, refs, rows, cols, s.mp, s.np,
-                   s.tiles);
+            LAUNCH((normalize_kernel<T>), batch * s.tiles, kMoveThreads, 0, (T*)X, scratch, grads, refs, rows, cols,
+                   s.mp, s.np, s.tiles);
         });
     }
     static size_t ns_scratch_doubles(int batch) { return (size_t)batch * kNormParts; }
 
-    // master = master * decay - step * U for each matrix, U (batch, mp, np) as ns_normalize lays it out; params = master rounded.
-    // Nothing is written if clip[0] is 0.
-    static void muon_update(real* params, float* master, const void* U, const MatrixRef* refs, int batch, int rows, int cols,
-                            float decay, float step, NsType type, const float* clip) {
+    // master = master * decay - step * U for each matrix, U (batch, mp, np) as ns_normalize lays it out; params =
+    // master rounded. Nothing is written if clip[0] is 0.
+    static void muon_update(real* params, float* master, const void* U, const MatrixRef* refs, int batch, int rows,
+                            int cols, float decay, float step, NsType type, const float* clip) {
         Shape s(rows, cols);
         with_type(type, [&](auto zero) {
             using T = decltype(zero);
-            LAUNCH((muon_update_kernel<T>), batch * s.tiles, kMoveThreads, 0, params, master, (const T*)U, refs, rows, cols, s.mp,
-                   s.np, s.tiles, decay, step, clip);
+            LAUNCH((muon_update_kernel<T>), batch * s.tiles, kMoveThreads, 0, params, master, (const T*)U, refs, rows,
+                   cols, s.mp, s.np, s.tiles, decay, step, clip);
         });
     }
 
@@ -444,7 +454,8 @@ private:
     }
 
     template <typename T, NsProduct kind>
-    static void product(T* D, const T* A, const T* B, const T* C, float alpha, float beta, float diag, int batch, int M, int N, int K) {
+    static void product(T* D, const T* A, const T* B, const T* C, float alpha, float beta, float diag, int batch, int M,
+                        int N, int K) {
         auto count_tiles = [&](int tile) {
             int down = ceil_div(M, tile), across = ceil_div(N, tile);
             return kind == NsProduct::nn ? down * across : down * (down + 1) / 2;
@@ -454,8 +465,8 @@ private:
             LAUNCH((product_fp32_kernel<kind>), batch * tiles, 256, 0, D, A, B, C, alpha, beta, diag, M, N, K, tiles);
         } else {
             int tiles = count_tiles(kTile);
-            LAUNCH((product_kernel<T, kind>), batch * tiles, kProductThreads, kProductSharedBytes, D, A, B, C, alpha, beta, diag,
-                   M, N, K, tiles);
+            LAUNCH((product_kernel<T, kind>), batch * tiles, kProductThreads, kProductSharedBytes, D, A, B, C, alpha,
+                   beta, diag, M, N, K, tiles);
         }
     }
 };

@@ -790,9 +790,9 @@ template <class Backend> class Trainer {
     }
 
     // Text from the model, token by token, each from a forward pass over what is there (no cache of keys and values: short
-    // samples, short code). Randomness is a function of seed, step and position.
+    // samples, short code). Randomness is a function of seed, step and position. All ranks write the same sample and rank 0 prints
+    // it: none has to wait for another.
     void sample(int64_t step) {
-        if (ranks.rank != 0) return;
         std::vector<int> tokens = {tokenizer ? tokenizer->end_of_text : std::min(50256, config.vocab - 1)};
         std::vector<real> row(config.vocab);
         std::vector<double> weights(config.vocab);

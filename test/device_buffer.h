@@ -1,6 +1,6 @@
-// device_buffer.h (tests only): an array in device memory, or in host memory under -DFIBER, with guard zones on both sides.
-// A new buffer holds NaN (all bits set), so that an element that a kernel should have written, and did not, is seen. The
-// destructor ends the test program if a guard zone has been written to.
+// device_buffer.h (tests only): an array in device memory, or in host memory under -DFIBER, with guard zones on both
+// sides. A new buffer holds NaN (all bits set), so that an element that a kernel should have written, and did not, is
+// seen. The destructor ends the test program if a guard zone has been written to.
 #pragma once
 #include <cstdio>
 #include <cstdlib>

@@ -1,12 +1,13 @@
-// fiber.h (tests only): runs CUDA kernels on a CPU, one fiber per CUDA thread, compiled by a host compiler with -DFIBER.
+// fiber.h (tests only): runs CUDA kernels on the CPU, one fiber per CUDA thread. For a host compiler, with -DFIBER.
 //
-// It tests semantics: indexing, tails, barriers, reductions, rounding, alignment. It does not test timing or memory races,
-// though it makes both easier to see: between two barriers a thread runs as far as it can before the next one starts, and
-// the order of blocks and threads and the moment at which cp.async copies land alternate from launch to launch.
-// Blocks run one after the other, so __shared__ is a static variable. wgmma and TMA are not emulated.
+// It tests semantics: indexing, tails, barriers, reductions, rounding, alignment. It does not test timing or memory
+// races, though it makes both easier to see: between two barriers a thread runs as far as it can before the next one
+// starts, and the order of blocks and threads and the moment at which cp.async copies land alternate from launch to
+// launch. Blocks run one after the other, so __shared__ is a static variable. wgmma and TMA are not emulated.
 //
-// In reading order: the switch between fibers, the scheduler of one block, barriers and warp collectives, the launch, the
-// vocabulary of CUDA (threadIdx, shuffles, intrinsics, the few runtime calls), and the instructions that mma.cuh wraps.
+// In reading order: the switch between fibers, the scheduler of one block, barriers and warp collectives, the launch,
+// the vocabulary of CUDA (threadIdx, shuffles, intrinsics, the few runtime calls), and the instructions that mma.cuh
+// wraps.
 // Compile with: g++ -std=c++17 -O2 -DFIBER -fno-strict-aliasing -Wno-unknown-pragmas -I <toolkit>/include
 #pragma once
 #include <cuda_bf16.h>  // the toolkit's bf16 and half types have host code, with round to nearest even
@@ -42,8 +43,8 @@ __attribute__((naked, noinline)) inline void switch_context(Context* /*save: rdi
         "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret");
 }
 inline void make_context(Context* context, char* stack, size_t bytes, void (*entry)()) {
-    // As if entry's caller had just called switch_context: six registers and the return address. Above them one slot keeps
-    // the stack misaligned by 8, as a function finds it on entry.
+    // As if entry's caller had just called switch_context: six registers and the return address. Above them one slot
+    // keeps the stack misaligned by 8, as a function finds it on entry.
     void** top = reinterpret_cast<void**>(stack + bytes) - 8;
     std::memset(top, 0, 8 * sizeof(void*));
     top[6] = reinterpret_cast<void*>(entry);
@@ -74,10 +75,12 @@ struct PendingCopy {  // cp.async that has not landed yet
     int group;
 };
 
-struct Collective {                     // what a thread hands in when it reaches a warp-wide instruction
-    const char* name = nullptr;         // two lanes must meet at the same one
+struct Thread;
+struct Collective {              // what a thread hands in when it reaches a warp-wide instruction
+    const char* name = nullptr;  // two lanes must meet at the same one
     unsigned mask = 0;
-    void* arguments = nullptr;          // lies on the stack of the waiting thread
+    void* arguments = nullptr;  // on the stack of the waiting thread
+    void (*run)(Thread* lanes, unsigned active) = nullptr;
 };
 
 struct Thread {
@@ -119,8 +122,8 @@ namespace fiber {
 inline void die(const char* format, ...) {
     va_list args;
     va_start(args, format);
-    std::fprintf(stderr, "fiber: kernel %s, block (%u,%u,%u), thread (%u,%u,%u): ", machine.kernel, blockIdx.x, blockIdx.y,
-                 blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z);
+    std::fprintf(stderr, "fiber: kernel %s, block (%u,%u,%u), thread (%u,%u,%u): ", machine.kernel, blockIdx.x,
+                 blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z);
     std::vfprintf(stderr, format, args);
     std::fprintf(stderr, "\n");
     va_end(args);
@@ -149,8 +152,8 @@ inline void make_ready(int t) {
     machine.queue.push_back(t);
 }
 
-// Leaves the running thread, which has said what it waits for, and continues the next one that can run. The scheduler is
-// only returned to when all threads of the block have returned.
+// Leaves the running thread, which has said what it waits for, and continues the next one that can run. The scheduler
+// is only returned to when all threads of the block have returned.
 inline void run_next() {
     int from = machine.current;
     if (machine.next == machine.queue.size()) {
@@ -165,26 +168,11 @@ inline void run_next() {
     }
 }
 
-inline void try_collective(int w, unsigned mask, void (*run)(Thread* lanes, unsigned active));
-
 inline void release_block_barrier() {
     if (machine.at_barrier == 0 || machine.at_barrier < machine.live) return;
     machine.at_barrier = 0;
     for (int t = 0; t < machine.count; t++)
         if (machine.threads[t].wait == Wait::block_barrier) make_ready(t);
-}
-
-inline void thread_main() {
-    for (;;) {  // one round per block
-        (*machine.body)();
-        Thread& thread = machine.threads[machine.current];
-        if (!thread.copies.empty()) thread.copies.clear();
-        thread.wait = Wait::done;
-        machine.live--;
-        machine.warps[machine.current / kWarp].live &= ~(1u << machine.current % kWarp);
-        release_block_barrier();  // a barrier waits for the threads that have not returned
-        run_next();
-    }
 }
 
 inline void block_barrier() {
@@ -194,37 +182,61 @@ inline void block_barrier() {
     run_next();
 }
 
-// All lanes of `mask` that have not returned meet here; the last to come runs `run` for all of them, so the instruction
-// happens at one moment, as on the device. A lane that returns while others wait for it is reported as a deadlock.
-inline void warp_collective(const char* name, unsigned mask, void* arguments, void (*run)(Thread* lanes, unsigned active)) {
-    int t = machine.current, w = t / kWarp;
-    if (!(mask >> t % kWarp & 1)) die("%s: the mask %08x lacks the calling lane", name, mask);
+// If all lanes that thread t waits for are there, the instruction happens for all of them at this one moment, as on the
+// device, and those that waited can go on.
+inline bool complete_collective(int t) {
+    int w = t / kWarp;
     Warp& warp = machine.warps[w];
-    machine.threads[t].collective = {name, mask, arguments};
-    warp.arrived |= 1u << t % kWarp;
-    unsigned expected = mask & warp.live;
-    if ((warp.arrived & expected) != expected) {
-        machine.threads[t].wait = Wait::warp_collective;
-        run_next();
-        return;
-    }
+    const Collective& collective = machine.threads[t].collective;
+    unsigned expected = collective.mask & warp.live;
+    if ((warp.arrived & expected) != expected) return false;
     Thread* lanes = &machine.threads[w * kWarp];
     for (int l = 0; l < kWarp; l++) {
-        if (!(expected >> l & 1)) continue;
-        if (std::strcmp(lanes[l].collective.name, name) != 0 || lanes[l].collective.mask != mask)
-            die("lane %d is at %s (mask %08x) while this lane is at %s (mask %08x)", l, lanes[l].collective.name,
-                lanes[l].collective.mask, name, mask);
+        const Collective& other = lanes[l].collective;
+        if ((expected >> l & 1) && (std::strcmp(other.name, collective.name) != 0 || other.mask != collective.mask))
+            die("two lanes should meet: lane %d is at %s (mask %08x), lane %d at %s (mask %08x)",
+                l, other.name, other.mask, t % kWarp, collective.name, collective.mask);
     }
-    run(lanes, expected);
+    collective.run(lanes, expected);
     warp.arrived &= ~expected;
     for (int l = 0; l < kWarp; l++)
         if ((expected >> l & 1) && lanes[l].wait == Wait::warp_collective) make_ready(w * kWarp + l);
+    return true;
+}
+
+// All lanes of `mask` that have not returned meet here.
+inline void warp_collective(const char* name, unsigned mask, void* arguments,
+                            void (*run)(Thread* lanes, unsigned active)) {
+    int t = machine.current;
+    if (!(mask >> t % kWarp & 1)) die("%s: the mask %08x lacks the calling lane", name, mask);
+    machine.threads[t].collective = {name, mask, arguments, run};
+    machine.warps[t / kWarp].arrived |= 1u << t % kWarp;
+    if (complete_collective(t)) return;
+    machine.threads[t].wait = Wait::warp_collective;
+    run_next();
+}
+
+inline void thread_main() {
+    for (;;) {  // one round per block
+        (*machine.body)();
+        int t = machine.current;
+        Warp& warp = machine.warps[t / kWarp];
+        machine.threads[t].copies.clear();
+        machine.threads[t].wait = Wait::done;
+        machine.live--;
+        warp.live &= ~(1u << t % kWarp);
+        release_block_barrier();  // nobody waits for a thread that has returned
+        for (int l = 0; l < kWarp; l++)
+            if (warp.arrived >> l & 1) complete_collective(t / kWarp * kWarp + l);
+        run_next();
+    }
 }
 
 template <class T> T& argument(Thread& lane) { return *static_cast<T*>(lane.collective.arguments); }
 
 inline void check_aligned(const void* pointer, size_t bytes, const char* what) {
-    if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) die("%s at %p needs %zu-byte alignment", what, pointer, bytes);
+    if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0)
+        die("%s at %p needs %zu-byte alignment", what, pointer, bytes);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -235,7 +247,8 @@ inline void make_threads(int count) {
     constexpr size_t stride = kStackBytes + 4096 + 192;
     static char* stacks = nullptr;
     if (!stacks) {
-        void* memory = mmap(nullptr, kMaxThreads * stride, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void* memory = mmap(nullptr, kMaxThreads * stride, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED) die("no memory for the stacks");
         stacks = static_cast<char*>(memory);
     }
@@ -267,7 +280,8 @@ inline void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_byte
     size_t blocks = size_t(grid.x) * grid.y * grid.z;
     if (machine.count < 1 || machine.count > kMaxThreads) die("%d threads in a block", machine.count);
     if (blocks < 1 || grid.y > 65535 || grid.z > 65535) die("grid (%u,%u,%u)", grid.x, grid.y, grid.z);
-    if (shared_bytes > kSharedBytes) die("%zu bytes of dynamic shared memory; a block may have %zu", shared_bytes, kSharedBytes);
+    if (shared_bytes > kSharedBytes)
+        die("%zu bytes of dynamic shared memory; a block may have %zu", shared_bytes, kSharedBytes);
     make_threads(machine.count);
     machine.body = &body;
     blockDim = block;
@@ -405,8 +419,8 @@ template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttrib
 
 namespace fiber {
 
-// Matrix i (8x8 of 16 bits) has its rows at the addresses that lanes 8i..8i+7 pass. Lane l receives, in register i, elements
-// (g, 2t) and (g, 2t+1); transposed, (2t, g) and (2t+1, g).
+// Matrix i (8x8 of 16 bits) has its rows at the addresses that lanes 8i..8i+7 pass. Lane l receives, in register i,
+// elements (g, 2t) and (g, 2t+1); transposed, (2t, g) and (2t+1, g).
 struct LoadMatrix {
     const void* row;
     uint32_t* registers;
@@ -418,7 +432,8 @@ template <int matrices, bool transposed> void ldmatrix(uint32_t* registers, cons
         if (active != 0xffffffffu) die("ldmatrix needs all 32 lanes");
         for (int i = 0; i < matrices; i++) {
             const uint16_t* rows[8];
-            for (int r = 0; r < 8; r++) rows[r] = static_cast<const uint16_t*>(argument<LoadMatrix>(lanes[8 * i + r]).row);
+            for (int r = 0; r < 8; r++)
+                rows[r] = static_cast<const uint16_t*>(argument<LoadMatrix>(lanes[8 * i + r]).row);
             for (int l = 0; l < kWarp; l++) {
                 int g = l / 4, t = l % 4;
                 uint32_t low = transposed ? rows[2 * t][g] : rows[g][2 * t];
@@ -460,12 +475,13 @@ template <class T> void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t
             for (int m = 0; m < 16; m++)
                 for (int n = 0; n < 8; n++) D[m][n] += A[m][k] * B[k][n];
         for (int l = 0; l < kWarp; l++)
-            for (int i = 0; i < 4; i++) argument<MatrixMultiply>(lanes[l]).d[i] = D[l / 4 + 8 * (i >> 1)][2 * (l % 4) + (i & 1)];
+            for (int i = 0; i < 4; i++)
+                argument<MatrixMultiply>(lanes[l]).d[i] = D[l / 4 + 8 * (i >> 1)][2 * (l % 4) + (i & 1)];
     });
 }
 
-// cp.async lands at once or, in every other block, only when the thread waits for it: a missing wait then reads old data,
-// a buffer that is refilled too early is overwritten too early.
+// cp.async lands at once or, in every other block, only when the thread waits for it: a missing wait then reads old
+// data, a buffer that is refilled too early is overwritten too early.
 inline void land(const PendingCopy& copy) {
     if (copy.from) std::memcpy(copy.to, copy.from, 16);
     else std::memset(copy.to, 0, 16);

@@ -1,4 +1,5 @@
-// Reads golden.bin (written by make_golden.py): a row of records, each a line "name type d0 d1 ...\n" and then the values.
+// Reads golden.bin (written by make_golden.py): a row of records, each a line "name type d0 d1 ...\n" and then the
+// values.
 #pragma once
 #include <cstring>
 #include <fstream>
@@ -10,7 +11,8 @@
 #include "../common.h"
 
 struct Golden {
-    template <class T> struct Tensor {
+    template <class T>
+    struct Tensor {
         std::vector<int> shape;
         std::vector<T> values;
     };
@@ -19,7 +21,9 @@ struct Golden {
 
     explicit Golden(const std::string& path) {
         std::ifstream file(path, std::ios::binary);
-        if (!file) fail("cannot open %s: run the tests where they were built, or write it with test/make_golden.py", path.c_str());
+        if (!file)
+            fail("cannot open %s: run the tests where they were built, or write it with test/make_golden.py",
+                 path.c_str());
         for (std::string line; std::getline(file, line);) {
             std::istringstream header(line);
             std::string name, type;
@@ -34,16 +38,19 @@ struct Golden {
     const std::vector<int>& ints(const std::string& name) const { return find(integers, name).values; }
     const std::vector<int>& shape(const std::string& name) const { return find(floats, name).shape; }
 
-private:
-    template <class T> static void read(std::istream& file, std::istream& header, Tensor<T>& tensor) {
+  private:
+    template <class T>
+    static void read(std::istream& file, std::istream& header, Tensor<T>& tensor) {
         size_t count = 1;
         for (int d; header >> d; count *= d) tensor.shape.push_back(d);
         tensor.values.resize(count);
         file.read((char*)tensor.values.data(), count * sizeof(T));
     }
-    template <class T> static const Tensor<T>& find(const std::map<std::string, Tensor<T>>& tensors, const std::string& name) {
+    template <class T>
+    static const Tensor<T>& find(const std::map<std::string, Tensor<T>>& tensors, const std::string& name) {
         const auto found = tensors.find(name);
-        if (found == tensors.end()) fail("golden.bin has no record %s: write it again with test/make_golden.py", name.c_str());
+        if (found == tensors.end())
+            fail("golden.bin has no record %s: write it again with test/make_golden.py", name.c_str());
         return found->second;
     }
 };

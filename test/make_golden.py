@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes golden.bin: what PyTorch computes, for test_golden.cpp to compare with. Needs torch >= 2.9 (torch.optim.Muon).
+"""Writes golden.bin: what PyTorch computes, for test_golden.cpp to compare with. Needs torch >= 2.9, for its Muon.
 
     python make_golden.py [golden.bin]
 
@@ -36,8 +36,8 @@ def random(*shape, scale=1.0):
     return (torch.randn(*shape) * scale).float().double()
 
 
-# The weights are larger than GPT-2's at the start of training, so that every gradient matters: with its N(0, 0.02) and zero
-# biases attention would be flat.
+# The weights are larger than GPT-2's at the start of training, so that every gradient matters: with its N(0, 0.02)
+# attention would be flat.
 def make_weights():
     w = {"wte.weight": random(V, C, scale=0.3), "wpe.weight": random(T, C, scale=0.3)}
 
@@ -153,9 +153,8 @@ def newton_schulz(x):
 for i, (rows, cols) in enumerate([(24, 24), (13, 29), (41, 7), (33, 96)]):
     start = random(rows, cols, scale=0.1)
     short = min(rows, cols)
-    grads = [
-        (random(rows, short) @ torch.diag(1e-3 / torch.arange(1, short + 1)) @ random(short, cols)).float().double() for _ in range(2)
-    ]
+    spectrum = torch.diag(1e-3 / torch.arange(1, short + 1))
+    grads = [(random(rows, short) @ spectrum @ random(short, cols)).float().double() for _ in range(2)]
     record(f"muon/{i}/start", start)
     for step, grad in enumerate(grads):
         record(f"muon/{i}/grad{step}", grad)
@@ -182,7 +181,7 @@ for i, (rows, cols) in enumerate([(24, 24), (13, 29), (41, 7), (33, 96)]):
             muon.step()
         record(f"muon/{i}/torch/{scale}", parameter)
         difference = (parameter.double() - w).norm() / (w - start).norm()
-        print(f"muon {rows}x{cols} {scale}: torch.optim.Muon differs from the formula by {difference:.4f} of the update")
+        print(f"muon {rows}x{cols} {scale}: torch.optim.Muon is {difference:.4f} of the update from the formula")
 
 path = sys.argv[1] if len(sys.argv) > 1 else "golden.bin"
 with open(path, "wb") as file:

@@ -1,11 +1,14 @@
-// Tests of comm.h with real processes and no GPU. Started alone, this program is the driver: it starts itself again as a
-// worker, by mpirun and by start_ranks(gpus = N), and looks at exit codes, output and time. The workers come first.
+// Tests of comm.h, and of the optimizer over ranks, with real processes and no GPU. Started alone, this program is the
+// driver: it starts itself again as workers, by mpirun and by start_ranks(gpus = N), and looks at their exit codes,
+// output and time. The workers come first.
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 
 #include <cmath>
 
 #include "../comm.h"
+#include "../cpu_backend.h"
+#include "../dmuon.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Workers: what one rank does
@@ -37,7 +40,9 @@ template <class T> std::vector<T> sums_in_rank_order(size_t n) {
     return sum;
 }
 
-template <class T> bool same_bits(const T* a, const T* b, size_t n) { return n == 0 || memcmp(a, b, n * sizeof(T)) == 0; }
+template <class T> bool same_bits(const T* a, const T* b, size_t n) {
+    return n == 0 || memcmp(a, b, n * sizeof(T)) == 0;
+}
 
 template <class T> void check_all_reduce(size_t n) {
     std::vector<T> x = values<T>(ranks.rank, n), expected = sums_in_rank_order<T>(n);
@@ -71,7 +76,7 @@ template <class Broadcast> void check_broadcast(size_t bytes, int root, Broadcas
 
 static void check_collectives() {
     const size_t piece = 1 << 20;   // the longest message, in elements
-    for (size_t chunk : {size_t(0), size_t(1), size_t(7), size_t(1000), piece, piece + 3}) check_chunks(chunk);
+    for (size_t chunk : {size_t(0), size_t(1), size_t(7), size_t(1000), piece + 3}) check_chunks(chunk);
     for (size_t n : {size_t(0), size_t(1), size_t(2), size_t(3), size_t(4), size_t(11), size_t(1001), 5 * piece + 1})
         check_all_reduce<float>(n);
     for (size_t n : {1, 2, 7, 1003}) check_all_reduce<double>(n);
@@ -82,6 +87,85 @@ static void check_collectives() {
 static void check_broadcast_host() {
     auto broadcast = [](void* x, size_t bytes, int) { broadcast_host(x, bytes); };
     for (size_t bytes : {0, 1, 128, 4000, 4001, 100000}) check_broadcast(bytes, 0, broadcast);
+}
+
+struct Cpu : CpuOps, CpuComm {};
+
+// Ten steps on gradients that do not depend on the number of ranks: of each element one rank holds all, the others
+// zero, so every order of addition is exact. The weights must not depend on it either, nor on owners, nor on muon or
+// dmuon. Returns a checksum of the weights of all steps.
+static uint64_t updated_weights(const char* method, const char* owner) {
+    Options options;
+    options.optimizer = method;
+    options.owner = owner;
+    std::vector<TensorSpec> specs = {{"wte.weight", 256, 24, 250, false, true, -1, 1}};
+    for (int layer = 0; layer < 3; layer++) {
+        specs.push_back({"ln.weight", 1, 24, 1, false, false, layer, 1});
+        specs.push_back({"qkv.weight", 72, 24, 72, true, true, layer, 3});
+        specs.push_back({"proj.weight", 24, 24, 24, true, true, layer, 1});
+        specs.push_back({"fc.weight", 96, 24, 96, true, true, layer, 1});
+        specs.push_back({"fcproj.weight", 24, 96, 24, true, true, layer, 1});
+    }
+    const int matrices = 18, steps = 10;
+    Optimizer<Cpu> optimizer(specs, options, 2);
+    const Plan& plan = optimizer.plan;
+
+    double held = 0, total = 0;   // elements of Muon's state: on this rank, of the model
+    for (int t = 0; t < int(specs.size()); t++) {
+        size_t covered = 0;
+        for (const auto& part : optimizer.state_parts(t)) {
+            expect(part.begin == covered && part.owner >= 0 && part.owner < ranks.size, "every element has one owner");
+            covered += part.count;
+            if (!part.here) continue;
+            if (optimizer.muon_tensor(t)) held += double(part.count);
+            for (size_t i = 0; i < part.count; i++)
+                optimizer.master[part.state + i] = 0.02f * std::sin(float(part.begin + i + 77 * t));
+        }
+        expect(covered == specs[t].size(), "every element has an owner");
+        if (optimizer.muon_tensor(t)) total += double(covered);
+    }
+    CpuComm::all_reduce(&held, 1);
+    const int copies = plan.method == Method::muon ? ranks.size : 1;   // vanilla muon repeats everything on every rank
+    expect(held == copies * total, "momentum over the ranks sums to the model's");
+    optimizer.publish();
+
+    uint64_t checksum = 0;
+    auto add = [&](const float* x, size_t n) {
+        for (size_t i = 0; i < n; i++) {
+            uint32_t bits;
+            memcpy(&bits, x + i, 4);
+            checksum = (checksum ^ bits) * 0x9fb21c651e98df25u;
+            checksum ^= checksum >> 31;
+        }
+    };
+    for (int step = 0; step < steps; step++) {
+        memset(optimizer.grads, 0, plan.arena * sizeof(float));
+        for (const Piece& piece : plan.pieces)
+            for (size_t i = 0; i < piece.count; i++) {
+                const size_t element = piece.begin + i + 1000003 * (piece.tensor + 100 * step);
+                const bool here = int(element % ranks.size) == ranks.rank;
+                if (here) optimizer.grads[piece.offset + i] = value<float>(0, element);
+            }
+        optimizer.step(0.01f, 0.02f, [](Phase) {});
+        add(optimizer.clip, 2);
+        for (const Piece& piece : plan.pieces) add(optimizer.params + piece.offset, piece.count);
+        uint64_t of_rank_0 = checksum;
+        broadcast_host(&of_rank_0, sizeof of_rank_0);
+        expect(checksum == of_rank_0, "all ranks have the same weights after a step");
+    }
+    double orthogonalised = double(optimizer.orthogonalised);
+    CpuComm::all_reduce(&orthogonalised, 1);
+    const int expected = plan.method == Method::adamw ? 0 : matrices * steps * copies;
+    expect(orthogonalised == expected, "Newton-Schulz once per matrix and step");
+    return checksum;
+}
+
+static void check_updates() {
+    const uint64_t adamw = updated_weights("adamw", "round_robin"), muon = updated_weights("muon", "round_robin"),
+                   dmuon = updated_weights("dmuon", "round_robin"), lpt = updated_weights("dmuon", "lpt");
+    expect(dmuon == muon, "dmuon has the bits of muon");
+    expect(lpt == dmuon, "lpt has the bits of round_robin");
+    if (ranks.rank == 0) printf("weights %016llx %016llx\n", (unsigned long long)adamw, (unsigned long long)muon);
 }
 
 // Everyone meets everyone again and again.
@@ -107,6 +191,7 @@ static void work(const std::string& job) {
         if (ranks.rank == 0) printf("good on %d of %d local\n", ranks.size, ranks.local_size);
         return;
     }
+    if (job == "updates") return check_updates();
     keep_busy(100);   // under way
     if (job == "pids") {
         printf("pid %d\n", int(getpid()));
@@ -163,8 +248,8 @@ static Outcome gpus(int n, const std::string& job, double timeout = 60) {
 }
 
 TEST_CASE("the environment says who we are") {
-    const char* names[] = {"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "PMI_SIZE", "PMI_RANK", "SLURM_STEP_NUM_TASKS",
-                           "SLURM_PROCID", "SLURM_NTASKS", kSelfVariable};
+    const char* names[] = {"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "PMI_SIZE", "PMI_RANK",
+                           "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_NTASKS", kSelfVariable};
     struct { const char* what; const char* values[8]; Launcher launcher; int rank, size; } cases[] = {
         {"nothing", {}, Launcher::none, 0, 1},
         {"Open MPI", {"4", "3"}, Launcher::mpi, 3, 4},
@@ -211,6 +296,18 @@ TEST_CASE("collectives on 1 to 5 processes under mpirun") {
     }
 }
 
+TEST_CASE("the same gradients give the same weights on 1 to 5 ranks") {
+    const Outcome one = mpirun(1, "updates");
+    INFO(one.output);
+    CHECK(one.code == 0);
+    for (int n = 2; n <= 5; n++) {
+        const Outcome o = mpirun(n, "updates");
+        INFO(o.output);
+        CHECK(o.code == 0);
+        CHECK(o.output == one.output);
+    }
+}
+
 TEST_CASE("mpirun: a stopped rank ends the run at the deadline, with one line") {
     const Outcome o = mpirun(3, "stop", 2);
     INFO(o.output);
@@ -231,6 +328,7 @@ TEST_CASE("mpirun: an error of one rank ends the run, one that all meet is said 
     Outcome o = mpirun(3, "error");
     INFO(o.output);
     CHECK(o.code != 0);
+    CHECK(o.count("train_gpt: ") == 1);
     CHECK(o.says("train_gpt: rank 2: the disk is full"));
     CHECK(o.seconds < 30);
     o = mpirun(3, "all_error");
@@ -247,7 +345,8 @@ TEST_CASE("--gpus under mpirun is refused") {
 }
 #else
 TEST_CASE("a build without MPI refuses to be one of several") {
-    const Outcome o = shell(strprintf("OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_RANK=0 %s worker page 0 60", self().c_str()));
+    const std::string environment = "OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_RANK=0 ";
+    const Outcome o = shell(environment + self() + " worker page 0 60");
     CHECK(o.code == 1);
     CHECK(o.says("this build has no MPI"));
 }
@@ -342,5 +441,7 @@ int main(int argc, char** argv) {
             fail_ranks(e.what(), e.exit_code);
         }
     }
+    setenv("OMP_NUM_THREADS", "1", 0);   // for the workers: they share few cores
+    setenv("OPENBLAS_NUM_THREADS", "1", 0);
     return doctest::Context(argc, argv).run();
 }

@@ -1,9 +1,9 @@
 // The trainer's model and optimizer against PyTorch (golden.bin, see make_golden.py). Included after train_gpt.cu by
 // the test program of each backend; runs on every backend that the program is built with.
 //
-// Tolerances. fp32: 1e-4 of a tensor's largest value. bf16: between a weight and a logit or a gradient lie about 30
-// roundings of 2^-9 / sqrt(3) = 0.11 % (rms) each, 0.6 % together, and attention and GELU amplify them: a bf16 PyTorch
-// run of the same model is off by 1 to 3 % of a tensor's largest value, and twice that is allowed here.
+// Tolerances, as a share of a tensor's largest value. fp32: 2e-5; the CPU backend is within 1e-6. bf16: between a
+// weight and a logit or a gradient lie about 30 roundings of 2^-9 / sqrt(3) = 0.11 % (rms) each, 0.6 % together, and
+// attention and GELU amplify them: PyTorch in bf16 is off by 1 to 3 % on this model, and twice that is allowed here.
 #include <doctest/doctest.h>
 
 #include <numeric>
@@ -13,7 +13,7 @@
 namespace golden {
 
 template <class Backend>
-constexpr double tolerance = sizeof(typename Backend::real) == 4 ? 1e-4 : 0.06;
+constexpr double tolerance = sizeof(typename Backend::real) == 4 ? 2e-5 : 0.06;
 
 inline const Golden& file() {
     static const std::string source = __FILE__;
@@ -203,7 +203,7 @@ void check_adamw() {
         }
         if (exact) CHECK(error(got, want) < tolerance<Backend>);
         // In bf16 the smallest gradients are all noise, and AdamW gives them the same step as the others.
-        CHECK(update_error(got, want, start) < (exact ? 2e-3 : 0.3));
+        CHECK(update_error(got, want, start) < (exact ? 5e-4 : 0.3));
     }
 }
 

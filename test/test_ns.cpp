@@ -1,9 +1,11 @@
-// Tests of ns_kernels.cuh: one source, compiled by g++ -DFIBER (kernels on the CPU, small sizes) and by nvcc (the GPU, all sizes).
+// Tests of ns_kernels.cuh: one source, compiled by g++ -DFIBER (kernels on the CPU, small sizes) and by nvcc (the GPU,
+// all sizes).
 //   1. ns_product against loops in double, against CpuOps, and on a GPU against cuBLAS at the sizes of GPT-2;
-//   2. ns_normalize and muon_update against their definitions, for tiles of larger matrices and gradients from 1e-20 to 1e+10;
+//   2. ns_normalize and muon_update against their definitions: tiles of larger matrices, gradients of 1e-20 to 1e+10;
 //   3. the same bits in a batch of three as alone;
 //   4. the whole Newton-Schulz iteration of dmuon.cuh against the exact polynomial of known singular values.
-// Outputs start as NaN with guard zones on both sides (device_buffer.h), so that a store that is missing or astray is seen.
+// Outputs start as NaN with guard zones on both sides (device_buffer.h), so that a store that is missing or astray is
+// seen.
 #include <doctest/doctest.h>
 
 #include <cmath>
@@ -74,7 +76,8 @@ struct Product {
 
 constexpr int kBatch = 3;
 
-// Operands of a batch. symmetric_nt is given a symmetric result with B != A: B is A with its columns scaled by powers of two.
+// Operands of a batch. symmetric_nt is given a symmetric result with B != A: B is A with its columns scaled by powers
+// of two.
 struct Operands {
     Floats A, B, C;
     Operands(const Product& p, NsType type) {
@@ -99,13 +102,14 @@ Bytes on_device(const Product& p, NsType type, const Operands& x, int first, int
     size_t size_d = size_t(p.M) * p.N;
     DeviceBuffer<unsigned char> A(slice(x.A, size_t(p.M) * p.K)), B(slice(x.B, size_t(p.N) * p.K));
     DeviceBuffer<unsigned char> C(x.C.empty() ? Bytes() : slice(x.C, size_d)), D(batch * size_d * ns_type_bytes(type));
-    NsKernels::ns_product(D, A, B, x.C.empty() ? nullptr : C.data(), p.alpha, p.beta, p.diag, batch, p.M, p.N, p.K, p.kind, type);
+    NsKernels::ns_product(D, A, B, x.C.empty() ? nullptr : C.data(), p.alpha, p.beta, p.diag, batch, p.M, p.N, p.K,
+                          p.kind, type);
     CHECK(D.guards_intact());
     return D.download();
 }
 
-// A sum of K products in fp32, in any order and with the truncation that tensor cores apply when they align 16 addends, is off
-// by at most about 1.25 K + 8 units of 2^-23 of the sum of magnitudes. Then there is one rounding to `type`.
+// A sum of K products in fp32, in any order and with the truncation that tensor cores apply when they align 16 addends,
+// is off by at most about 1.25 K + 8 units of 2^-23 of the sum of magnitudes. Then there is one rounding to `type`.
 double product_bound(double exact, double magnitude, int K, NsType type) {
     double sum_error = (1.25 * K + 8) * std::ldexp(magnitude, -23);
     return unit(type) * (std::fabs(exact) + sum_error) + sum_error + smallest(type);
@@ -121,8 +125,8 @@ void check_product(const Product& p, NsType type) {
     Operands x(p, type);
     Bytes device = on_device(p, type, x, 0, kBatch), cpu(device.size());
     Bytes A = encode(x.A, type), B = encode(x.B, type), C = encode(x.C, type);
-    CpuOps::ns_product(cpu.data(), A.data(), B.data(), x.C.empty() ? nullptr : C.data(), p.alpha, p.beta, p.diag, kBatch, p.M, p.N,
-                       p.K, p.kind, type);
+    CpuOps::ns_product(cpu.data(), A.data(), B.data(), x.C.empty() ? nullptr : C.data(), p.alpha, p.beta, p.diag,
+                       kBatch, p.M, p.N, p.K, p.kind, type);
     Floats got = decode(device, type), peer = decode(cpu, type);
 
     int outside = 0, outside_peer = 0, asymmetric = 0;
@@ -139,7 +143,8 @@ void check_product(const Product& p, NsType type) {
                 size_t at = (b * p.M + i) * p.N + j;
                 double c = x.C.empty() ? 0.0 : double(p.beta) * x.C[at], diag = i == j ? p.diag : 0.0f;
                 double exact = p.alpha * sum + c + diag;
-                double bound = product_bound(exact, std::fabs(p.alpha) * magnitude + std::fabs(c) + std::fabs(diag), p.K, type);
+                magnitude = std::fabs(p.alpha) * magnitude + std::fabs(c) + std::fabs(diag);
+                double bound = product_bound(exact, magnitude, p.K, type);
                 outside += !(std::fabs(got[at] - exact) <= bound);
                 outside_peer += !(std::fabs(got[at] - peer[at]) <= 2 * bound);
                 if (symmetric) asymmetric += got[at] != got[(b * p.M + j) * p.M + i];
@@ -174,8 +179,9 @@ TEST_CASE("ns_product against sums in double, alone and in a batch") {
 // Against cuBLAS with the same 16-bit operands and an fp32 result: both sum in fp32.
 TEST_CASE("ns_product against cuBLAS at the sizes of GPT-2") {
     const NsProduct nt = NsProduct::symmetric_nt, nn = NsProduct::nn;
-    const Product products[] = {{nt, 768, 768, 768, 1, 0, 0},  {nt, 768, 768, 3072, 1, 0, 0},  {nt, 1600, 1600, 1600, 1, 0, 0},
-                                {nn, 768, 768, 768, 1, 0, 0},  {nn, 768, 3072, 768, 1, 0, 0},  {nn, 1600, 6400, 1600, 1, 0, 0}};
+    const Product products[] = {{nt, 768, 768, 768, 1, 0, 0},    {nt, 768, 768, 3072, 1, 0, 0},
+                                {nt, 1600, 1600, 1600, 1, 0, 0}, {nn, 768, 768, 768, 1, 0, 0},
+                                {nn, 768, 3072, 768, 1, 0, 0},   {nn, 1600, 6400, 1600, 1, 0, 0}};
     for (const Product& p : products) {
         for (NsType type : {NsType::bf16, NsType::fp16}) {
             CAPTURE(name_of(type));
@@ -191,10 +197,11 @@ TEST_CASE("ns_product against cuBLAS at the sizes of GPT-2") {
                 cudaDataType_t data = type == NsType::bf16 ? CUDA_R_16BF : CUDA_R_16F;
                 float one = 1, zero = 0;
                 // Column-major: D^T (N, M) = op(B)^T A^T
-                REQUIRE(cublasGemmStridedBatchedEx(blas(), symmetric ? CUBLAS_OP_T : CUBLAS_OP_N, CUBLAS_OP_N, p.N, p.M, p.K, &one,
-                                                   B.data(), data, symmetric ? p.K : p.N, (long long)p.N * p.K, A.data(), data, p.K,
-                                                   (long long)p.M * p.K, &zero, D.data(), CUDA_R_32F, p.N, (long long)p.M * p.N, kBatch,
-                                                   CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_SUCCESS);
+                cublasStatus_t status = cublasGemmStridedBatchedEx(
+                    blas(), symmetric ? CUBLAS_OP_T : CUBLAS_OP_N, CUBLAS_OP_N, p.N, p.M, p.K, &one, B.data(), data,
+                    symmetric ? p.K : p.N, (long long)p.N * p.K, A.data(), data, p.K, (long long)p.M * p.K, &zero,
+                    D.data(), CUDA_R_32F, p.N, (long long)p.M * p.N, kBatch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+                REQUIRE(status == CUBLAS_STATUS_SUCCESS);
                 return D.download();
             };
             Floats want = by_cublas(x.A, x.B);
@@ -203,7 +210,8 @@ TEST_CASE("ns_product against cuBLAS at the sizes of GPT-2") {
             Floats magnitude = by_cublas(x.A, x.B);
             size_t outside = 0, asymmetric = 0;
             for (size_t i = 0; i < got.size(); i++) {
-                outside += !(std::fabs(double(got[i]) - want[i]) <= 2 * product_bound(want[i], magnitude[i], p.K, type));
+                double bound = 2 * product_bound(want[i], magnitude[i], p.K, type);
+                outside += !(std::fabs(double(got[i]) - want[i]) <= bound);
                 size_t matrix = i / (size_t(p.M) * p.N) * p.M * p.N, row = i / p.N % p.M, col = i % p.N;
                 if (symmetric) asymmetric += got[i] != got[matrix + col * p.M + row];
             }
@@ -232,8 +240,8 @@ std::vector<Sizes> all_sizes() {
     return sizes;
 }
 
-// kBatch matrices side by side in one arena, as tiles of a larger matrix are: the row stride is larger than cols. Between them
-// lie elements that are nobody's. The three offsets of a matrix differ, as they do in the optimizer.
+// kBatch matrices side by side in one arena, as tiles of a larger matrix are: the row stride is larger than cols.
+// Between them lie elements that are nobody's. The three offsets of a matrix differ, as they do in the optimizer.
 struct Tiles {
     std::vector<MatrixRef> refs;
     size_t elements;
@@ -267,7 +275,8 @@ TEST_CASE("ns_normalize: x / |x|, transposed if tall, zero-padded, for gradients
                 CHECK(scratch.guards_intact());
                 Bytes batch = X.download(), cpu(batch.size());
                 Doubles cpu_scratch(CpuOps::ns_scratch_doubles(kBatch));
-                CpuOps::ns_normalize(cpu.data(), cpu_scratch.data(), values.data(), tiles.refs.data(), kBatch, s.rows, s.cols, type);
+                CpuOps::ns_normalize(cpu.data(), cpu_scratch.data(), values.data(), tiles.refs.data(), kBatch, s.rows,
+                                     s.cols, type);
                 Floats got = decode(batch, type), peer = decode(cpu, type);
 
                 int outside = 0;
@@ -283,7 +292,8 @@ TEST_CASE("ns_normalize: x / |x|, transposed if tall, zero-padded, for gradients
                         double element = !inside ? 0.0 : s.rows > s.cols ? x[j * ld + i] : x[i * ld + j];
                         double exact = scale == 0 ? 0.0 : element / std::sqrt(squares);
                         // one rounding to float, one to `type`
-                        double bound = (unit(type) + std::ldexp(1.001, -24)) * std::fabs(exact) + (exact == 0 ? 0.0 : smallest(type));
+                        double bound = (unit(type) + std::ldexp(1.001, -24)) * std::fabs(exact);
+                        if (exact != 0) bound += smallest(type);
                         outside += !(std::fabs(got[b * s.padded() + at] - exact) <= bound);
                         outside += !(std::fabs(got[b * s.padded() + at] - peer[b * s.padded() + at]) <= 2 * bound);
                     }
@@ -315,10 +325,13 @@ TEST_CASE("muon_update: master = master * decay - step * U, transposed back, not
             DeviceBuffer<float> master(before), clip(Floats{0.5f, 2.0f}), skip(Floats{0.0f, INFINITY});
             DeviceBuffer<real> params(params_before);
             auto update = [&](const DeviceBuffer<float>& scale, int first, int batch) {
-                NsKernels::muon_update(params, master, device_u + first * s.padded() * ns_type_bytes(type), refs + first, batch, s.rows,
-                                       s.cols, decay, step, type, scale);
+                const unsigned char* u_first = device_u + first * s.padded() * ns_type_bytes(type);
+                NsKernels::muon_update(params, master, u_first, refs + first, batch, s.rows, s.cols, decay, step, type,
+                                       scale);
             };
-            auto same_bits = [](const auto& a, const auto& b) { return std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0; };
+            auto same_bits = [](const auto& a, const auto& b) {
+                return std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0;
+            };
 
             update(skip, 0, kBatch);   // a clip scale of 0: the gradients were not finite
             CHECK(same_bits(master.download(), before));
@@ -330,7 +343,6 @@ TEST_CASE("muon_update: master = master * decay - step * U, transposed back, not
             Floats after = master.download();
             std::vector<real> params_after = params.download();
             Doubles want(before.begin(), before.end()), bound(before.size(), 0.0);
-            std::vector<bool> owned(before.size());
             for (size_t b = 0; b < kBatch; b++) {
                 for (int i = 0; i < s.rows; i++) {
                     for (int j = 0; j < s.cols; j++) {
@@ -340,8 +352,10 @@ TEST_CASE("muon_update: master = master * decay - step * U, transposed back, not
                         want[tiles.refs[b].state + offset] = kept - update;
                         // two products and a difference in fp32
                         bound[tiles.refs[b].state + offset] = std::ldexp(std::fabs(kept) + std::fabs(update), -23);
-                        real& param = params_before[tiles.refs[b].param + offset];   // becomes what is expected afterwards
-                        CpuOps::store(&param, 0, after[tiles.refs[b].state + offset], sizeof(real) == 4 ? NsType::fp32 : NsType::bf16);
+                        // params_before becomes what is expected afterwards
+                        CpuOps::store(params_before.data(), tiles.refs[b].param + offset,
+                                      after[tiles.refs[b].state + offset],
+                                      sizeof(real) == 4 ? NsType::fp32 : NsType::bf16);
                     }
                 }
             }
@@ -359,17 +373,18 @@ TEST_CASE("muon_update: master = master * decay - step * U, transposed back, not
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The whole iteration. The matrix is made from known singular vectors and values, X = P diag(s) Q^T, so the exact answer is
-// P diag(p(s / |s|)) Q^T with the polynomial p applied to numbers in double: no decomposition is needed.
+// The whole iteration. The matrix is made from known singular vectors and values, X = P diag(s) Q^T, so the exact
+// answer is P diag(p(s / |s|)) Q^T with the polynomial p applied to numbers in double: no decomposition is needed.
 
-// (size, columns) with orthonormal columns: cosines, which are orthogonal for any size, with random signs against their regularity.
+// (size, columns) with orthonormal columns: cosines, which are orthogonal for any size, with random signs against their
+// regularity.
 Doubles orthonormal_columns(int size, int columns, unsigned seed) {
     std::mt19937 generator(seed);
     Doubles Q(size_t(size) * columns);
     for (int i = 0; i < size; i++) {
-        double sign = generator() % 2 ? 1.0 : -1.0;
+        double scale = std::sqrt(2.0 / size) * (generator() % 2 ? 1.0 : -1.0);
         for (int k = 0; k < columns; k++)
-            Q[size_t(i) * columns + k] = sign * std::sqrt((k == 0 ? 1.0 : 2.0) / size) * std::cos(M_PI * (i + 0.5) * k / size);
+            Q[size_t(i) * columns + k] = k == 0 ? scale * M_SQRT1_2 : scale * std::cos(M_PI * (i + 0.5) * k / size);
     }
     return Q;
 }
@@ -387,14 +402,15 @@ Doubles assemble(const Doubles& P, const Doubles& s, const Doubles& Q, int rows,
 #else
     DeviceBuffer<double> device_p(scaled), device_q(Q), device_x(X);
     double one = 1, zero = 0;
-    REQUIRE(cublasDgemm(blas(), CUBLAS_OP_T, CUBLAS_OP_N, cols, rows, r, &one, device_q, r, device_p, r, &zero, device_x, cols) ==
-            CUBLAS_STATUS_SUCCESS);
+    cublasStatus_t status = cublasDgemm(blas(), CUBLAS_OP_T, CUBLAS_OP_N, cols, rows, r, &one, device_q, r, device_p, r,
+                                        &zero, device_x, cols);
+    REQUIRE(status == CUBLAS_STATUS_SUCCESS);
     return device_x.download();
 #endif
 }
 
-// Singular values of a (m, n) gaussian matrix: quantiles of the Marchenko-Pastur law, whose density for s in units of sqrt(n) is
-// sqrt((high^2 - s^2)(s^2 - low^2)) / s with low, high = 1 -+ sqrt(m/n).
+// Singular values of a (m, n) gaussian matrix: quantiles of the Marchenko-Pastur law, whose density for s in units of
+// sqrt(n) is sqrt((high^2 - s^2)(s^2 - low^2)) / s with low, high = 1 -+ sqrt(m/n).
 Doubles gaussian_spectrum(int m, int n) {
     const int grid = 100000;
     double low = 1 - std::sqrt(double(m) / n), high = 1 + std::sqrt(double(m) / n), total = 0;
@@ -432,7 +448,8 @@ double largest_singular_value(const Floats& X, int rows, int cols) {
     return std::sqrt(length);
 }
 
-// One matrix through ns_normalize, newton_schulz and muon_update with decay 1 and step -1, which adds U to a master of zeros.
+// One matrix through ns_normalize, newton_schulz and muon_update with decay 1 and step -1, which adds U to a master of
+// zeros.
 Floats orthogonalise(const Floats& X, int rows, int cols, const NsConfig& config) {
     int mp = round_up(std::min(rows, cols), 8), np = round_up(std::max(rows, cols), 8);
     DeviceBuffer<unsigned char> memory(NsWorkspace::bytes(1, mp, np, config.type));
@@ -463,7 +480,10 @@ TEST_CASE("Newton-Schulz against the exact map of the same polynomial, polar_exp
             log_uniform[i] = std::pow(10.0, -4.0 * i / (m - 1));
         }
         const std::pair<const char*, Doubles> spectra[] = {
-            {"gaussian", gaussian}, {"power law", power}, {"rank-1-dominated", dominated}, {"log-uniform 1..1e-4", log_uniform}};
+            {"gaussian", gaussian},
+            {"power law", power},
+            {"rank-1-dominated", dominated},
+            {"log-uniform 1..1e-4", log_uniform}};
         for (const auto& [spectrum, values] : spectra) {
             Doubles X = assemble(P, values, Q, rows, cols), mapped = values;
             double norm = 0, largest = 0;
@@ -479,16 +499,19 @@ TEST_CASE("Newton-Schulz against the exact map of the same polynomial, polar_exp
             Doubles want = assemble(P, mapped, Q, rows, cols);
             for (bool gram : {false, true}) {
                 for (NsType type : {NsType::bf16, NsType::fp16}) {
-                    Floats got = orthogonalise(Floats(X.begin(), X.end()), rows, cols, {gram, "polar_express", 5, type});
+                    std::string what = strprintf("%s, %d x %d, %s, %s", spectrum, rows, cols,
+                                                 gram ? "gram" : "standard", name_of(type));
+                    CAPTURE(what);
+                    NsConfig config = {gram, "polar_express", 5, type};
+                    Floats got = orthogonalise(Floats(X.begin(), X.end()), rows, cols, config);
                     double dot = 0, got_squares = 0, want_squares = 0;
                     for (size_t i = 0; i < got.size(); i++) {
                         dot += got[i] * want[i];
                         got_squares += double(got[i]) * got[i];
                         want_squares += want[i] * want[i];
                     }
-                    double cosine = dot / std::sqrt(got_squares * want_squares), got_largest = largest_singular_value(got, rows, cols);
-                    std::string what = strprintf("%s, %d x %d, %s, %s", spectrum, rows, cols, gram ? "gram" : "standard", name_of(type));
-                    CAPTURE(what);
+                    double cosine = dot / std::sqrt(got_squares * want_squares);
+                    double got_largest = largest_singular_value(got, rows, cols);
                     CAPTURE(cosine);
                     CAPTURE(got_largest);
                     CHECK(cosine >= (type == NsType::bf16 ? 0.99 : 0.999));

@@ -36,8 +36,8 @@ MATRICES = 12  # of 2 layers: Q, K, V, attention projection, fc, fc projection
 
 SEQ_LEN = 32
 SEQUENCES = 120  # per optimizer step: a multiple of 1, 2, 3, 4 and 5 ranks x 2 sequences per micro-step
-MODEL = ["--device", DEVICE, "--layers", 2, "--heads", 2, "--channels", CHANNELS, "--seq_len", SEQ_LEN, "--vocab", 256,
-         "--train", WORK + "/source_train.bin", "--total_batch", SEQUENCES * SEQ_LEN, "--lr", 0.003]
+MODEL = ["--device", DEVICE, "--layers", 2, "--heads", 2, "--channels", CHANNELS, "--seq_len", SEQ_LEN,
+         "--vocab", 256, "--train", WORK + "/source_train.bin", "--total_batch", SEQUENCES * SEQ_LEN, "--lr", 0.003]
 
 
 class Failed(Exception):
@@ -130,8 +130,8 @@ def expect_close_losses(a, b, tolerance, what):
 
 # --- Same bits, same losses -------------------------------------------------------------------------------------------
 
-# Another number of ranks adds the same gradients in another order. In fp32 that is 1e-7 of a value, which 20 steps grow;
-# bf16, in Newton-Schulz or in a CUDA build's activations, turns some of it into 2^-9 of a value now and then.
+# Another number of ranks adds the same gradients in another order. In fp32 that is 1e-7 of a value, which 20 steps
+# grow; bf16, in Newton-Schulz or in a CUDA build's activations, makes of it 2^-9 of a value now and then.
 TOLERANCE_FP32 = 1e-5 if DEVICE == "cpu" else 1e-2
 TOLERANCE_BF16 = 1e-3 if DEVICE == "cpu" else 1e-2
 
@@ -140,7 +140,7 @@ def test_owners_do_not_matter():
     for ranks in RANKS:
         a = train(ranks, "--optimizer", "dmuon")
         b = train(ranks, "--optimizer", "dmuon", "--owner", "lpt")
-        expect(a.losses[-1] < 0.75 * a.losses[0], "it does not learn: %s" % a.losses)
+        expect(a.losses[-1] < 0.9 * a.losses[0], "it does not learn: %s" % a.losses)
         expect(a.losses == b.losses, "%d ranks: losses under round_robin and lpt differ" % ranks)
         expect_same_state(a, b, "%d ranks, round_robin against lpt" % ranks)
 
@@ -154,11 +154,13 @@ def test_muon_and_dmuon_agree():
 
 
 def test_other_cuts_of_the_matrices():
-    for flags in (["--muon_qkv", "fused"], ["--muon_qkv", "heads"], ["--muon_tile", 24, "--ns", "gram"]):
+    for flags in (["--muon_qkv", "fused"], ["--muon_qkv", "heads"], ["--muon_tile", 24],
+                  ["--ns", "gram", "--ns_dtype", "fp16"]):
         a = train(MANY, "--optimizer", "dmuon", *flags)
         b = train(MANY, "--optimizer", "muon", *flags)
+        one = train(1, "--optimizer", "dmuon", *flags)
         expect_same_state(a, b, "muon against dmuon with %s" % flags)
-        expect_close_losses(a.losses, train(1, "--optimizer", "dmuon", *flags).losses, TOLERANCE_BF16, "with %s" % flags)
+        expect_close_losses(a.losses, one.losses, TOLERANCE_BF16, "1 and %d ranks with %s" % (MANY, flags))
 
 
 def test_losses_over_rank_counts():
@@ -189,7 +191,8 @@ def test_profile():
     expect_same_state(run, train(MANY, "--optimizer", "dmuon"), "--profile")
     line = run.log[-1]
     phases = [line[name + "_ms"] for name in ("reduce", "clip", "momentum", "ns_update", "adamw", "gather")]
-    expect(abs(sum(phases) - line["optimizer_ms"]) < 0.1, "phases %s are not optimizer_ms %s" % (phases, line["optimizer_ms"]))
+    whole = line["optimizer_ms"]
+    expect(abs(sum(phases) - whole) < 0.1 * whole + 0.1, "phases %s do not add up to optimizer_ms %s" % (phases, whole))
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
@@ -211,15 +214,16 @@ def test_resume_goes_on_with_the_same_bits():
         expect_same_state(rest, whole, optimizer + " resumed against uninterrupted")
         for ranks in {1, max(1, MANY - 2)}:
             other = resume(half.checkpoint, ranks, 14, *flags)
-            expect_close_losses(other.losses, whole.losses[9:], TOLERANCE_BF16, "%s resumed on %d ranks" % (optimizer, ranks))
+            what = "%s resumed on %d ranks" % (optimizer, ranks)
+            expect_close_losses(other.losses, whole.losses[9:], TOLERANCE_BF16, what)
 
 
 def test_state_is_the_same_on_other_rank_counts():
-    """A step whose gradient is not finite leaves all state as it is: such a step saves what it has loaded. The first run
-    gets there by a weight decay that multiplies the weights by -99 in each step."""
+    """A step whose gradient is not finite leaves all state as it is: such a step saves what it has loaded. The first
+    run gets there by a weight decay that multiplies the weights by -99 in each step."""
     flags = ["--optimizer", "dmuon", "--schedule", "constant", "--grad_clip", 0, "--lr", 10, "--weight_decay", 10]
     four = min(4, MANY)
-    blown_up = train(four, *flags, "--save_every", 1, "--keep", 100, steps=25)
+    blown_up = train(four, *flags, "--save_every", 1, "--keep", 100, steps=16)
     norms = [line["grad_norm"] for line in blown_up.log]
     expect(None in norms, "no gradient overflowed: %s" % norms)
     step = norms.index(None) + 1
@@ -250,8 +254,9 @@ def test_switching_the_optimizer():
 
 
 def plan(model, ranks, owner):
-    said = execute([PROGRAM, "--print_plan", "--model", model, "--optimizer", "dmuon", "--owner", owner, "--ranks", str(ranks)])
-    owned = [line.split()[4:] for line in said.splitlines() if re.match(r" *\d+ +\d+ ", line)]
+    said = execute([PROGRAM, "--print_plan", "--optimizer", "dmuon", "--model", model, "--owner", owner,
+                    "--ranks", str(ranks)])
+    owned = [line.split()[5:] for line in said.splitlines() if re.match(r" *\d+ +\d+ ", line)]
     ratios = [float(ratio) for ratio in re.search(r"max/mean: FLOPs ([\d.]+), bytes ([\d.]+)", said).groups()]
     return owned, ratios
 
@@ -269,8 +274,8 @@ def test_plan_owns_every_matrix_once():
             owned, ratios = plan("d12", ranks, owner)
             names = [name for rank in owned for name in rank]
             expect(len(owned) == ranks, "%s on %d ranks: %d are listed" % (owner, ranks, len(owned)))
-            expect(len(names) == len(set(names)) == 72, "%s on %d ranks: d12 has 72 matrices, owned are %d, different %d" %
-                   (owner, ranks, len(names), len(set(names))))
+            expect(len(names) == len(set(names)) == 72, "%s on %d ranks: of 72 matrices are owned %d, different %d"
+                   % (owner, ranks, len(names), len(set(names))))
             expect(min(ratios) >= 1, "max/mean %s" % ratios)
 
 
@@ -303,6 +308,14 @@ def processes_below(pid):
     return ranks, below
 
 
+def running(pid):
+    try:
+        with open("/proc/%d/stat" % pid) as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def fault(number, rank, launcher):
     """Sends a signal to one rank of a run that is under way: (output, exit code, seconds until the run was over)."""
     ranks = min(3, MANY)
@@ -326,8 +339,10 @@ def fault(number, rank, launcher):
             except subprocess.TimeoutExpired:
                 raise Failed("the run goes on 60 s after the deadline")
             seconds = time.time() - begin
-            time.sleep(1)
-            left = [pid for pid in everyone if os.path.exists("/proc/%d" % pid)]
+            left = everyone
+            while left and time.time() < begin + 60:
+                time.sleep(0.1)
+                left = [pid for pid in everyone if running(pid)]
             expect(not left, "processes are left: %s" % left)
         finally:
             if run.poll() is None:

@@ -1,0 +1,136 @@
+#!/usr/bin/env python3
+"""The peer: the same training step in PyTorch, timed beside ./train_gpt on the same machine in the same run.
+
+    python3 dev/peer_pytorch.py [--model d12] [--batch 32]
+
+Prints one JSON line per measurement: tokens per second of GPT-2 with torch.compile, flash attention (SDPA) and fused AdamW in
+bf16, and milliseconds of the optimizer step alone: fused AdamW, Muon one matrix after the other, and Muon with all matrices of
+a shape in one batch under torch.compile (Newton-Schulz: five bf16 steps with Polar Express coefficients).
+"""
+import argparse
+import json
+import math
+
+import torch
+import torch.nn.functional as F
+
+SIZES = {"d12": (12, 12, 768), "d24": (24, 16, 1024), "d36": (36, 20, 1280), "d48": (48, 25, 1600)}
+POLAR_EXPRESS = [(8.28721201814563, -23.595886519098837, 17.300387312530933),
+                 (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+                 (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+                 (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+                 (2.300652019954817, -1.6689039845747493, 0.4188073119525673)]
+POLAR_EXPRESS = [(a / 1.05, b / 1.05**3, c / 1.05**5) for a, b, c in POLAR_EXPRESS]
+
+
+class Block(torch.nn.Module):
+    def __init__(self, channels, heads):
+        super().__init__()
+        self.heads = heads
+        self.ln_1, self.ln_2 = torch.nn.LayerNorm(channels), torch.nn.LayerNorm(channels)
+        self.qkv, self.proj = torch.nn.Linear(channels, 3 * channels), torch.nn.Linear(channels, channels)
+        self.fc, self.fc_proj = torch.nn.Linear(channels, 4 * channels), torch.nn.Linear(4 * channels, channels)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = (y.view(B, T, self.heads, -1).transpose(1, 2) for y in self.qkv(self.ln_1(x)).split(C, dim=2))
+        attention = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(attention.transpose(1, 2).reshape(B, T, C))
+        return x + self.fc_proj(F.gelu(self.fc(self.ln_2(x)), approximate="tanh"))
+
+
+class GPT(torch.nn.Module):
+    def __init__(self, layers, heads, channels, vocab=50304, length=1024):
+        super().__init__()
+        self.wte, self.wpe = torch.nn.Embedding(vocab, channels), torch.nn.Embedding(length, channels)
+        self.blocks = torch.nn.ModuleList(Block(channels, heads) for _ in range(layers))
+        self.ln_f = torch.nn.LayerNorm(channels)
+
+    def forward(self, tokens, targets):
+        x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        logits = F.linear(self.ln_f(x), self.wte.weight)
+        return F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets.view(-1))
+
+
+def orthogonalise(x):  # (..., m, n), m <= n
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-30)
+    x = x.bfloat16()
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+def muon_update(weight, grad, momentum):  # each (..., rows, cols)
+    momentum.mul_(0.95).add_(grad)
+    x = grad + 0.95 * momentum
+    tall = x.shape[-2] > x.shape[-1]
+    u = orthogonalise(x.mT if tall else x)
+    weight.mul_(1 - 1e-4).sub_((u.mT if tall else u) * (1e-3 * 0.2 * math.sqrt(max(x.shape[-2:]))))
+
+
+def median_ms(function, repeats=20):
+    for _ in range(5):
+        function()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="d12", choices=SIZES)
+    parser.add_argument("--batch", type=int, default=32)
+    args = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
+    layers, heads, channels = SIZES[args.model]
+    torch.manual_seed(1)
+
+    def say(what, value, unit):
+        print(json.dumps({"peer": f"PyTorch {torch.__version__}", "model": args.model, "what": what, unit: round(value, 3)}), flush=True)
+
+    # The optimizer step alone, on fp32 weights and gradients of the hidden matrices with Q, K and V apart (Muon's) or of all (AdamW's)
+    squares, wide = (4 * layers, channels, channels), (2 * layers, channels, 4 * channels)
+    stacks = [[torch.randn(shape, device="cuda") * 0.02 for _ in range(3)] for shape in (squares, wide)]
+
+    def one_by_one():
+        for weights, grads, momenta in stacks:
+            for w, g, m in zip(weights, grads, momenta):
+                muon_update(w, g, m)
+
+    compiled = torch.compile(muon_update)
+
+    def batched():
+        for stack in stacks:
+            compiled(*stack)
+
+    say("Muon, one matrix after the other", median_ms(one_by_one, 10), "optimizer_ms")
+    say("Muon, batched by shape, compiled", median_ms(batched), "optimizer_ms")
+    del stacks
+
+    model = GPT(layers, heads, channels).cuda().bfloat16()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
+    tokens = torch.randint(0, 50257, (args.batch, 1025), device="cuda")
+    forward = torch.compile(model)
+
+    def step():
+        forward(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+    ms = median_ms(step)
+    say(f"training step, B={args.batch} T=1024", args.batch * 1024 / ms * 1e3, "tokens_per_s")
+    say("AdamW, fused (bf16 weights without fp32 masters)", median_ms(optimizer.step), "optimizer_ms")
+
+
+if __name__ == "__main__":
+    main()

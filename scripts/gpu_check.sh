@@ -1,0 +1,103 @@
+#!/usr/bin/env bash
+# What only a GPU can show, with a log to keep. Installs nothing and needs no network.
+#   scripts/gpu_check.sh PART... [--data DIR] [--steps N] [--name NAME] [--results DIR] [--limit SECONDS]
+#   tests      builds, and runs the whole suite on the GPU
+#   sanitize   compute-sanitizer over the kernel tests, at reduced sizes: memcheck, racecheck, initcheck
+#   train      124M (GPT-2 small) for --steps steps [400] on the GPT-2 shards in --data
+#   bench      124M, B=32, T=1024, random tokens: step and optimizer time with adamw, muon and dmuon
+#   all        the four, in this order
+# Writes dev/results/NAME.log [gpu_check]; train adds the curve, NAME.png and NAME.jsonl. Each program gets --limit [1800] s.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+fail() { echo "gpu_check: $*" >&2; exit 2; }
+line="scripts/gpu_check.sh $*"
+parts=() data="" steps=400 name=gpu_check results=dev/results limit=1800
+while (($#)); do
+    case $1 in
+        tests | sanitize | train | bench) parts+=("$1") ;;
+        all) parts=(tests sanitize train bench) ;;
+        --data | --steps | --name | --results | --limit)
+            [[ ${2:-} ]] || fail "$1 needs a value"
+            declare "${1#--}=$2"
+            shift
+            ;;
+        *) fail "'$1' is not one of tests, sanitize, train, bench, all, or a flag: see the head of this file" ;;
+    esac
+    shift
+done
+((${#parts[@]})) || fail "which part? tests, sanitize, train, bench or all"
+[[ " ${parts[*]} " != *" train "* ]] || ls "$data"/train_*.bin "$data"/val_*.bin > /dev/null 2>&1 ||
+    fail "train needs --data DIR with train_*.bin and val_*.bin: scripts/data.py --tokenizer gpt2 makes them"
+nvidia-smi -L > /dev/null 2>&1 || fail "no GPU here"
+
+mkdir -p "$results" build
+log=$results/$name.log
+query() { nvidia-smi --query-gpu="$1" --format=csv,noheader | head -n 1; }
+nvcc=$(make info | sed -nE 's/^CUDA +([^,]*nvcc),.*/\1/p')
+{
+    echo "gpu: $(query name)"
+    echo "gpus: $(nvidia-smi -L | wc -l)"
+    echo "driver: $(query driver_version)"
+    echo "cuda: $("${nvcc:-nvcc}" --version | sed -nE 's/.*release ([0-9.]+).*/\1/p')"
+    echo "commit: ${COMMIT:-$(git describe --always --dirty --exclude='*' 2> /dev/null || echo unknown)}"
+    echo "date: $(date -u +%F)"
+    echo "command: $line"
+} | tee "$log"
+
+failed=()
+part() { # title command...: into the log and onto the screen
+    local title=$1 status=0
+    shift
+    printf '\n== %s\n' "$title" | tee -a "$log"
+    timeout --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$log" || status=$?
+    ((status == 0)) || { failed+=("$title"); echo "== $title: exit status $status" | tee -a "$log"; }
+}
+
+part build make train_gpt
+
+tests() { part suite scripts/test.sh --no_setup; }
+
+sanitize() {
+    local tool
+    part "build of the tests" make build/test_cuda_bf16 build/test_cuda_fp32
+    for tool in memcheck racecheck initcheck; do
+        for precision in bf16 fp32; do
+            TEST_SMALL=1 part "$tool, $precision" compute-sanitizer --tool "$tool" --error-exitcode 1 "build/test_cuda_$precision"
+        done
+    done
+}
+
+gpt2=(--model d12 --batch 32 --seq_len 1024)
+
+train() {
+    local run=build/gpu_check_train
+    rm -rf "$run"
+    part "124M on $(basename "$data")" ./train_gpt "${gpt2[@]}" --train "$data/train_*.bin" --val "$data/val_*.bin" \
+        --steps "$steps" --warmup 60 --lr 1.2e-3 --eval_every 50 --sample_every "$steps" --out "$run"
+    part "loss" python3 scripts/compare.py "$run" --png "$results/$name.png"
+    cp "$run/log.jsonl" "$results/$name.jsonl"
+}
+
+bench() {
+    local random=build/gpu_check_random optimizer
+    rm -rf "$random"*
+    mkdir -p "$random"
+    # As the figures of others were measured: uniform tokens below 2^15, one shard of 4M.
+    python3 -c 'import os, struct, sys; n = 1 << 22; b = bytearray(os.urandom(2 * n)); b[1::2] = bytes(x & 127 for x in b[1::2])
+open(sys.argv[1], "wb").write(struct.pack("<256i", 20240520, 1, n, *[0] * 253) + b)' "$random/train_000.bin"
+    for optimizer in adamw muon dmuon; do
+        part "124M, B=32, T=1024, $optimizer" ./train_gpt "${gpt2[@]}" --train "$random/train_*.bin" --optimizer "$optimizer" \
+            --steps 60 --profile --out "${random}_runs/$optimizer"
+        rm -f "${random}_runs/$optimizer/"*.ckpt
+    done
+    part "medians" python3 scripts/compare.py "${random}_runs/"{adamw,muon,dmuon} --png build/gpu_check_bench.png
+}
+
+for wanted in "${parts[@]}"; do $wanted; done
+echo | tee -a "$log"
+if ((${#failed[@]})); then
+    echo "failed: ${failed[*]}" | tee -a "$log"
+    exit 1
+fi
+echo "all of it passed: ${parts[*]}" | tee -a "$log"

@@ -1,0 +1,272 @@
+#!/usr/bin/env python3
+"""Tests of scripts/data.py: shards and tokenizer.bin hold what the text held, whatever its form and however it arrives.
+
+Needs Python alone; the tests of GPT-2's tokens need tiktoken and its vocabulary, and are skipped without."""
+import contextlib
+import gzip
+import http.server
+import importlib.util
+import io
+import lzma
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import unittest
+import urllib.request
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "scripts" / "data.py"
+sys.path.insert(0, str(ROOT / "scripts"))
+import data  # noqa: E402 (scripts/data.py)
+
+TEXT = "".join(f"Line {i} of a text: \u201cna\u00efve\u201d\n\n" for i in range(20000)).encode()
+
+
+def run(*arguments, **kwargs):
+    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, **kwargs)
+
+
+def shards(directory, split):
+    """All tokens of a split, after a check of every header."""
+    tokens = b""
+    for path in sorted(Path(directory).glob(f"{split}_*.bin")):
+        content = path.read_bytes()
+        header = struct.unpack("<256i", content[:1024])
+        assert header[:2] == (20240520, 1) and not any(header[3:]), path
+        assert len(content) == 1024 + 2 * header[2], path
+        tokens += content[1024:]
+    return struct.unpack(f"<{len(tokens) // 2}H", tokens)
+
+
+def tokenizer(directory):
+    content = Path(directory, "tokenizer.bin").read_bytes()
+    header = struct.unpack("<256i", content[:1024])
+    assert header[:2] == (20240328, 2)
+    at, tokens = 1024, []
+    while at < len(content):
+        tokens.append(content[at + 1:at + 1 + content[at]])
+        at += 1 + content[at]
+    assert len(tokens) == header[2]
+    return tokens, header[3]
+
+
+def decode(directory):
+    tokens, eot = tokenizer(directory)
+    everything = shards(directory, "train") + shards(directory, "val")
+    assert everything[0] == eot
+    return b"".join(tokens[t] for t in everything[1:])
+
+
+class Data(unittest.TestCase):
+    def setUp(self):
+        self.temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(self.temporary.cleanup)
+        self.dir = Path(self.temporary.name)
+        self.out = self.dir / "out"
+        (self.dir / "text.txt").write_bytes(TEXT)
+
+    def make(self, source, *arguments):
+        result = run(f"text:{source}", "--out", self.out, *arguments)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        return result
+
+    def refused(self, code, words, *arguments):
+        result = run(*arguments)
+        self.assertEqual(result.returncode, code, result.stderr)
+        self.assertIn(words, result.stderr.splitlines()[-1])
+        self.assertNotIn("Traceback", result.stderr)
+
+    def test_bytes_come_back(self):
+        result = self.make(self.dir / "text.txt", "--val_frac", "0.04")
+        self.assertEqual(decode(self.out), TEXT)
+        self.assertEqual(len(shards(self.out, "val")), int((len(TEXT) + 1) * 0.04))
+        self.assertEqual(result.stdout.strip(), f"--train '{self.out}/train_*.bin' --val '{self.out}/val_*.bin'")
+        tokens, eot = tokenizer(self.out)
+        self.assertEqual((len(tokens), tokens[eot]), (256, b"\n"))
+
+    def test_compressed_and_small_shards(self):
+        for suffix, compress in ((".xz", lzma.compress), (".gz", gzip.compress)):
+            path = self.dir / f"text.txt{suffix}"
+            path.write_bytes(compress(TEXT))
+            self.make(path, "--shard_tokens", "100000")
+            self.assertEqual(decode(self.out), TEXT)
+            self.assertGreater(len(list(self.out.glob("train_*.bin"))), 5)
+
+    def test_documents(self):
+        (self.dir / "text.txt").write_bytes(b"<|endoftext|>one<|endoftext|>\n<|endoftext|>two")
+        self.make(self.dir / "text.txt", "--val_frac", "0")
+        self.assertEqual(bytes(shards(self.out, "train")), b"\none\ntwo")
+        self.assertEqual(list(self.out.glob("val_*")), [])
+
+    def test_directory_of_sources(self):
+        for name, content in (("b.py", b"second"), ("a/z.c", b"first"), ("c.bin", b"\xff\xfe"), (".git/x", b"no"), ("d.o", b"\0")):
+            path = self.dir / "src" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        self.make(self.dir / "src", "--val_frac", "0")
+        self.assertEqual(bytes(shards(self.out, "train")), b"\nsecond\nfirst")
+
+    def test_second_run_reuses_and_a_changed_text_does_not(self):
+        path = self.dir / "text.txt"
+        self.make(path)
+        before = (self.out / "train_000.bin").stat().st_mtime_ns
+        self.assertIn("is there already", self.make(path).stderr)
+        self.assertEqual((self.out / "train_000.bin").stat().st_mtime_ns, before)
+        path.write_bytes(TEXT + b"more")
+        self.assertNotIn("is there already", self.make(path).stderr)
+        self.assertEqual(decode(self.out), TEXT + b"more")
+        (self.out / "val_000.bin").unlink()  # an incomplete directory is made again
+        self.make(path)
+        self.assertEqual(decode(self.out), TEXT + b"more")
+
+    def test_fewer_shards_leave_no_old_ones(self):
+        self.make(self.dir / "text.txt", "--shard_tokens", "50000")
+        self.make(self.dir / "text.txt")
+        self.assertEqual(decode(self.out), TEXT)
+
+    def test_errors_are_one_clear_line(self):
+        self.refused(2, "no dataset 'shakespeare'", "shakespeare")
+        self.refused(2, "no such file", "text:/nowhere/at/all")
+        self.refused(2, "--val_frac", f"text:{self.dir}/text.txt", "--val_frac", "1")
+        self.refused(2, "--val_frac", "tinystories", "--val_frac", "0.1")
+        self.refused(2, "--tokenizer gpt2", "fineweb10B")
+        self.refused(2, "--shards", "fineweb10B", "--tokenizer", "gpt2", "--shards", "200")
+        (self.dir / "empty.txt").write_bytes(b" \n")
+        self.refused(1, "no text in it", f"text:{self.dir}/empty.txt", "--out", self.out)
+        other = self.dir / "other"
+        other.mkdir()
+        (other / "train_000.bin").write_bytes(b"someone's")
+        self.refused(1, "did not make", f"text:{self.dir}/text.txt", "--out", other)
+        self.assertEqual((other / "train_000.bin").read_bytes(), b"someone's")
+
+    def test_r_character_vector(self):
+        def value(version):
+            lines = ((64, b"plain"), (8, "d\u00e9j\u00e0".encode()), (4, b"d\xe9j\xe0"), (64, b""))
+            encoding = struct.pack(">i", 5) + b"UTF-8" if version == 3 else b""
+            return (b"X\n" + struct.pack(">3i", version, 0, 0) + encoding + struct.pack(">2i", 16, len(lines) + 1) +
+                    b"".join(struct.pack(">2i", 9 | gp << 12, len(text)) + text for gp, text in lines) +
+                    struct.pack(">2i", 9, -1))
+        for version in (2, 3):
+            lines = list(data.r_character_vector(value(version)))
+            self.assertEqual([line.decode() for line in lines], ["plain", "d\u00e9j\u00e0", "d\u00e9j\u00e0", "", ""])
+
+    def test_gpt2(self):
+        path = self.dir / "text.txt"
+        text = TEXT * 4 + "  odd   spaces\n \n\n\tand 12345's\u00a0ends\n".encode() * 1000  # several pieces
+        path.write_bytes(text)
+        if importlib.util.find_spec("tiktoken") is None:
+            self.skipTest("no tiktoken")
+        import tiktoken
+        try:
+            bpe = tiktoken.get_encoding("gpt2")
+        except Exception as e:
+            self.skipTest(f"no GPT-2 vocabulary: {e}")
+        self.make(path, "--tokenizer", "gpt2")
+        tokens = shards(self.out, "train") + shards(self.out, "val")
+        self.assertEqual(list(tokens), [50256] + bpe.encode_ordinary(text.decode()))
+        self.assertEqual(decode(self.out), text)
+        self.assertEqual(tokenizer(self.out)[1], 50256)
+
+
+class Download(unittest.TestCase):
+    """Against a server on this machine that hangs up half way, or forgets how to resume."""
+
+    def setUp(self):
+        self.temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(self.temporary.cleanup)
+        self.dir = Path(self.temporary.name)
+        test = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                start = 0
+                if test.ranges and "Range" in self.headers:
+                    start = int(self.headers["Range"].split("=")[1].rstrip("-"))
+                test.requests.append((self.headers.get("Range"), start))
+                if start >= len(TEXT) or self.path == "/gone.txt":
+                    self.send_error(416 if start else 404)
+                    return
+                self.send_response(206 if start else 200)
+                self.send_header("Content-Length", str(len(TEXT) - start))
+                self.end_headers()
+                self.wfile.write(TEXT[start:start + test.give.pop(0)] if test.give else TEXT[start:])
+
+            def log_message(self, *_):
+                pass
+
+        self.requests, self.give, self.ranges = [], [], True
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        self.url = f"http://127.0.0.1:{server.server_port}"
+
+    def fetch(self, name="text.txt"):
+        """As the command does, in this process: without waiting between tries or asking other sources."""
+        arguments = ["data.py", f"text:{self.url}/{name}", "--out", f"{self.dir}/out", "--downloads", f"{self.dir}/downloads"]
+        no_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+        self.stderr = io.StringIO()
+        with mock.patch.object(sys, "argv", arguments), mock.patch("time.sleep"), mock.patch("data.reachable", lambda *_: True), \
+                mock.patch("urllib.request.urlopen", no_proxy), contextlib.redirect_stdout(io.StringIO()), \
+                contextlib.redirect_stderr(self.stderr):
+            try:
+                data.main()
+            except SystemExit as e:
+                return e.code
+        return 0
+
+    def starts(self):
+        return [start for _, start in self.requests]
+
+    def test_an_interrupted_download_goes_on_where_it_stopped(self):
+        self.give = [100000, 50000]
+        self.assertEqual(self.fetch(), 0)
+        self.assertEqual(self.starts(), [0, 100000, 150000])
+        self.assertEqual(decode(self.dir / "out"), TEXT)
+
+    def test_also_in_a_later_run_of_the_command(self):
+        self.give = [1000] * 5
+        self.assertEqual(self.fetch(), 1)
+        self.assertEqual(list((self.dir / "out").glob("train*")), [])
+        self.assertEqual(self.fetch(), 0)
+        self.assertEqual(self.starts(), [0, 1000, 2000, 3000, 4000, 5000])
+        self.assertEqual(decode(self.dir / "out"), TEXT)
+        self.assertEqual(self.fetch(), 0)
+        self.assertIn("is there already", self.stderr.getvalue())
+        self.assertEqual(len(self.requests), 6)
+
+    def test_a_server_that_does_not_resume(self):
+        self.give, self.ranges = [70000], False
+        self.assertEqual(self.fetch(), 0)
+        self.assertEqual(decode(self.dir / "out"), TEXT)
+
+    def test_a_part_that_is_longer_than_the_file(self):
+        self.give = [1000] * 5
+        self.fetch()
+        part, = (self.dir / "downloads").glob("*.part")
+        part.write_bytes(TEXT + b"x")
+        self.assertEqual(self.fetch(), 0)
+        self.assertEqual(decode(self.dir / "out"), TEXT)
+
+    def test_what_cannot_be_had_names_what_can(self):
+        with mock.patch.object(data, "DATASETS", ("austen",)):
+            self.assertEqual(self.fetch("gone.txt"), 1)
+        self.assertEqual(len(self.requests), 1)  # a 404 is an answer: no second try
+        self.assertIn("404", self.stderr.getvalue())
+        self.assertTrue(self.stderr.getvalue().endswith("can't be had here; these can: austen, text:PATH\n"))
+
+    def test_a_wrong_checksum_is_refused(self):
+        with contextlib.redirect_stderr(io.StringIO()), self.assertRaisesRegex(data.Unreachable, "not the expected content"):
+            data.download(f"{self.url}/text.txt", self.dir / "x", sha256="0" * 64)
+        self.assertEqual(list(self.dir.iterdir()), [])
+
+
+if __name__ == "__main__":
+    result = unittest.TextTestRunner(verbosity=2).run(unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__]))
+    bad = len(result.failures) + len(result.errors)
+    print(f"{result.testsRun - bad - len(result.skipped)} passed, {bad} failed, {len(result.skipped)} skipped")
+    sys.exit(bad > 0)

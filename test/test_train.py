@@ -1,0 +1,230 @@
+#!/usr/bin/env python3
+"""End to end, without a GPU: the program as a user starts it, on the text of this repository's own sources.
+
+    python3 test/test_train.py ./train_gpt
+"""
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BINARY = None
+SOURCES = ("*.h", "*.cuh", "*.cu", "Makefile", "README.md", "scripts/*", "test/*.cpp", "test/*.h", "test/*.py", "dev/*.md")
+
+# A model of 0.1 M parameters: 60 steps in a second or two
+TINY = ["--layers", "2", "--heads", "2", "--channels", "32", "--seq_len", "32", "--batch", "4", "--device", "cpu"]
+
+
+def setUpModule():
+    global temporary, work, data
+    temporary = tempfile.TemporaryDirectory()
+    work = Path(temporary.name)
+    text = b"<|endoftext|>".join(path.read_bytes() for pattern in SOURCES for path in sorted(ROOT.glob(pattern)) if path.is_file())
+    (work / "text.txt").write_bytes(text)
+    data = work / "data"
+    subprocess.run([sys.executable, ROOT / "scripts/data.py", f"text:{work}/text.txt", "--out", data], check=True,
+                   stdout=subprocess.DEVNULL)
+
+
+def tearDownModule():
+    temporary.cleanup()
+
+
+def command(*flags, shards=None):
+    shards = shards or data
+    return [BINARY, "--train", f"{shards}/train_*.bin", "--val", f"{shards}/val_*.bin", "--eval_batches", "4", *map(str, flags)]
+
+
+def environment(**changes):
+    return {**os.environ, "OMP_NUM_THREADS": "1", **changes}  # models as small as these gain nothing from a second thread
+
+
+def run(*flags, shards=None, **changes):
+    return subprocess.run(command(*flags, shards=shards), capture_output=True, text=True, errors="replace", timeout=600,
+                          env=environment(**changes))
+
+
+def log(directory):
+    return [json.loads(line) for line in (Path(directory) / "log.jsonl").read_text().splitlines()]
+
+
+def numbers(directory):
+    """What a log says about training, without the times."""
+    return [{k: v for k, v in entry.items() if not k.endswith("_ms") and k not in ("tokens_per_s", "mfu")}
+            for entry in log(directory)]
+
+
+def checkpoints(directory):
+    return {path.name: path.read_bytes() for path in Path(directory).glob("*.ckpt*")}
+
+
+class Train(unittest.TestCase):
+    def trained(self, *flags, **kwargs):
+        result = run(*flags, **kwargs)
+        self.assertEqual(result.returncode, 0, result.stdout[-2000:] + result.stderr)
+        return result
+
+    def refused(self, code, words, *flags, **kwargs):
+        """One line on stderr that has these words; the exit code; nothing that looks like a crash."""
+        result = run(*flags, **kwargs)
+        self.assertEqual(result.returncode, code, f"{flags}: {result.stderr}")
+        self.assertEqual(len(result.stderr.splitlines()), 1, f"{flags}: {result.stderr}")
+        for word in [words] if isinstance(words, str) else words:
+            self.assertIn(word, result.stderr)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # It learns
+
+    LEARNS = ["--layers", 3, "--heads", 4, "--channels", 96, "--seq_len", 64, "--batch", 16, "--steps", 200, "--warmup", 20,
+              "--lr", 3e-3, "--device", "cpu", "--eval_every", 0]
+
+    def test_learns(self):
+        for optimizer, bound in (("adamw", 9), ("dmuon", 9)):
+            out = work / f"learns_{optimizer}"
+            self.trained(*self.LEARNS, "--optimizer", optimizer, "--out", out)
+            entries = log(out)
+            self.assertEqual([entry["step"] for entry in entries], list(range(1, 201)))
+            self.assertAlmostEqual(entries[0]["loss"], 5.545, delta=0.2)  # ln 256: nothing known yet
+            self.assertLess(entries[-1]["val_loss"], bound, optimizer)
+
+        # The comparison reads these logs.
+        sys.path.insert(0, str(ROOT / "scripts"))
+        import compare
+        adamw, dmuon = (compare.Run(work / f"learns_{optimizer}") for optimizer in ("adamw", "dmuon"))
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text):
+            compare.print_tables([adamw, dmuon], adamw)
+        self.assertIn(f"{dmuon.final():.3f}", text.getvalue())
+        self.assertEqual(adamw.reach(adamw.final()), (200, adamw.seconds[-1]))
+
+    def test_accumulation_reads_the_same_windows(self):
+        for batch in (8, 2):
+            self.trained(*TINY, "--batch", batch, "--total_batch", 8 * 32, "--steps", 20, "--out", work / f"batch_{batch}")
+        for one, four in zip(log(work / "batch_8"), log(work / "batch_2")):
+            self.assertAlmostEqual(one["loss"], four["loss"], delta=1e-4)  # sums of fp32 in another order
+
+    def test_sample(self):
+        flags = (*TINY, "--steps", 30, "--sample_every", 15, "--sample_tokens", 50)
+        first, again = self.trained(*flags).stdout, self.trained(*flags).stdout
+        samples = [text.split("\n---")[0] for text in first.split("--- sample at step ")[1:]]
+        self.assertEqual([text.split("\n")[0] for text in samples], ["15", "30"])
+        self.assertGreaterEqual(len(samples[1]), 50 / 4)  # at most four bytes to a character
+        self.assertEqual(samples, [text.split("\n---")[0] for text in again.split("--- sample at step ")[1:]])
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # It goes on where it stopped
+
+    def test_killed_and_resumed_equals_uninterrupted(self):
+        for optimizer in ("adamw", "dmuon"):
+            with self.subTest(optimizer=optimizer):
+                flags = [*TINY, "--optimizer", optimizer, "--steps", 400, "--warmup", 20, "--save_every", 50, "--eval_every", 40]
+                whole, killed = work / f"whole_{optimizer}", work / f"killed_{optimizer}"
+                self.trained(*flags, "--out", whole, OMP_NUM_THREADS="2")  # threads do not change a bit
+
+                process = subprocess.Popen(command(*flags, "--out", killed), stdout=subprocess.DEVNULL,
+                                           env=environment())
+                while process.poll() is None and len(checkpoints(killed)) < 2:
+                    time.sleep(0.002)
+                time.sleep(0.05)  # some steps past the checkpoint: the resumed run must take them back
+                process.kill()
+                self.assertEqual(process.wait(), -signal.SIGKILL, "it ended before it could be killed")
+                self.trained(*flags, "--out", killed, "--resume", "auto")
+
+                self.assertEqual([entry["step"] for entry in log(killed)], list(range(1, 401)))
+                self.assertEqual(numbers(killed), numbers(whole))
+                self.assertEqual(sorted(checkpoints(whole)), ["step_00000350.ckpt", "step_00000400.ckpt"])
+                self.assertEqual(checkpoints(killed), checkpoints(whole))
+
+    def test_out_that_holds_a_run(self):
+        out = work / "held"
+        self.trained(*TINY, "--steps", 20, "--save_every", 10, "--out", out)
+        before = (out / "log.jsonl").read_bytes(), checkpoints(out)
+        self.refused(1, ["--out", "holds a run", "--resume"], *TINY, "--steps", 20, "--out", out)
+        self.assertEqual(((out / "log.jsonl").read_bytes(), checkpoints(out)), before)
+        # From an earlier checkpoint by name: the log is cut back to it.
+        self.trained(*TINY, "--steps", 12, "--out", out, "--resume", out / "step_00000010.ckpt")
+        self.assertEqual([entry["step"] for entry in log(out)], list(range(1, 13)))
+
+    def test_bad_checkpoints(self):
+        out = work / "bad_checkpoints"
+        flags = [*TINY, "--steps", 30, "--save_every", 10, "--keep", 3]
+        self.trained(*flags, "--out", out)
+        newest, content = out / "step_00000030.ckpt", (out / "step_00000030.ckpt").read_bytes()
+        flipped = bytearray(content)
+        flipped[len(content) // 2] ^= 1
+        for bad in (content[:-1], content[:100], b"", bytes(flipped), b"not a checkpoint" * 100):
+            newest.write_bytes(bad)
+            self.refused(1, newest.name, *flags, "--out", work / "elsewhere", "--resume", newest)
+        result = self.trained(*flags, "--out", out, "--resume", "auto")
+        self.assertIn("step_00000030.ckpt", result.stderr)  # what was wrong, and ...
+        self.assertIn("resuming from", result.stdout)
+        self.assertIn("step_00000020.ckpt", result.stdout)
+        self.assertEqual(newest.read_bytes(), content)  # ... the same steps again
+
+        other = [flag if flag != "32" else "48" for flag in TINY]
+        self.refused(1, [newest.name, "another model"], *other, "--steps", 40, "--resume", newest)
+        self.refused(1, [newest.name, "--switch_optimizer"], *TINY, "--steps", 40, "--resume", newest, "--optimizer", "dmuon")
+        self.trained(*TINY, "--steps", 40, "--resume", newest, "--optimizer", "dmuon", "--switch_optimizer")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # It says what is wrong
+
+    def test_bad_flags(self):
+        for words, flags in ((("--stepz", "--steps"), ["--stepz", 3]), ("--steps", ["--steps"]), ("--steps", ["--steps", "3x"]),
+                             ("--steps", ["--steps", 0]), ("--lr", ["--lr", "nan"]), ("--optimizer", ["--optimizer", "sgd"]),
+                             (("--model", "--layers"), ["--model", "d6"]), ("--warmup", ["--steps", 5, "--warmup", 6]),
+                             ("--total_batch", ["--total_batch", 100]), ("--ns_steps", ["--ns_steps", 3]),
+                             ("--device", ["--gpus", 2]), ("--resume", ["--resume", "auto"])):
+            self.refused(2, words, *TINY, *flags)
+        result = subprocess.run([BINARY, "--help"], capture_output=True, text=True)
+        self.assertEqual(result.returncode, 0)
+        self.assertIn("--optimizer adamw|muon|dmuon", result.stdout)
+
+    def test_bad_shards(self):
+        shards = work / "bad_shards"
+        good = (data / "train_000.bin").read_bytes()
+
+        def header(magic, version, count):
+            return struct.pack("<3i", magic, version, count) + good[12:]
+
+        count = (len(good) - 1024) // 2
+        beyond = bytearray(good)
+        beyond[1024 + 2 * 777:1024 + 2 * 778] = struct.pack("<H", 256)
+        for content in (b"", good[:500], good[:1024], good[:-1], good + b"\0", header(20240521, 1, count), header(20240520, 2, count),
+                        header(20240520, 1, -1), header(20240520, 1, count + 1), bytes(beyond)):
+            shutil.rmtree(shards, ignore_errors=True)
+            shutil.copytree(data, shards)
+            (shards / "train_000.bin").write_bytes(content)
+            self.refused(1, "train_000.bin", *TINY, "--steps", 2, shards=shards)
+        (shards / "train_000.bin").unlink()
+        self.refused(1, str(shards), *TINY, "--steps", 2, shards=shards)
+        (shards / "train_000.bin").write_bytes(good)
+        (shards / "tokenizer.bin").write_bytes((data / "tokenizer.bin").read_bytes()[:-1])
+        self.refused(1, "tokenizer.bin", *TINY, "--steps", 2, shards=shards)
+
+    def test_bad_places(self):
+        (work / "a_file").write_text("")
+        for out in (work / "a_file", work / "no" / "such" / "parent", "/proc/self/nothing"):
+            self.refused(1, str(out), *TINY, "--steps", 2, "--out", out)
+        no_gpu = [flag if flag != "cpu" else "cuda" for flag in TINY]
+        self.refused(1, "--device cpu", *no_gpu, "--steps", 2, CUDA_VISIBLE_DEVICES="")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: test_train.py BINARY")
+    BINARY = str(Path(sys.argv[1]).resolve())
+    result = unittest.TextTestRunner(verbosity=2).run(unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__]))
+    bad = len(result.failures) + len(result.errors)
+    print(f"{result.testsRun - bad - len(result.skipped)} passed, {bad} failed, {len(result.skipped)} skipped")
+    sys.exit(bad > 0)
