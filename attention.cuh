@@ -97,8 +97,8 @@ template <int HD, int WARPS> struct FlashTiles {
     };
 
     // Fragments of a tile. Columns 16*k.. are the chunks 2*k and 2*k + 1, and (2*k + half) ^ key = (half ^ key) ^ 2*k,
-    // so what depends on the lane is the same for all k. A (16, 16) block as the left operand of mma: rows row..,
-    // columns 16*k..
+    // so what depends on the lane is the same for all k.
+    // As the left operand of mma: the (16, 16) block of rows row.. and columns 16*k..
     __device__ static void left(uint32_t fragment[4], const real* tile, int row, int k) {
         int lane = threadIdx.x % 32;
         ldmatrix_x4(fragment, tile + row * HD + (place(lane % 16, lane / 16) ^ 16 * k));
@@ -168,8 +168,8 @@ template <int HD, int WARPS> struct FlashTiles {
 #pragma unroll
         for (int i = 0; i < 16 / rows_at_once; i++) {
             int row = i * rows_at_once + lane / chunks, chunk = lane % chunks;
-            real* to = matrix + (first + row) * stride + chunk * 8;
-            if (first + row < T) Pack<real>::load(staging + place(row, chunk)).store(to);
+            if (first + row >= T) break;
+            Pack<real>::load(staging + place(row, chunk)).store(matrix + (first + row) * stride + chunk * 8);
         }
     }
 };
@@ -277,8 +277,8 @@ flash_forward_kernel(real* out, float* lse, const real* qkv, int T, int C, float
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Backward, in chunks of 16 columns: there is no softmax to finish before the scores can be used, and small chunks keep
-// a thread within 128 registers and follow the diagonal closely.
+// Backward. There is no softmax to finish before scores can be used, so they are made and used in chunks of 16 columns,
+// which take few registers. 16 is also a warp's number of rows: one chunk lies on the diagonal.
 constexpr int kChunk = 16;
 
 // dQ and delta. dqkv (B,T,3C), delta (B,H,T), dout and out (B,T,C), lse (B,H,T). Grid as forward.

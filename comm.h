@@ -377,6 +377,9 @@ struct CpuComm {
     static void start() {}
     static void stop() {}
     // chunks is (ranks, chunk): row r of rank r becomes the sum of row r over the ranks.
+    struct Group {
+        Group() {}  // nothing to gain by waiting
+    };
     static void reduce_scatter(float* chunks, size_t chunk) { reduce_parts(chunks, chunk * ranks.size, chunk); }
     // chunks is (ranks, chunk): row r becomes that of rank r.
     static void all_gather(float* chunks, size_t chunk) { gather_parts(chunks, chunk * ranks.size, chunk); }
@@ -516,6 +519,18 @@ struct CudaComm {
         comm = nullptr;
     }
 
+    // The collectives called while a Group lives start together when it ends, as one launch.
+    struct Group {
+        Group() {
+            if (comm) check(ncclGroupStart(), "ncclGroupStart");
+        }
+        ~Group() {
+            if (!comm) return;
+            BlockingCall limit("a group of collectives");
+            check(ncclGroupEnd(), "ncclGroupEnd");
+        }
+    };
+
     // chunks is (ranks, chunk): row r of rank r becomes the sum of row r over the ranks.
     static void reduce_scatter(float* chunks, size_t chunk) {
         if (!comm) return;
@@ -558,6 +573,9 @@ struct CudaComm {
         if (ranks.size > 1) fail("several GPUs need NCCL: install it (apt install libnccl-dev) and run make again");
     }
     static void stop() {}
+    struct Group {
+        Group() {}
+    };
     static void reduce_scatter(float*, size_t) {}
     static void all_gather(real*, size_t) {}
     static void all_reduce(float*, size_t) {}

@@ -63,9 +63,9 @@ inline size_t ns_type_bytes(NsType type) { return type == NsType::fp32 ? 4 : 2; 
 // The two shapes of product that Newton-Schulz needs: A A^T (or any product known to be symmetric), and A B.
 enum class NsProduct { symmetric_nt, nn };
 
-// Where a (rows, cols) matrix, or a tile of one, lies: element offsets into the gradient, owner-state and parameter arenas,
-// and the row stride ld that the three share.
+// Where a (rows, cols) matrix, or a tile of one, lies: element offsets into the arenas of parameters and gradients, which share
+// their layout, and into the owner's fp32 state; and the row stride ld in all of them.
 struct MatrixRef {
-    size_t grad, state, param;
+    size_t offset, state;
     int ld;
 };

@@ -606,7 +606,7 @@ struct CpuOps {
             for (int slice = 0; slice < kSlices; slice++) {
                 double squares = 0;
                 for (int r = slice_begin(rows, slice); r < slice_begin(rows, slice + 1); r++) {
-                    const float* x = grads + refs[b].grad + (size_t)r * refs[b].ld;
+                    const float* x = grads + refs[b].offset + (size_t)r * refs[b].ld;
                     squares += sum<double>(cols, [&](size_t c) { return (double)x[c] * (double)x[c]; });
                 }
                 scratch[(size_t)b * kSlices + slice] = squares;
@@ -618,7 +618,7 @@ struct CpuOps {
                 double squares = 0;
                 for (int slice = 0; slice < kSlices; slice++) squares += scratch[(size_t)b * kSlices + slice];
                 const double inverse = 1.0 / (std::sqrt(squares) + 1e-30);
-                const float* x = grads + refs[b].grad;
+                const float* x = grads + refs[b].offset;
                 const size_t ld = refs[b].ld, row = ((size_t)b * mp + i) * np;
                 for (int j = 0; j < np; j++) {
                     const bool inside = i < m && j < n;
@@ -694,7 +694,7 @@ struct CpuOps {
         for (int b = 0; b < batch; b++) {
             for (int r = 0; r < rows; r++) {
                 float* w = master + refs[b].state + (size_t)r * refs[b].ld;
-                real* p = params + refs[b].param + (size_t)r * refs[b].ld;
+                real* p = params + refs[b].offset + (size_t)r * refs[b].ld;
                 for (int c = 0; c < cols; c++) {
                     const size_t at = (size_t)b * mp * np + (transposed ? c * np + r : r * np + c);
                     w[c] = w[c] * decay - step * load(U, at, type);

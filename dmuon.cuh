@@ -317,7 +317,7 @@ struct NsWorkspace {
 // Standard: A = X X^T;  B = bA + cA^2;  X = aX + BX, each step on the full matrix.
 // Gram (Zhang, Amsel, Chen, Dao 2026): every step is a polynomial of R = X X^T, so iterate on the small (m, m) matrix and multiply
 // X once at the end: Z = bR + cR^2; Q = QZ + aQ; R = (Z + aI) R (Z + aI). Rounding errors of R grow, hence restarts that apply Q
-// and form R anew: after step 2, in bf16 after 4 as well. All of Q, Z, R are polynomials of one symmetric matrix: they commute and
+// and form R anew, after steps 2 and 4. All of Q, Z, R are polynomials of one symmetric matrix: they commute and
 // every product of them is symmetric, so only half of its tiles is computed.
 template <class Backend>
 void newton_schulz(NsWorkspace& w, int batch, int m, int n, const NsConfig& config) {
@@ -350,7 +350,7 @@ void newton_schulz(NsWorkspace& w, int batch, int m, int n, const NsConfig& conf
             std::swap(Q, T);
         }
         bool last = k + 1 == config.steps;
-        fresh = last || k + 1 == 2 || (k + 1 == 4 && config.type == NsType::bf16);
+        fresh = last || k % 2 == 1;
         if (fresh) {
             times_X(w.Y, Q, 0);
             std::swap(w.X, w.Y);
@@ -439,9 +439,7 @@ class Optimizer {
     template <class PhaseDone>
     void step(float lr, float muon_lr, PhaseDone phase_done) {
         steps_done++;
-        for (const Bucket& bucket : plan.buckets)
-            if (bucket.replicated) Backend::all_reduce(grads + bucket.begin, bucket.chunk);
-            else Backend::reduce_scatter(grads + bucket.begin, bucket.chunk);
+        reduce();
         phase_done(phase_reduce);
 
         Backend::sum_squares(norm_sums, grads, norm_ranges, blocks);
@@ -490,8 +488,17 @@ class Optimizer {
         phase_done(phase_gather);
     }
 
+    // Every rank gets the sum over ranks of its chunk's gradients, of a replicated bucket all of it.
+    void reduce() {
+        typename Backend::Group together;
+        for (const Bucket& bucket : plan.buckets)
+            if (bucket.replicated) Backend::all_reduce(grads + bucket.begin, bucket.chunk);
+            else Backend::reduce_scatter(grads + bucket.begin, bucket.chunk);
+    }
+
     // Every rank gets every chunk's weights.
     void gather() {
+        typename Backend::Group together;
         for (const Bucket& bucket : plan.buckets)
             if (!bucket.replicated) Backend::all_gather(params + bucket.begin, bucket.chunk);
     }
@@ -588,7 +595,7 @@ class Optimizer {
                 for (int c = 0; c < piece.cols; c += tile_cols) {
                     size_t at = size_t(r) * piece.cols + c;
                     by_shape[{sequence, std::min(tile_rows, piece.rows - r), std::min(tile_cols, piece.cols - c)}].push_back(
-                        {piece.offset + at, state + at, piece.offset + at, piece.cols});
+                        {piece.offset + at, state + at, piece.cols});
                 }
         }
         size_t scratch = 0;

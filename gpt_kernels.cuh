@@ -117,7 +117,7 @@ __global__ void token_backward_kernel(float* dwte /*(Vp,C) +=*/, const real* __r
 // LayerNorm and residual
 
 constexpr float kLayerNormEpsilon = 1e-5f;
-constexpr int kMaxChannels = 8192;  // a row fits into the registers of one warp (bf16; float spills beyond 4096)
+constexpr int kMaxChannels = 8192;  // a row fits into the registers of one warp; above 4096 a little spills
 constexpr int kLayerNormWarps = 4;
 
 // One warp per row, the row in registers, `packs` of them in each lane. With add, x = a + b, also written to residual;

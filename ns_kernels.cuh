@@ -306,7 +306,7 @@ constexpr int kNormThreads = 256;
 __global__ void __launch_bounds__(kNormThreads)
 norm_parts_kernel(double* parts, const float* grads, const MatrixRef* refs, int rows, int cols) {
     MatrixRef ref = refs[blockIdx.x / kNormParts];
-    const float* x = grads + ref.grad;
+    const float* x = grads + ref.offset;
     unsigned count = (unsigned)rows * cols, share = (count + kNormParts - 1) / kNormParts;
     unsigned begin = blockIdx.x % kNormParts * share, end = begin + share < count ? begin + share : count;
     double sum = 0.0;
@@ -349,7 +349,7 @@ normalize_kernel(T* X, const double* parts, const float* grads, const MatrixRef*
     for (int i = threadIdx.x; i < kMoveTile * kMoveTile; i += kMoveThreads) {
         int row = i / kMoveTile, col = i % kMoveTile;
         bool inside = row0 + row < rows && col0 + col < cols;
-        const float* x = grads + ref.grad + (size_t)(row0 + row) * ref.ld + col0 + col;
+        const float* x = grads + ref.offset + (size_t)(row0 + row) * ref.ld + col0 + col;
         tile[row][col] = inside ? (float)(*x * inverse_norm) : 0.0f;
     }
     __syncthreads();
@@ -391,7 +391,7 @@ muon_update_kernel(real* params, float* master, const T* U, const MatrixRef* ref
         size_t offset = (size_t)(row0 + row) * ref.ld + col0 + col;
         float value = master[ref.state + offset] * decay - step * tile[row][col];
         master[ref.state + offset] = value;
-        params[ref.param + offset] = from_float<real>(value);
+        params[ref.offset + offset] = from_float<real>(value);
     }
 }
 

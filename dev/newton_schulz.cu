@@ -214,7 +214,7 @@ struct HiddenMatrices {
         static std::vector<MatrixRef> make_refs(int count, int rows, int cols, size_t offset) {
             std::vector<MatrixRef> all;
             for (int i = 0; i < count; i++, offset += size_t(rows) * cols)
-                all.push_back({offset, offset, offset, cols});
+                all.push_back({offset, offset, cols});
             return all;
         }
     };

@@ -65,7 +65,7 @@ inline void make_context(Context* context, char* stack, size_t bytes, void (*ent
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The threads of the one block that runs, and a queue of those that can go on.
+// The threads of the one block that runs, and a stack of those that can go on.
 
 enum class Wait { none, block_barrier, warp_collective, done };
 
@@ -100,12 +100,11 @@ struct Machine {
     Thread threads[kMaxThreads];
     Warp warps[kMaxThreads / kWarp];
     Context scheduler;
-    std::vector<int> queue;
-    size_t next = 0;  // queue[next..] can go on
+    std::vector<int> ready;  // the last one runs next: a warp whose lanes have met goes on before other warps start
     int current = 0, count = 0, live = 0, at_barrier = 0, made = 0;
     const std::function<void()>* body = nullptr;
     const char* kernel = "";
-    bool late_copies = false;
+    bool reversed = false, late_copies = false;
     unsigned launches = 0;
 };
 inline Machine machine;
@@ -149,18 +148,19 @@ inline void die(const char* format, ...) {
 
 inline void make_ready(int t) {
     machine.threads[t].wait = Wait::none;
-    machine.queue.push_back(t);
+    machine.ready.push_back(t);
 }
 
 // Leaves the running thread, which has said what it waits for, and continues the next one that can run. The scheduler
 // is only returned to when all threads of the block have returned.
 inline void run_next() {
     int from = machine.current;
-    if (machine.next == machine.queue.size()) {
+    if (machine.ready.empty()) {
         if (machine.live > 0) report_deadlock();
         switch_context(&machine.threads[from].context, &machine.scheduler);
     } else {
-        int to = machine.queue[machine.next++];
+        int to = machine.ready.back();
+        machine.ready.pop_back();
         if (to == from) return;
         machine.current = to;
         threadIdx = machine.threads[to].index;
@@ -171,8 +171,10 @@ inline void run_next() {
 inline void release_block_barrier() {
     if (machine.at_barrier == 0 || machine.at_barrier < machine.live) return;
     machine.at_barrier = 0;
-    for (int t = 0; t < machine.count; t++)
+    for (int i = 0; i < machine.count; i++) {
+        int t = machine.reversed ? i : machine.count - 1 - i;
         if (machine.threads[t].wait == Wait::block_barrier) make_ready(t);
+    }
 }
 
 inline void block_barrier() {
@@ -256,20 +258,20 @@ inline void make_threads(int count) {
         make_context(&machine.threads[machine.made].context, stacks + machine.made * stride, kStackBytes, thread_main);
 }
 
-inline void run_block(bool reversed, size_t shared_bytes) {
+inline void run_block(size_t shared_bytes) {
     machine.live = machine.count;
     machine.at_barrier = 0;
-    machine.queue.clear();
-    machine.next = 0;
+    machine.ready.clear();
     std::memset(dynamic_shared, 0xff, shared_bytes);  // NaN: shared memory starts undefined
     for (int w = 0; w * kWarp < machine.count; w++) machine.warps[w] = Warp{};
     for (int i = 0; i < machine.count; i++) {
-        int t = reversed ? machine.count - 1 - i : i;
+        int t = machine.reversed ? i : machine.count - 1 - i;
         machine.threads[t].index = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
         machine.warps[t / kWarp].live |= 1u << t % kWarp;
         make_ready(t);
     }
-    machine.current = machine.queue[machine.next++];
+    machine.current = machine.ready.back();
+    machine.ready.pop_back();
     threadIdx = machine.threads[machine.current].index;
     switch_context(&machine.scheduler, &machine.threads[machine.current].context);
 }
@@ -291,7 +293,8 @@ inline void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_byte
         size_t b = variant & 1 ? blocks - 1 - i : i;
         blockIdx = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y)};
         machine.late_copies = (variant >> 1 ^ i) & 1;
-        run_block((variant ^ i >> 1) & 1, shared_bytes);
+        machine.reversed = (variant ^ i >> 1) & 1;
+        run_block(shared_bytes);
     }
 }
 

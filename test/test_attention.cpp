@@ -152,7 +152,7 @@ template <class T> bool same_bits(const std::vector<T>& a, const std::vector<T>&
     return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
 }
 
-// amplitude: of Q and K
+// Q and K are normal with standard deviation `amplitude`, V and dO with 1.
 void test(int B, int T, int H, int hd, double amplitude = 1) {
     CAPTURE(B); CAPTURE(T); CAPTURE(H); CAPTURE(hd); CAPTURE(amplitude); CAPTURE(seed());
     const int C = H * hd;

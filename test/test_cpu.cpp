@@ -431,7 +431,7 @@ TEST_CASE("a norm that is not finite skips every update") {
                   0.1f, 0.05f, clip);
     CpuOps::muon_momentum(grads.data(), m.data(), 64, 0.95f, true, clip);
     const Floats U(64, NAN);
-    const MatrixRef ref = {0, 0, 0, 8};
+    const MatrixRef ref = {0, 0, 8};
     CpuOps::muon_update(params.data(), master.data(), U.data(), &ref, 1, 8, 8, 0.9f, 0.1f, NsType::fp32, clip);
     CHECK(params == before);
     CHECK(master == before);
@@ -499,7 +499,7 @@ TEST_CASE("ns_normalize: tiles, transposition, padding, gradients from 1e-20 to 
             CAPTURE(rows);
             const int m = std::min(rows, cols), n = std::max(rows, cols), mp = round_up(m, 8), np = round_up(n, 8);
             const Floats direction = random_normal(60 * ld);
-            const std::vector<MatrixRef> refs = {{3, 0, 0, ld}, {203, 0, 0, ld}, {11, 0, 0, ld}};
+            const std::vector<MatrixRef> refs = {{3, 0, ld}, {203, 0, ld}, {11, 0, ld}};
             for (float magnitude : {1e-20f, 1.0f, 1e10f}) {
                 Floats grads = direction;
                 for (float& g : grads) g *= magnitude;
@@ -510,7 +510,7 @@ TEST_CASE("ns_normalize: tiles, transposition, padding, gradients from 1e-20 to 
                 Doubles want(got.size());
                 for (int b = 0; b < 3; b++) {
                     double squares = 0;
-                    auto at = [&](int r, int c) { return (double)grads[refs[b].grad + r * ld + c]; };
+                    auto at = [&](int r, int c) { return (double)grads[refs[b].offset + r * ld + c]; };
                     for (int r = 0; r < rows; r++) {
                         for (int c = 0; c < cols; c++) squares += at(r, c) * at(r, c);
                     }
@@ -529,7 +529,7 @@ TEST_CASE("ns_normalize: tiles, transposition, padding, gradients from 1e-20 to 
     }
     SUBCASE("a gradient of zeros stays zero") {
         const Floats grads(64);
-        const MatrixRef ref = {0, 0, 0, 8};
+        const MatrixRef ref = {0, 0, 8};
         Floats X(64, 1.0f);
         Doubles scratch(CpuOps::ns_scratch_doubles(1));
         CpuOps::ns_normalize(X.data(), scratch.data(), grads.data(), &ref, 1, 8, 8, NsType::fp32);
@@ -605,7 +605,7 @@ TEST_CASE("muon_update: tiles, transposition, the parameters follow the masters"
         for (NsType type : kTypes) {
             const bool transposed = rows > cols;
             const int mp = round_up(std::min(rows, cols), 8), np = round_up(std::max(rows, cols), 8);
-            const std::vector<MatrixRef> refs = {{0, 4, 2100, ld}, {0, 2204, 0, ld}};
+            const std::vector<MatrixRef> refs = {{2100, 4, ld}, {0, 2204, ld}};
             const Floats master0 = random_normal(4300), params0 = random_normal(4300),
                          u = unpack(pack(random_normal(2 * mp * np), type), 2 * mp * np, type);
             Floats master = master0, params = params0;
@@ -618,7 +618,7 @@ TEST_CASE("muon_update: tiles, transposition, the parameters follow the masters"
                         const double w =
                             (double)0.99f * master0[refs[b].state + r * ld + c] -
                             (double)0.02f * u[(size_t)b * mp * np + (transposed ? c * np + r : r * np + c)];
-                        want[refs[b].state + r * ld + c] = want_params[refs[b].param + r * ld + c] = w;
+                        want[refs[b].state + r * ld + c] = want_params[refs[b].offset + r * ld + c] = w;
                     }
                 }
             }
@@ -640,7 +640,7 @@ TEST_CASE("results do not depend on the number of threads") {
     std::vector<int> order(N);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return tokens[a] < tokens[b]; });
-    const MatrixRef ref = {0, 0, 0, C};
+    const MatrixRef ref = {0, 0, C};
 
     auto run = [&](int threads) {
         omp_set_num_threads(threads);
@@ -745,7 +745,7 @@ static Floats orthogonalise(const Floats& grads, int rows, int cols, const NsCon
     std::vector<char> memory(NsWorkspace::bytes(1, mp, np, config.type));
     NsWorkspace w(memory.data(), 1, mp, np, config.type);
     Doubles scratch(CpuOps::ns_scratch_doubles(1));
-    const MatrixRef ref = {0, 0, 0, cols};
+    const MatrixRef ref = {0, 0, cols};
     const float clip[2] = {1, 1};
     Floats params(grads.size()), master(grads.size());
     CpuOps::ns_normalize(w.X, scratch.data(), grads.data(), &ref, 1, rows, cols, config.type);
@@ -799,37 +799,34 @@ TEST_CASE("Newton-Schulz: singular vectors kept, singular values mapped") {
                             return *std::max_element(s.begin(), s.end());
                         }();
                         CHECK(cosine >= (type == NsType::bf16 ? 0.99 : type == NsType::fp16 ? 0.999 : 0.999999));
-                        // Gram in fp16 restarts once, after step 2: small singular values come out up to 6 % too large.
-                        CHECK(got_largest <= largest * (gram && type == NsType::fp16 ? 1.07 : 1.03));
+                        CHECK(got_largest <= 1.03 * largest);
                     }
                 }
             }
         }
-        SUBCASE("a tall matrix gives the transposed result") {
-            const Floats G = random_normal(m * n);
-            Floats tall(m * n);
-            for (int i = 0; i < m; i++) {
-                for (int j = 0; j < n; j++) tall[j * m + i] = G[i * n + j];
-            }
-            const NsConfig config = {false, "keller", 5, NsType::fp32};
-            const Floats lying = orthogonalise(G, m, n, config), standing = orthogonalise(tall, n, m, config);
-            Doubles want(m * n);
-            for (int i = 0; i < m; i++) {
-                for (int j = 0; j < n; j++) want[j * m + i] = lying[i * n + j];
-            }
-            CHECK(error(standing, want) < 1e-4);  // the norm is summed in another order
-        }
     }
+}
+
+TEST_CASE("Newton-Schulz of a tall matrix is the transposed result") {
+    const int m = 77, n = 130;
+    const Floats G = random_normal(m * n);
+    Floats tall(m * n);
+    for (int i = 0; i < m; i++) {
+        for (int j = 0; j < n; j++) tall[j * m + i] = G[i * n + j];
+    }
+    const NsConfig config = {false, "keller", 5, NsType::fp32};
+    const Floats lying = orthogonalise(G, m, n, config), standing = orthogonalise(tall, n, m, config);
+    Doubles want(m * n);
+    for (int i = 0; i < m; i++) {
+        for (int j = 0; j < n; j++) want[j * m + i] = lying[i * n + j];
+    }
+    CHECK(error(standing, want) < 1e-4);  // the norm is summed in another order
 }
 
 // --------------------------------------------------------------------------------------------------------------------
 // The whole model and optimizer against PyTorch
 
 #include "test_golden.cpp"
-
-TEST_CASE_TEMPLATE_INVOKE(golden_model, Cpu);
-TEST_CASE_TEMPLATE_INVOKE(golden_adamw, Cpu);
-TEST_CASE_TEMPLATE_INVOKE(golden_muon, Cpu);
 
 int main(int argc, char** argv) {
     CpuOps::start(1);

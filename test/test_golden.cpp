@@ -1,5 +1,5 @@
-// The trainer's model and optimizer against PyTorch (golden.bin, see make_golden.py). Included after train_gpt.cu by
-// the test program of each backend; runs on every backend that the program is built with.
+// The trainer's model and optimizer against PyTorch (golden.bin, see make_golden.py). Included after train_gpt.cu: by
+// test_cpu.cpp it tests the CPU backend, by test_cuda.cu the CUDA backend.
 //
 // Tolerances, as a share of a tensor's largest value. fp32: 2e-5; the CPU backend is within 1e-6. bf16: between a
 // weight and a logit or a gradient lie about 30 roundings of 2^-9 / sqrt(3) = 0.11 % (rms) each, 0.6 % together, and
@@ -260,10 +260,11 @@ void check_muon() {
 
 }  // namespace golden
 
-TEST_CASE_TEMPLATE_DEFINE("golden: logits, loss and every gradient", Backend, golden_model) {
-    golden::check_model<Backend>();
-}
-TEST_CASE_TEMPLATE_DEFINE("golden: ten AdamW steps with accumulation", Backend, golden_adamw) {
-    golden::check_adamw<Backend>();
-}
-TEST_CASE_TEMPLATE_DEFINE("golden: two Muon steps", Backend, golden_muon) { golden::check_muon<Backend>(); }
+#ifdef __CUDACC__
+using GoldenBackend = Cuda;
+#else
+using GoldenBackend = Cpu;
+#endif
+TEST_CASE("golden: logits, loss and every gradient") { golden::check_model<GoldenBackend>(); }
+TEST_CASE("golden: ten AdamW steps with accumulation") { golden::check_adamw<GoldenBackend>(); }
+TEST_CASE("golden: two Muon steps") { golden::check_muon<GoldenBackend>(); }

@@ -249,7 +249,7 @@ struct Tiles {
         int ld = kBatch * (s.cols + 3) + 2;
         for (size_t b = 0; b < kBatch; b++) {
             size_t at = b * (s.cols + 3);
-            refs.push_back({at + 5, at + 1, at + 2, ld});
+            refs.push_back({at + 5, at + 1, ld});
         }
         elements = size_t(s.rows) * ld + 5;
     }
@@ -281,7 +281,7 @@ TEST_CASE("ns_normalize: x / |x|, transposed if tall, zero-padded, for gradients
 
                 int outside = 0;
                 for (int b = 0; b < kBatch; b++) {
-                    const float* x = &values[tiles.refs[b].grad];
+                    const float* x = &values[tiles.refs[b].offset];
                     size_t ld = tiles.refs[b].ld;
                     double squares = 0;
                     for (int i = 0; i < s.rows; i++)
@@ -353,7 +353,7 @@ TEST_CASE("muon_update: master = master * decay - step * U, transposed back, not
                         // two products and a difference in fp32
                         bound[tiles.refs[b].state + offset] = std::ldexp(std::fabs(kept) + std::fabs(update), -23);
                         // params_before becomes what is expected afterwards
-                        CpuOps::store(params_before.data(), tiles.refs[b].param + offset,
+                        CpuOps::store(params_before.data(), tiles.refs[b].offset + offset,
                                       after[tiles.refs[b].state + offset],
                                       sizeof(real) == 4 ? NsType::fp32 : NsType::bf16);
                     }
@@ -454,7 +454,7 @@ Floats orthogonalise(const Floats& X, int rows, int cols, const NsConfig& config
     int mp = round_up(std::min(rows, cols), 8), np = round_up(std::max(rows, cols), 8);
     DeviceBuffer<unsigned char> memory(NsWorkspace::bytes(1, mp, np, config.type));
     DeviceBuffer<double> scratch(NsKernels::ns_scratch_doubles(1));
-    DeviceBuffer<MatrixRef> refs(std::vector<MatrixRef>{{0, 0, 0, cols}});
+    DeviceBuffer<MatrixRef> refs(std::vector<MatrixRef>{{0, 0, cols}});
     DeviceBuffer<float> grads(X), master(Floats(X.size(), 0.0f)), clip(Floats{1.0f, 1.0f});
     DeviceBuffer<real> params(X.size());
     NsWorkspace w(memory.data(), 1, mp, np, config.type);
