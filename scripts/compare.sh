@@ -40,8 +40,8 @@ if ./train_gpt --version | grep -q cuda && nvidia-smi -L > /dev/null 2>&1; then
     echo "training d6, 11 M parameters on the bytes of ${data#data/}, $steps steps with each of: ${optimizers[*]}"
 else
     runs=runs/small_cpu
-    steps=600
-    flags=(--layers 4 --heads 4 --channels 128 --seq_len 128 --batch 16 --warmup 30 --eval_every 50 --device cpu)
+    steps=1000
+    flags=(--layers 4 --heads 4 --channels 128 --seq_len 128 --batch 16 --warmup 50 --eval_every 50 --device cpu)
     say "no GPU in use ($(command -v nvidia-smi > /dev/null && echo "this build has no CUDA" || echo "none found")): the CPU"
     echo "training 4 layers of 128 channels, 0.8 M parameters on the bytes of ${data#data/}, $steps steps with each of:" \
         "${optimizers[*]}"
@@ -51,8 +51,8 @@ flags+=(--train "$data/train_*.bin" --val "$data/val_*.bin" --steps "$steps" --s
 for optimizer in "${optimizers[@]}"; do
     run=$runs/$optimizer
     case $optimizer in # each with its own learning rate
-        adamw) command=(./train_gpt "${flags[@]}" --optimizer adamw --lr 2e-3 --out "$run") ;;
-        *) command=(./train_gpt "${flags[@]}" --optimizer "$optimizer" --lr 2e-3 --muon_lr 4e-3 --out "$run") ;;
+        adamw) command=(./train_gpt "${flags[@]}" --optimizer adamw --lr 4e-3 --out "$run") ;;
+        *) command=(./train_gpt "${flags[@]}" --optimizer "$optimizer" --lr 4e-3 --muon_lr 1e-2 --out "$run") ;;
     esac
     say "$optimizer"
     if [[ -e $run/command && $(< "$run/command") != "${command[*]}" ]]; then

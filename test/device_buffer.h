@@ -9,6 +9,16 @@
 
 #include "../cuda_common.cuh"
 
+// Large sizes are for a GPU at full speed: not for fibers, and not for compute-sanitizer, which slows a kernel down a hundred times
+// (TEST_SMALL=1).
+inline bool large_sizes() {
+#ifdef FIBER
+    return false;
+#else
+    return std::getenv("TEST_SMALL") == nullptr;
+#endif
+}
+
 template <class T> class DeviceBuffer {
 public:
     explicit DeviceBuffer(size_t count) : count_(count) {

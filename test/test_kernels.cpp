@@ -83,11 +83,13 @@ template <class T> static bool same_bits(const std::vector<T>& a, const std::vec
 
 struct Shape { int B, T, C; };
 static std::vector<Shape> shapes() {
-    return {{1, 1, 8}, {3, 77, 72}, {1, 77, 8}, {2, 5, 768}, {1, 9, 776}, {9, 1, 1600}, {1, 3, 2056}, {1, 2, 8192},
-#ifndef FIBER
-            {16, 1024, 768}, {3, 1024, 1024}, {3, 1024, 1280}, {5, 1024, 1600}, {1, 1027, 4096}, {1, 1000, 8192},
-#endif
-    };
+    std::vector<Shape> all = {{1, 1, 8},   {3, 77, 72},  {1, 77, 8},   {2, 5, 768},
+                              {1, 9, 776}, {9, 1, 1600}, {1, 3, 2056}, {1, 2, 8192}};
+    if (large_sizes())
+        for (Shape large : {Shape{16, 1024, 768}, Shape{3, 1024, 1024}, Shape{3, 1024, 1280}, Shape{5, 1024, 1600},
+                            Shape{1, 1027, 4096}, Shape{1, 1000, 8192}})
+            all.push_back(large);
+    return all;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -320,10 +322,9 @@ TEST_CASE("classifier") {
         test_classifier(3, V, Vp, 4.0f, -50.0f);
     }
     test_classifier(77, 257, 264, 2.0f, 80.0f);
-#ifndef FIBER
+    if (!large_sizes()) return;
     test_classifier(1027, 50257, 50304, 3.0f, 5.0f);
     test_classifier(20001, 257, 320, 3.0f, 5.0f);
-#endif
 }
 
 #ifndef FIBER
@@ -372,9 +373,8 @@ TEST_CASE("bias_backward") {
     struct Size { int N, OC; };
     std::vector<Size> sizes = {{1, 8},    {77, 8},     {1, 776},  {77, 72},    {300, 264},
                                {9, 2304}, {1000, 256}, {3, 6400}, {130, 33792}};
-#ifndef FIBER
-    for (Size larger : {Size{16384, 2304}, Size{65536, 768}, Size{1027, 32768}}) sizes.push_back(larger);
-#endif
+    if (large_sizes())
+        for (Size large : {Size{16384, 2304}, Size{65536, 768}, Size{1027, 32768}}) sizes.push_back(large);
     for (Size size : sizes) {
         const int N = size.N, OC = size.OC;
         for (bool accumulate : {false, true}) {

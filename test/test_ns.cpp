@@ -234,14 +234,12 @@ struct Sizes {
 
 std::vector<Sizes> all_sizes() {
     std::vector<Sizes> sizes = {{8, 8}, {64, 64}, {77, 130}, {130, 77}, {136, 264}, {264, 136}, {3, 200}};
-#ifndef FIBER
-    sizes.insert(sizes.end(), {{768, 768}, {768, 3072}, {3072, 768}});
-#endif
+    if (large_sizes()) sizes.insert(sizes.end(), {{768, 768}, {768, 3072}, {3072, 768}});
     return sizes;
 }
 
 // kBatch matrices side by side in one arena, as tiles of a larger matrix are: the row stride is larger than cols.
-// Between them lie elements that are nobody's. The three offsets of a matrix differ, as they do in the optimizer.
+// Between them lie elements that are nobody's. The two offsets of a matrix differ, as they do in the optimizer.
 struct Tiles {
     std::vector<MatrixRef> refs;
     size_t elements;
@@ -467,9 +465,7 @@ Floats orthogonalise(const Floats& X, int rows, int cols, const NsConfig& config
 
 TEST_CASE("Newton-Schulz against the exact map of the same polynomial, polar_express") {
     std::vector<Sizes> sizes = {{64, 64}, {77, 130}, {130, 77}};
-#ifndef FIBER
-    sizes.insert(sizes.end(), {{768, 768}, {768, 3072}, {1600, 1600}});
-#endif
+    if (large_sizes()) sizes.insert(sizes.end(), {{768, 768}, {768, 3072}, {1600, 1600}});
     for (Sizes size : sizes) {
         int rows = size.rows, cols = size.cols, m = size.m();
         Doubles P = orthonormal_columns(rows, m, 7), Q = orthonormal_columns(cols, m, 8);

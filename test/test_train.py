@@ -22,7 +22,8 @@ BINARY = None
 SOURCES = ("*.h", "*.cuh", "*.cu", "Makefile", "README.md", "scripts/*", "test/*.cpp", "test/*.h", "test/*.py", "dev/*.md")
 
 # A model of 0.1 M parameters: 60 steps in a second or two
-TINY = ["--layers", "2", "--heads", "2", "--channels", "32", "--seq_len", "32", "--batch", "4", "--device", "cpu"]
+TINY = ["--layers", "2", "--heads", "2", "--channels", "32", "--seq_len", "32", "--batch", "4", "--device", "cpu",
+        "--eval_batches", "4"]
 
 
 def setUpModule():
@@ -42,7 +43,7 @@ def tearDownModule():
 
 def command(*flags, shards=None):
     shards = shards or data
-    return [BINARY, "--train", f"{shards}/train_*.bin", "--val", f"{shards}/val_*.bin", "--eval_batches", "4", *map(str, flags)]
+    return [BINARY, "--train", f"{shards}/train_*.bin", "--val", f"{shards}/val_*.bin", *map(str, flags)]
 
 
 def environment(**changes):
@@ -85,13 +86,17 @@ class Train(unittest.TestCase):
     # ------------------------------------------------------------------------------------------------------------------
     # It learns
 
-    LEARNS = ["--layers", 3, "--heads", 4, "--channels", 96, "--seq_len", 64, "--batch", 16, "--steps", 200, "--warmup", 20,
-              "--lr", 3e-3, "--device", "cpu", "--eval_every", 0]
+    LEARNS = ["--layers", 2, "--heads", 4, "--channels", 128, "--seq_len", 64, "--batch", 32, "--steps", 200, "--warmup", 20,
+              "--device", "cpu", "--eval_every", 0, "--eval_batches", 8]
 
     def test_learns(self):
-        for optimizer, bound in (("adamw", 9), ("dmuon", 9)):
+        # Measured with gradients made wrong on purpose, final validation loss under adamw and dmuon:
+        #     right 2.56, 2.02      no gradient to the queries 2.60, 2.37      no row term in the softmax 4.38, 2.63
+        #     LayerNorm without the term of its variance 3.42, 2.23            ... overwriting the residual gradient 3.49, 2.62
+        # A GELU or a bias that is a little wrong learns as well as a right one: that is what the golden test is for.
+        for optimizer, rates, bound in (("adamw", ["--lr", 4e-3], 2.7), ("dmuon", ["--lr", 3e-3, "--muon_lr", 2e-2], 2.18)):
             out = work / f"learns_{optimizer}"
-            self.trained(*self.LEARNS, "--optimizer", optimizer, "--out", out)
+            self.trained(*self.LEARNS, "--optimizer", optimizer, *rates, "--out", out)
             entries = log(out)
             self.assertEqual([entry["step"] for entry in entries], list(range(1, 201)))
             self.assertAlmostEqual(entries[0]["loss"], 5.545, delta=0.2)  # ln 256: nothing known yet
@@ -129,7 +134,8 @@ class Train(unittest.TestCase):
             with self.subTest(optimizer=optimizer):
                 flags = [*TINY, "--optimizer", optimizer, "--steps", 400, "--warmup", 20, "--save_every", 50, "--eval_every", 40]
                 whole, killed = work / f"whole_{optimizer}", work / f"killed_{optimizer}"
-                self.trained(*flags, "--out", whole, OMP_NUM_THREADS="2")  # threads do not change a bit
+                # Threads do not change a bit; passive ones do not stand in the way of what else runs here.
+                self.trained(*flags, "--out", whole, OMP_NUM_THREADS="2", OMP_WAIT_POLICY="passive")
 
                 process = subprocess.Popen(command(*flags, "--out", killed), stdout=subprocess.DEVNULL,
                                            env=environment())
