@@ -304,8 +304,8 @@ __global__ void gelu_backward_kernel(real* dx /*may be dout*/, const real* dout,
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Classifier: softmax and cross-entropy, forward and backward in one kernel. One block per row; the row crosses the
-// memory bus once each way: the second pass goes backwards over what the first has just left in the caches.
+// Classifier: softmax and cross-entropy, forward and backward in one kernel. One block per row, two passes: the second
+// goes backwards over what the first has just left in the caches, so that most of the row is fetched only once.
 
 __device__ inline Pack<real> load_logits(const real* row, int c, int V) {  // masked: -infinity from column V on
     typedef Pack<real> P;

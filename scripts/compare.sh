@@ -46,7 +46,8 @@ else
     echo "training 4 layers of 128 channels, 0.8 M parameters on the bytes of ${data#data/}, $steps steps with each of:" \
         "${optimizers[*]}"
 fi
-flags+=(--train "$data/train_*.bin" --val "$data/val_*.bin" --steps "$steps" --sample_every "$steps" --sample_tokens 400)
+flags+=(--train "$data/train_*.bin" --val "$data/val_*.bin" --steps "$steps" --sample_every "$steps" --sample_tokens 400
+    --save_every 200)
 
 for optimizer in "${optimizers[@]}"; do
     run=$runs/$optimizer
@@ -63,9 +64,9 @@ for optimizer in "${optimizers[@]}"; do
     fi
     mkdir -p "$run"
     echo "${command[*]}" | tee "$run/command"
-    # All lines go to the file; of the step lines, the first and those with a validation loss are shown.
+    # All lines go to the file. Shown are, of the step lines, the first and those with a validation loss; the sample later.
     "${command[@]}" --resume auto | tee -a "$run/output.txt" |
-        awk '!/^step/ || /^step +1\// || / val / { print; fflush() }'
+        awk '/^--- sample/, /^---$/ { next } !/^step/ || /^step +1\// || / val / { print; fflush() }'
 done
 
 say "what the last of them, ${optimizers[-1]}, writes after $steps steps"

@@ -4,8 +4,10 @@
 #   tests      builds, and runs the whole suite on the GPU
 #   sanitize   compute-sanitizer over the kernel tests, at reduced sizes: memcheck, racecheck, initcheck
 #   train      124M (GPT-2 small) for --steps steps [600] on the GPT-2 shards in --data, with adamw, muon and dmuon
-#   bench      124M, B=32, T=1024, random tokens: step and optimizer time with adamw, muon and dmuon
-#   all        the four, in this order
+#   bench      124M and 350M, T=1024, random tokens: step and optimizer time with adamw, muon and dmuon on 1..all GPUs, and
+#              PyTorch where it is installed
+#   ranks      several GPUs: the same run on one and on all, started both ways; lost and hanging ranks
+#   all        the first four, in this order
 # Writes dev/results/NAME.log [gpu_check]; train adds the curves, NAME.png and NAME_OPTIMIZER.jsonl. Each program gets --limit [1800] s.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,18 +17,18 @@ line="scripts/gpu_check.sh $*"
 parts=() data="" steps=600 name=gpu_check results=dev/results limit=1800
 while (($#)); do
     case $1 in
-        tests | sanitize | train | bench) parts+=("$1") ;;
+        tests | sanitize | train | bench | ranks) parts+=("$1") ;;
         all) parts=(tests sanitize train bench) ;;
         --data | --steps | --name | --results | --limit)
             [[ ${2:-} ]] || fail "$1 needs a value"
             declare "${1#--}=$2"
             shift
             ;;
-        *) fail "'$1' is not one of tests, sanitize, train, bench, all, or a flag: see the head of this file" ;;
+        *) fail "'$1' is not one of tests, sanitize, train, bench, ranks, all, or a flag: see the head of this file" ;;
     esac
     shift
 done
-((${#parts[@]})) || fail "which part? tests, sanitize, train, bench or all"
+((${#parts[@]})) || fail "which part? tests, sanitize, train, bench, ranks or all"
 [[ " ${parts[*]} " != *" train "* ]] || ls "$data"/train_*.bin "$data"/val_*.bin > /dev/null 2>&1 ||
     fail "train needs --data DIR with train_*.bin and val_*.bin: scripts/data.py --tokenizer gpt2 makes them"
 nvidia-smi -L > /dev/null 2>&1 || fail "no GPU here"
@@ -89,19 +91,58 @@ train() {
     part "loss" python3 scripts/compare.py "$runs/"{adamw,muon,dmuon} --png "$results/$name.png"
 }
 
-bench() {
-    local random=build/gpu_check_random optimizer
-    rm -rf "$random"*
+# As the figures of others were measured: uniform tokens below 2^15, one shard of 4M.
+random=build/gpu_check_random
+random_tokens() {
     mkdir -p "$random"
-    # As the figures of others were measured: uniform tokens below 2^15, one shard of 4M.
     python3 -c 'import os, struct, sys; n = 1 << 22; b = bytearray(os.urandom(2 * n)); b[1::2] = bytes(x & 127 for x in b[1::2])
 open(sys.argv[1], "wb").write(struct.pack("<256i", 20240520, 1, n, *[0] * 253) + b)' "$random/train_000.bin"
-    for optimizer in adamw muon dmuon; do
-        part "124M, B=32, T=1024, $optimizer" ./train_gpt "${gpt2[@]}" --train "$random/train_*.bin" --optimizer "$optimizer" \
-            --steps 60 --profile --out "${random}_runs/$optimizer"
-        rm -f "${random}_runs/$optimizer/"*.ckpt
+}
+
+bench() {
+    local optimizer model gpus runs=()
+    random_tokens
+    for model in d12 d24; do
+        for gpus in $(seq "$(nvidia-smi -L | wc -l)"); do
+            for optimizer in adamw muon dmuon; do
+                local run=build/gpu_check_bench/${model}_${gpus}gpu_$optimizer
+                rm -rf "$run"
+                part "$model, $gpus GPU, $optimizer" ./train_gpt --model $model --batch $([[ $model == d12 ]] && echo 32 || echo 16) \
+                    --train "$random/train_*.bin" --optimizer "$optimizer" --steps 30 --profile --gpus "$gpus" --out "$run"
+                rm -f "$run/"*.ckpt
+                runs+=("$run")
+            done
+        done
+        if python3 -c 'import torch' 2> /dev/null; then
+            part "$model, PyTorch" python3 dev/peer_pytorch.py --model $model --batch $([[ $model == d12 ]] && echo 32 || echo 16)
+        fi
     done
-    part "medians" python3 scripts/compare.py "${random}_runs/"{adamw,muon,dmuon} --png build/gpu_check_bench.png
+    part "medians" python3 scripts/compare.py "${runs[@]}" --png build/gpu_check_bench.png
+}
+
+# Several GPUs: dmuon on all of them against one over 100 steps of 124M, started both ways, and lost or hanging ranks.
+ranks() {
+    local gpus same=(--model d12 --batch 16 --total_batch 32768 --train "$random/train_*.bin" --optimizer dmuon --steps 100 --warmup 20)
+    gpus=$(nvidia-smi -L | wc -l)
+    ((gpus > 1)) || fail "ranks needs two GPUs"
+    random_tokens
+    rm -rf build/gpu_check_ranks
+    mkdir -p build/gpu_check_ranks
+    part "1 rank" ./train_gpt "${same[@]}" --out build/gpu_check_ranks/one
+    part "--gpus $gpus" ./train_gpt "${same[@]}" --gpus "$gpus" --out build/gpu_check_ranks/gpus
+    part "mpirun -n $gpus" mpirun --allow-run-as-root -n "$gpus" ./train_gpt "${same[@]}" --out build/gpu_check_ranks/mpirun
+    # The micro-batches are the same and their fp32 sums differ in the last bit; bf16 and 100 steps enlarge that. 0.02 nats is
+    # a fifth of what another seed changes.
+    part "losses of one rank and of $gpus" python3 -c 'import json
+def losses(run): return [json.loads(line)["loss"] for line in open(f"build/gpu_check_ranks/{run}/log.jsonl")]
+one = losses("one")
+for run in ("gpus", "mpirun"):
+    worst = max(abs(a - b) for a, b in zip(one, losses(run), strict=True))
+    print(f"{run}: largest difference over {len(one)} steps {worst:.6f} nats, last losses {one[-1]:.4f} {losses(run)[-1]:.4f}")
+    assert worst < 0.02'
+    rm -rf build/gpu_check_ranks/*/*.ckpt
+    part "ranks that die or hang" python3 test/test_ranks.py ./train_gpt cuda killed_rank stopped_rank both_launchers_agree \
+        state_is_the_same_on_other_rank_counts
 }
 
 for wanted in "${parts[@]}"; do $wanted; done

@@ -334,7 +334,7 @@ inline unsigned ballot(const char* name, unsigned mask, bool predicate) {
 }  // namespace fiber
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The vocabulary of CUDA
+// The vocabulary of CUDA, as far as the kernels use it
 
 #undef __shared__
 #define __shared__ static
@@ -364,34 +364,18 @@ template <class T> T __shfl_up_sync(unsigned mask, T value, int delta, int width
     return fiber::shuffle("__shfl_up_sync", mask, value, source < (lane & ~(width - 1)) ? lane : source);
 }
 inline unsigned __ballot_sync(unsigned mask, bool p) { return fiber::ballot("__ballot_sync", mask, p); }
-inline bool __any_sync(unsigned mask, bool p) { return fiber::ballot("__any_sync", mask, p) != 0; }
-inline bool __all_sync(unsigned mask, bool p) { return fiber::ballot("__all_sync", mask, !p) == 0; }
 
 template <class T> T __ldg(const T* p) { return *p; }
 template <class T> T __ldcs(const T* p) { return *p; }
-template <class T> T __ldcg(const T* p) { return *p; }
 template <class T> void __stcs(T* p, T value) { *p = value; }
-template <class T> void __stcg(T* p, T value) { *p = value; }
-template <class T> T atomicAdd(T* p, T value) { T old = *p; *p = old + value; return old; }
-template <class T> T atomicMax(T* p, T value) { T old = *p; *p = std::max(old, value); return old; }
-inline void __threadfence() {}
 
 using std::isfinite;
-using std::isinf;
 using std::isnan;
 using std::max;
 using std::min;
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
-inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float a, float b) { return a / b; }
-inline float __frcp_rn(float x) { return 1.0f / x; }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline int __float_as_int(float x) { int r; std::memcpy(&r, &x, 4); return r; }
-inline unsigned __float_as_uint(float x) { unsigned r; std::memcpy(&r, &x, 4); return r; }
-inline float __int_as_float(int x) { float r; std::memcpy(&r, &x, 4); return r; }
-inline float __uint_as_float(unsigned x) { float r; std::memcpy(&r, &x, 4); return r; }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
 
@@ -415,7 +399,6 @@ inline const char* cudaGetErrorString(cudaError_t error) {
     return error == cudaErrorMemoryAllocation ? "out of memory" : "no error";
 }
 }
-template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) { return cudaSuccess; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What mma.cuh wraps. Fragment layouts are those of the PTX manual; g = lane/4, t = lane%4.

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Tests of the distributed trainer with real processes: test_ranks.py TRAIN_GPT [cpu|cuda]
+"""Tests of the distributed trainer with real processes: test_ranks.py TRAIN_GPT [cpu|cuda [NAME...]]
 
 cpu (the default): 1 to 5 ranks under mpirun. cuda: as many ranks as GPUs, under mpirun and under --gpus.
+NAMEs choose some of the tests.
 A tiny byte-level model learns this program's own source text. Python's standard library only.
 Prints `ok NAME` or `FAIL NAME: why` for each test and ends with `N passed, N failed, N skipped`.
 """
@@ -412,6 +413,8 @@ def main():
         if not name.startswith("test_"):
             continue
         name, begin = name[5:], time.time()
+        if sys.argv[3:] and name not in sys.argv[3:]:
+            continue
         try:
             if "plan" not in name and (" mpi" not in version or not shutil.which("mpirun")):
                 raise Skipped("no MPI")
