@@ -392,9 +392,9 @@ inline double muon_scale(const std::string& name, int rows, int cols) {
     return name == "keller" ? std::sqrt(std::max(1.0, double(rows) / cols)) : 0.2 * std::sqrt(double(std::max(rows, cols)));
 }
 
-// What a step writes for the log, read by the host one step later.
-enum Phase { phase_reduce, phase_clip, phase_momentum, phase_ns, phase_adamw, phase_gather, phase_count };
-inline const char* phase_names[phase_count] = {"reduce", "clip", "momentum", "ns_update", "adamw", "gather"};
+// The phases of a step, for --profile.
+enum Phase { phase_reduce, phase_clip, phase_momentum, phase_ns, phase_update, phase_adamw, phase_gather, phase_count };
+inline const char* phase_names[phase_count] = {"reduce", "clip", "momentum", "ns", "update", "adamw", "gather"};
 
 template <class Backend>
 class Optimizer {
@@ -428,9 +428,10 @@ class Optimizer {
         return plan.arena * (sizeof(real) + sizeof(float)) + plan.state * 2 * sizeof(float) + plan.buckets[0].chunk * sizeof(float);
     }
     size_t workspace_bytes() const { return ns_bytes; }
+    size_t phase_calls() const { return 5 + 2 * batches.size(); }  // of phase_done in a step
 
     // One step with the gradients in `grads` (sums over this rank's micro-steps, already divided by the tokens of the whole
-    // step). `phase_done(p)` is called after phase p has been enqueued. Nothing here waits for the device.
+    // step). `phase_done(p)` is called when a piece of phase p has been enqueued. Nothing here waits for the device.
     //
     // --grad_clip is one rule for all three optimizers: the norm is that of the whole averaged gradient, Muon's matrices
     // included, and its scale multiplies the gradient before AdamW and before Muon's momentum. Muon's update does not depend
@@ -463,12 +464,13 @@ class Optimizer {
             NsWorkspace w(ns_memory, batch.count, mp, np, config.type);
             Backend::ns_normalize(w.X, ns_scratch, grads, batch.refs, batch.count, batch.rows, batch.cols, config.type);
             newton_schulz<Backend>(w, batch.count, mp, np, config);
+            phase_done(phase_ns);
             float wd = float(options.muon_weight_decay >= 0 ? options.muon_weight_decay : options.weight_decay);
             Backend::muon_update(params, master, w.X, batch.refs, batch.count, batch.rows, batch.cols, 1.0f - muon_lr * wd,
                                  muon_lr * float(muon_scale(options.muon_scale, batch.rows, batch.cols)), config.type, clip);
             orthogonalised += batch.count;
+            phase_done(phase_update);
         }
-        phase_done(phase_ns);
 
         float correction1 = 1.0f - float(std::pow(options.beta1, double(steps_done)));
         float correction2 = 1.0f - float(std::pow(options.beta2, double(steps_done)));

@@ -96,8 +96,9 @@ inline size_t parameter_count(const std::vector<TensorSpec>& specs) {
     return count;
 }
 
-// Pointers to the tensors in an arena: real* into the parameters, float* into the gradients. Q, K and V may have different owners
-// and then lie apart.
+// Pointers to the tensors in an arena: real* into the parameters, float* into the gradients. Gradients are fp32 because they
+// accumulate over micro-steps: a bf16 sum drops every addend below 2^-9 of it, so that many small batches would not add up to a
+// large one. Q, K and V may have different owners and then lie apart.
 template <class T> struct Tensors {
     struct Layer {
         T *ln1w, *ln1b;      // (C)
@@ -424,8 +425,10 @@ template <class Backend> class Trainer {
         float clip[2];                // scale, norm
     };
     struct Slot {
-        Event begin, optimizer_begin, phases[phase_count], end;  // of the step's work on the device
-        Event read;                                               // `host` is filled
+        Event begin, optimizer_begin, end;  // of the step's work on the device
+        std::vector<Event> marks;           // --profile: where phase phases[i] of the optimizer ends
+        std::vector<Phase> phases;
+        Event read;                         // `host` is filled
         Stats* host;
         int64_t step = 0;  // 0: empty
         double lr = 0;
@@ -433,6 +436,8 @@ template <class Backend> class Trainer {
     Slot slots[2];
     double* sums;        // [2] device: loss, orthogonalised
     double* ns_counts;   // [2] pinned, by slot
+    static constexpr size_t staging_floats = size_t(4) << 20;
+    float *staging = nullptr, *staging_host = nullptr;  // (staging_floats) what save() moves at a time
     int64_t skipped = 0; // updates skipped in a row
     double mean_ms = 0;
 
@@ -459,7 +464,14 @@ template <class Backend> class Trainer {
                                             Backend::alloc_host, DataLoader::Order::in_order));
         sums = static_cast<double*>(Backend::alloc(2 * sizeof(double), "sums"));
         ns_counts = static_cast<double*>(Backend::alloc_host(2 * sizeof(double)));
-        for (Slot& slot : slots) slot.host = static_cast<Stats*>(Backend::alloc_host(sizeof(Stats)));
+        for (Slot& slot : slots) {
+            slot.host = static_cast<Stats*>(Backend::alloc_host(sizeof(Stats)));
+            if (options.profile) slot.marks = std::vector<Event>(optimizer.phase_calls());
+        }
+        if (!options.out.empty()) {
+            staging = static_cast<float*>(Backend::alloc(staging_floats * sizeof(float), "checkpoint staging"));
+            staging_host = static_cast<float*>(Backend::alloc_host(staging_floats * sizeof(float)));
+        }
         // Forward and backward multiply and add each parameter once and twice per token; attention adds 6 L C T (causal).
         flops_per_token = 6.0 * double(parameter_count(optimizer.plan.tensors)) + 6.0 * config.layers * config.channels * config.seq_len;
     }
@@ -500,8 +512,11 @@ template <class Backend> class Trainer {
             const double share = schedule(options, step), muon_peak = options.muon_lr > 0 ? options.muon_lr : 2 * options.lr;
             slot.lr = options.lr * share;
             const int64_t before = optimizer.orthogonalised;
+            slot.phases.clear();
             optimizer.step(float(slot.lr), float(muon_peak * share), [&](Phase phase) {
-                if (options.profile) slot.phases[phase].record();
+                if (!options.profile) return;
+                slot.marks[slot.phases.size()].record();
+                slot.phases.push_back(phase);
             });
             slot.end.record();
             ns_counts[step % 2] = double(optimizer.orthogonalised - before);
@@ -734,18 +749,13 @@ template <class Backend> class Trainer {
                            {"tokenizer", tokenizer ? tokenizer->identity : ""}};
         std::unique_ptr<CheckpointWriter> writer;
         if (ranks.rank == 0) writer.reset(new CheckpointWriter(options.out, step, meta, table));
-        // Each part goes from its owner through this buffer to rank 0 and to the file: no rank ever holds the whole.
-        constexpr size_t piece = size_t(4) << 20;
-        if (!staging) {
-            staging = static_cast<float*>(Backend::alloc(piece * sizeof(float), "checkpoint staging"));
-            staging_host = static_cast<float*>(Backend::alloc_host(piece * sizeof(float)));
-        }
+        // Each part goes from its owner through `staging` to rank 0 and to the file: no rank ever holds the whole.
         for (int t = 0; t < int(tensors.size()); t++)
             for (const StateKind& kind : state_of(t)) {
                 const size_t stored = size_t(tensors[t].stored_rows) * tensors[t].cols;
                 for (const auto& part : optimizer.state_parts(t))
-                    for (size_t at = 0; at < part.count && part.begin + at < stored; at += piece) {
-                        const size_t count = std::min({piece, part.count - at, stored - part.begin - at});
+                    for (size_t at = 0; at < part.count && part.begin + at < stored; at += staging_floats) {
+                        const size_t count = std::min({staging_floats, part.count - at, stored - part.begin - at});
                         if (ranks.rank == part.owner) Backend::copy(staging, kind.arena + part.state + at, count * sizeof(float));
                         if (part.owner != 0) Backend::broadcast(staging, count * sizeof(float), part.owner);
                         if (!writer) continue;
@@ -757,7 +767,6 @@ template <class Backend> class Trainer {
         if (writer) writer->finish(int(options.keep));
         say("saved %s/step_%08" PRId64 ".ckpt\n", options.out.c_str(), step);
     }
-    float *staging = nullptr, *staging_host = nullptr;
 
     // ------------------------------------------------------------------------------------------------------------------
     // Evaluation, samples, the step line
@@ -842,12 +851,12 @@ template <class Backend> class Trainer {
                           slot.step * total_batch);
         if (optimizer.plan.method != Method::adamw) json += strprintf(", \"ns_matrices\": %.0f", slot.host->orthogonalised);
         if (options.profile) {
-            const Event* from = &slot.optimizer_begin;
+            double phase_ms[phase_count] = {};
+            for (size_t i = 0; i < slot.phases.size(); i++)
+                phase_ms[slot.phases[i]] += Event::ms(i == 0 ? slot.optimizer_begin : slot.marks[i - 1], slot.marks[i]);
             for (int p = 0; p < phase_count; p++) {
-                const double phase_ms = Event::ms(*from, slot.phases[p]);
-                line += strprintf(" | %s %.3f", phase_names[p], phase_ms);
-                json += strprintf(", \"%s_ms\": %.4f", phase_names[p], phase_ms);
-                from = &slot.phases[p];
+                line += strprintf(" | %s %.3f", phase_names[p], phase_ms[p]);
+                json += strprintf(", \"%s_ms\": %.4f", phase_names[p], phase_ms[p]);
             }
         }
         const bool skip = slot.host->clip[0] == 0;
