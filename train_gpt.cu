@@ -28,11 +28,11 @@
 // defines: Plan, newton_schulz, Optimizer, print_plan
 #include "dmuon.cuh"
 
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cinttypes>
 #include <cmath>
+#include <filesystem>
 #include <fstream>
 #include <functional>
 
@@ -637,7 +637,9 @@ template <class Backend> class Trainer {
     void prepare_directory() {
         int exists = 0;
         if (ranks.rank == 0) {
-            if (mkdir(options.out.c_str(), 0777) != 0 && errno != EEXIST) fail("cannot make --out %s: %s", options.out.c_str(), strerror(errno));
+            std::error_code error;
+            std::filesystem::create_directories(options.out, error);
+            if (error) fail("cannot make --out %s: %s", options.out.c_str(), error.message().c_str());
             exists = access((options.out + "/log.jsonl").c_str(), F_OK) == 0 || !list_checkpoints(options.out).empty();
         }
         broadcast_host(&exists, sizeof exists);

@@ -2,12 +2,14 @@
 # What only a GPU can show, with a log to keep. Installs nothing and needs no network.
 #   scripts/gpu_check.sh PART... [--data DIR] [--steps N] [--name NAME] [--results DIR] [--limit SECONDS]
 #   tests      builds, and runs the whole suite on the GPU
+#   kernels_bf16, kernels_fp32   of these the kernels and the golden run alone, in one precision
+#   ladders    the ladders of dev/
 #   sanitize   compute-sanitizer over the kernel tests, at reduced sizes: memcheck, racecheck, initcheck
 #   train      124M (GPT-2 small) for --steps steps [600] on the GPT-2 shards in --data, with adamw, muon and dmuon
 #   bench      124M and 350M, T=1024, random tokens: step and optimizer time with adamw, muon and dmuon on 1..all GPUs, and
 #              PyTorch where it is installed
 #   ranks      several GPUs: the same run on one and on all, started both ways; lost and hanging ranks
-#   all        the first four, in this order
+#   all        tests, sanitize, train and bench, in this order
 # Writes dev/results/NAME.log [gpu_check]; train adds the curves, NAME.png and NAME_OPTIMIZER.jsonl. Each program gets --limit [1800] s.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,18 +19,18 @@ line="scripts/gpu_check.sh $*"
 parts=() data="" steps=600 name=gpu_check results=dev/results limit=1800
 while (($#)); do
     case $1 in
-        tests | sanitize | train | bench | ranks) parts+=("$1") ;;
+        tests | kernels_bf16 | kernels_fp32 | ladders | sanitize | train | bench | ranks) parts+=("$1") ;;
         all) parts=(tests sanitize train bench) ;;
         --data | --steps | --name | --results | --limit)
             [[ ${2:-} ]] || fail "$1 needs a value"
             declare "${1#--}=$2"
             shift
             ;;
-        *) fail "'$1' is not one of tests, sanitize, train, bench, ranks, all, or a flag: see the head of this file" ;;
+        *) fail "'$1' is neither a part nor a flag: see the head of this file" ;;
     esac
     shift
 done
-((${#parts[@]})) || fail "which part? tests, sanitize, train, bench, ranks or all"
+((${#parts[@]})) || fail "which part? see the head of this file"
 [[ " ${parts[*]} " != *" train "* ]] || ls "$data"/train_*.bin "$data"/val_*.bin > /dev/null 2>&1 ||
     fail "train needs --data DIR with train_*.bin and val_*.bin: scripts/data.py --tokenizer gpt2 makes them"
 nvidia-smi -L > /dev/null 2>&1 || fail "no GPU here"
@@ -59,6 +61,19 @@ part() { # title command...: into the log and onto the screen
 part build make train_gpt
 
 tests() { part suite scripts/test.sh --no_setup; }
+
+kernels() { # precision
+    part "build of the tests" make "build/test_cuda_$1"
+    part "kernels and golden run, $1" "build/test_cuda_$1" --duration
+}
+kernels_bf16() { kernels bf16; }
+kernels_fp32() { kernels fp32; }
+
+ladders() {
+    local ladder
+    part "build of the ladders" make dev
+    for ladder in dev/*.cu; do part "$ladder" "build/$(basename "$ladder" .cu)"; done
+}
 
 sanitize() {
     local tool
