@@ -90,17 +90,20 @@ class Train(unittest.TestCase):
               "--device", "cpu", "--eval_every", 0, "--eval_batches", 8]
 
     def test_learns(self):
-        # Measured with gradients made wrong on purpose, final validation loss under adamw and dmuon:
-        #     right 2.56, 2.02      no gradient to the queries 2.60, 2.37      no row term in the softmax 4.38, 2.63
-        #     LayerNorm without the term of its variance 3.42, 2.23            ... overwriting the residual gradient 3.49, 2.62
+        # The mean loss of the last 20 steps, all on windows not seen before. Measured over seeds and versions of this text, and
+        # with gradients made wrong on purpose, under adamw and dmuon:
+        #     right 2.40-2.44, 1.80-1.83      no gradient to the queries 2.52, 2.22      scores without 1/sqrt(hd) 2.47, 2.09
+        #     no row term in the softmax 3.45, 2.74         LayerNorm without the term of its variance 3.44, 2.40
+        #     LayerNorm overwriting the residual gradient 3.41, 2.43
         # A GELU or a bias that is a little wrong learns as well as a right one: that is what the golden test is for.
-        for optimizer, rates, bound in (("adamw", ["--lr", 4e-3], 2.7), ("dmuon", ["--lr", 3e-3, "--muon_lr", 2e-2], 2.18)):
+        for optimizer, rates, bound in (("adamw", ["--lr", 2e-3], 2.6), ("dmuon", ["--lr", 3e-3, "--muon_lr", 2e-2], 1.95)):
             out = work / f"learns_{optimizer}"
             self.trained(*self.LEARNS, "--optimizer", optimizer, *rates, "--out", out)
             entries = log(out)
             self.assertEqual([entry["step"] for entry in entries], list(range(1, 201)))
             self.assertAlmostEqual(entries[0]["loss"], 5.545, delta=0.2)  # ln 256: nothing known yet
-            self.assertLess(entries[-1]["val_loss"], bound, optimizer)
+            self.assertLess(sum(entry["loss"] for entry in entries[-20:]) / 20, bound, optimizer)
+            self.assertLess(entries[-1]["val_loss"], bound + 0.4, optimizer)
 
         # The comparison reads these logs.
         sys.path.insert(0, str(ROOT / "scripts"))
