@@ -62,7 +62,7 @@ struct Options {
     int gpus = 0;
     bool recompute = false, profile = false;
     double rank_timeout = 300;
-    bool help = false;
+    bool help = false, version = false;
 };
 
 // Sizes that --model knows by name (GPT-2's, and d6 for a quick look).
@@ -159,10 +159,11 @@ inline const std::vector<Flag>& flag_table() {
         {"run", "switch_optimizer", &O::switch_optimizer, on_off, "allow a resume under another --optimizer"},
         {"run", "device", &O::device, "auto|cuda|cpu", "where to compute; auto: on a GPU if there is one"},
         {"run", "gpus", &O::gpus, "N", "start N processes on this machine, one a GPU; 0: just this one", 0, 1024},
-        {"run", "recompute", &O::recompute, on_off, "compute GELU again in the backward pass: less memory, more time"},
+        {"run", "recompute", &O::recompute, on_off, "compute GELU and LayerNorm again in the backward pass: less memory, more time"},
         {"run", "profile", &O::profile, on_off, "time the phases of each step"},
         {"run", "rank_timeout", &O::rank_timeout, "SECONDS", "give up on a rank that is silent for so long", 1, 1e6},
         {"run", "help", &O::help, on_off, "print this and exit"},
+        {"run", "version", &O::version, on_off, "print what this build has (CUDA, NCCL, MPI, a BLAS) and exit"},
     };
     return table;
 }
@@ -298,6 +299,7 @@ inline const Flag& find_flag(const std::string& name) {
 // Values that are fine one by one and make no sense together. A flag that would have no effect is refused as well:
 // better said now than found out after comparing two runs that were the same. given: names on the command line.
 inline void check_contradictions(const Options& o, const std::set<std::string>& given) {
+    if (o.version) return;  // nothing else will be looked at
     auto has = [&](const char* name) { return given.count(name) > 0; };
     auto only_with = [&](const char* name, bool condition, const char* need) {
         if (has(name) && !condition) usage_fail("--%s has no effect without %s: drop it or add that", name, need);

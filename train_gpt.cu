@@ -919,9 +919,9 @@ inline bool use_cuda(const Options& options) {
 
 int main(int argc, char** argv) {
     try {
-        if (argc == 2 && strcmp(argv[1], "--version") == 0) return print_version(), 0;
         const Options options = parse_flags(argc, argv);
         if (options.help) return print_help(stdout), 0;
+        if (options.version) return print_version(), 0;
         if (options.print_plan) {
             const ModelConfig config = model_config(options, options.vocab > 0 ? options.vocab : 50257);
             const Plan plan(tensor_specs(config), options, options.ranks > 0 ? options.ranks : ranks.size);
