@@ -17,15 +17,15 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cerrno>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <vector>
 
 #include "common.h"
 #ifdef USE_MPI
-#define OMPI_SKIP_MPICXX 1   // the C interface is all we use; the old C++ one warns and needs a library of its own
+#define OMPI_SKIP_MPICXX 1  // the C interface is all we use; the old C++ one warns and needs a library of its own
 #define MPICH_SKIP_MPICXX 1
 #include <mpi.h>
 #endif
@@ -39,13 +39,13 @@
 // ---------------------------------------------------------------------------------------------------------------------
 // Who am I
 
-enum class Launcher { none, mpi, self };   // one process; mpirun or srun; our own parent process (--gpus N)
+enum class Launcher { none, mpi, self };  // one process; mpirun or srun; our own parent process (--gpus N)
 
 struct Ranks {
-    int rank = 0, size = 1;               // over the whole run
-    int local_rank = 0, local_size = 1;   // on this machine: rank local_rank uses GPU local_rank
+    int rank = 0, size = 1;              // over the whole run
+    int local_rank = 0, local_size = 1;  // on this machine: rank local_rank uses GPU local_rank
     Launcher launcher = Launcher::none;
-    double timeout = 300;                 // seconds that a rank waits for its peers (--rank_timeout)
+    double timeout = 300;  // seconds that a rank waits for its peers (--rank_timeout)
 };
 
 // The child of our own parent process finds "rank/size/file descriptor of the shared page" in this variable.
@@ -62,10 +62,12 @@ inline Ranks launched_ranks() {
         found.local_size = found.size;
         return found;
     }
-    const struct { const char *size, *rank; } launchers[] = {
-        {"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"},   // Open MPI's mpirun
-        {"PMI_SIZE", "PMI_RANK"},                           // mpirun of MPICH and Intel MPI, srun --mpi=pmi2
-        {"SLURM_STEP_NUM_TASKS", "SLURM_PROCID"},           // srun
+    const struct {
+        const char *size, *rank;
+    } launchers[] = {
+        {"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"},  // Open MPI's mpirun
+        {"PMI_SIZE", "PMI_RANK"},                          // mpirun of MPICH and Intel MPI, srun --mpi=pmi2
+        {"SLURM_STEP_NUM_TASKS", "SLURM_PROCID"},          // srun
     };
     for (auto& names : launchers) {
         const char *size = getenv(names.size), *rank = getenv(names.rank);
@@ -80,13 +82,13 @@ inline Ranks launched_ranks() {
     return found;
 }
 
-inline Ranks ranks = launched_ranks();   // known before main(), so that even an error in the flags knows its rank
+inline Ranks ranks = launched_ranks();  // known before main(), so that even an error in the flags knows its rank
 
 // Memory that the parent process shares with the ranks it started.
 struct SharedPage {
-    std::atomic<int> arrived, round;   // a barrier: how many have come to this round of it
-    std::atomic<bool> explained;       // a rank has printed why it ends: the parent need not guess
-    char data[4000];                   // broadcast_host passes its bytes through here
+    std::atomic<int> arrived, round;  // a barrier: how many have come to this round of it
+    std::atomic<bool> explained;      // a rank has printed why it ends: the parent need not guess
+    char data[4000];                  // broadcast_host passes its bytes through here
 };
 inline SharedPage* shared_page = nullptr;
 
@@ -107,7 +109,7 @@ inline void sleep_seconds(double seconds) {
     MPI_Initialized(&started);
     MPI_Finalized(&finished);
     if (started && !finished) {
-        signal(SIGALRM, SIG_DFL);   // should MPI_Abort itself hang, the alarm ends this process
+        signal(SIGALRM, SIG_DFL);  // should MPI_Abort itself hang, the alarm ends this process
         alarm(5);
         MPI_Abort(MPI_COMM_WORLD, code);
     }
@@ -117,7 +119,7 @@ inline void sleep_seconds(double seconds) {
 
 // A fault that all ranks meet (a missing file, a lost peer) is said once: each rank lets the lower ones speak first,
 // and the first to speak ends the run. Open MPI's mpirun takes a second over that.
-inline int turn_to_speak() { return std::min(2 * ranks.rank, 10); }   // seconds
+inline int turn_to_speak() { return std::min(2 * ranks.rank, 10); }  // seconds
 
 // Prints the reason as one line and ends the run.
 [[noreturn]] inline void fail_ranks(const char* message, int code) {
@@ -129,8 +131,10 @@ inline int turn_to_speak() { return std::min(2 * ranks.rank, 10); }   // seconds
 }
 
 inline std::string deadline_message(double seconds, const char* what) {
-    return strprintf("waited %.0f s for %s: another rank has stopped or hangs; ending the run "
-                     "(--rank_timeout sets this limit)", seconds, what);
+    return strprintf(
+        "waited %.0f s for %s: another rank has stopped or hangs; ending the run "
+        "(--rank_timeout sets this limit)",
+        seconds, what);
 }
 
 // For calls of MPI and NCCL that block and cannot be polled: if the call has not returned in time, an alarm prints the
@@ -139,11 +143,12 @@ class BlockingCall {
     static inline char line[256];
     static void expired(int) {
         ssize_t written = write(STDERR_FILENO, line, strlen(line));
-        (void)written;   // nothing is left to be done about a closed stderr
+        (void)written;  // nothing is left to be done about a closed stderr
         if (shared_page) shared_page->explained = true;
         _exit(1);
     }
-public:
+
+  public:
     BlockingCall(const char* what, double seconds = ranks.timeout) {
         snprintf(line, sizeof line, "train_gpt: rank %d: %s\n", ranks.rank, deadline_message(seconds, what).c_str());
         signal(SIGALRM, expired);
@@ -152,19 +157,20 @@ public:
     ~BlockingCall() { alarm(0); }
     BlockingCall(const BlockingCall&) = delete;
 };
-inline double startup_timeout() { return std::max(ranks.timeout, 60.0); }   // starting is slower than a step
+inline double startup_timeout() { return std::max(ranks.timeout, 60.0); }  // starting is slower than a step
 
-inline void (*check_peers)() = nullptr;   // fails if a peer is known to be lost; set by CudaComm::start
+inline void (*check_peers)() = nullptr;  // fails if a peer is known to be lost; set by CudaComm::start
 
 // Polls done() until it is true. No rank ever blocks in a wait for its peers: past the deadline the run ends here.
-template <class Done> void wait_until(Done done, const char* what) {
+template <class Done>
+void wait_until(Done done, const char* what) {
     using clock = std::chrono::steady_clock;
     const clock::time_point begin = clock::now();
     while (!done()) {
         const double seconds = std::chrono::duration<double>(clock::now() - begin).count();
         if (ranks.size > 1 && seconds > ranks.timeout) fail_ranks(deadline_message(seconds, what).c_str(), 1);
         if (seconds < 200e-6) {
-            sched_yield();   // where ranks share a core, the one that we wait for may need it
+            sched_yield();  // where ranks share a core, the one that we wait for may need it
         } else {
             if (check_peers) check_peers();
             sleep_seconds(20e-6);
@@ -182,14 +188,15 @@ inline void mpi_check(int status, const char* call) {
     char text[MPI_MAX_ERROR_STRING] = "";
     int length = 0;
     MPI_Error_string(status, text, &length);
-    fail_ranks(strprintf("%s: %s. Another rank or the network has failed; resume from the last checkpoint",
-                         call, text).c_str(), 1);
+    fail_ranks(strprintf("%s: %s. Another rank or the network has failed; resume from the last checkpoint", call, text)
+                   .c_str(),
+               1);
 }
 
 // x of every rank becomes that of root.
 inline void mpi_broadcast(void* x, size_t bytes, int root) {
     for (size_t at = 0; at < bytes;) {
-        const size_t piece = std::min(bytes - at, size_t(1) << 30);   // MPI counts in int
+        const size_t piece = std::min(bytes - at, size_t(1) << 30);  // MPI counts in int
         MPI_Request request;
         MPI_CHECK(MPI_Ibcast(static_cast<char*>(x) + at, int(piece), MPI_BYTE, root, MPI_COMM_WORLD, &request));
         auto done = [&] {
@@ -212,8 +219,10 @@ inline void start_by_mpi() {
         MPI_CHECK(MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN));
         MPI_CHECK(MPI_Comm_size(MPI_COMM_WORLD, &size));
         if (size != ranks.size)
-            fail("the launcher started %d ranks but MPI sees %d: this MPI does not understand the launcher. "
-                 "Use the mpirun of the MPI this program was built with, or srun --mpi=pmix", ranks.size, size);
+            fail(
+                "the launcher started %d ranks but MPI sees %d: this MPI does not understand the launcher. "
+                "Use the mpirun of the MPI this program was built with, or srun --mpi=pmix",
+                ranks.size, size);
         MPI_CHECK(MPI_Comm_rank(MPI_COMM_WORLD, &ranks.rank));
         MPI_Comm machine;
         MPI_CHECK(MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &machine));
@@ -222,8 +231,10 @@ inline void start_by_mpi() {
         MPI_CHECK(MPI_Comm_free(&machine));
     }
 #else
-    fail("started as one of %d ranks, but this build has no MPI: install it (apt install libopenmpi-dev) and run make "
-         "again, or use --gpus %d on one machine", ranks.size, ranks.size);
+    fail(
+        "started as one of %d ranks, but this build has no MPI: install it (apt install libopenmpi-dev) and run make "
+        "again, or use --gpus %d on one machine",
+        ranks.size, ranks.size);
 #endif
 }
 
@@ -233,7 +244,7 @@ inline void start_by_mpi() {
 // Waits for the children; when one fails, or the user stops the run, ends the others. Does not return.
 [[noreturn]] inline void watch_children(std::vector<pid_t> children, const sigset_t& signals) {
     using clock = std::chrono::steady_clock;
-    const std::chrono::seconds kGrace(10);   // from asking (SIGTERM) to ending (SIGKILL works on a stopped one too)
+    const std::chrono::seconds kGrace(10);  // from asking (SIGTERM) to ending (SIGKILL works on a stopped one too)
     clock::time_point kill_time = clock::time_point::max();
     int exit_code = 0;
     size_t alive = children.size();
@@ -241,7 +252,7 @@ inline void start_by_mpi() {
         for (pid_t child : children) {
             if (child == 0) continue;
             kill(child, signal_number);
-            kill(child, SIGCONT);   // a stopped process hears nothing but SIGKILL before it is continued
+            kill(child, SIGCONT);  // a stopped process hears nothing but SIGKILL before it is continued
         }
         kill_time = clock::now() + kGrace;
     };
@@ -262,11 +273,11 @@ inline void start_by_mpi() {
             exit_code = WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
             if (!shared_page->explained) {
                 if (WIFSIGNALED(status))
-                    fprintf(stderr, "train_gpt: rank %zu was killed by signal %d (%s); ending the other ranks\n",
-                            rank, WTERMSIG(status), strsignal(WTERMSIG(status)));
+                    fprintf(stderr, "train_gpt: rank %zu was killed by signal %d (%s); ending the other ranks\n", rank,
+                            WTERMSIG(status), strsignal(WTERMSIG(status)));
                 else
-                    fprintf(stderr, "train_gpt: rank %zu ended with exit code %d; ending the other ranks\n",
-                            rank, exit_code);
+                    fprintf(stderr, "train_gpt: rank %zu ended with exit code %d; ending the other ranks\n", rank,
+                            exit_code);
             }
             end_all(SIGTERM);
         }
@@ -276,12 +287,12 @@ inline void start_by_mpi() {
 }
 
 [[noreturn]] inline void start_children(char** argv, int count) {
-    const int fd = memfd_create("train_gpt", 0);   // without CLOEXEC: the children inherit it
+    const int fd = memfd_create("train_gpt", 0);  // without CLOEXEC: the children inherit it
     if (fd < 0 || ftruncate(fd, sizeof(SharedPage)) != 0)
         fail("cannot make the shared page of the ranks: %s", strerror(errno));
     void* page = mmap(nullptr, sizeof(SharedPage), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (page == MAP_FAILED) fail("cannot map the shared page of the ranks: %s", strerror(errno));
-    shared_page = static_cast<SharedPage*>(page);   // zeros are its starting state
+    shared_page = static_cast<SharedPage*>(page);  // zeros are its starting state
 
     // The parent takes these signals one by one in watch_children; the children get the mask we started with.
     sigset_t signals, before;
@@ -298,8 +309,8 @@ inline void start_by_mpi() {
             for (pid_t child : children) kill(child, SIGKILL);
             fail("cannot start rank %d of %d: fork: %s", rank, count, strerror(error));
         }
-        if (pid == 0) {   // only calls that are safe between fork and exec
-            prctl(PR_SET_PDEATHSIG, SIGKILL);   // never outlive the parent, however it ends
+        if (pid == 0) {                        // only calls that are safe between fork and exec
+            prctl(PR_SET_PDEATHSIG, SIGKILL);  // never outlive the parent, however it ends
             if (getppid() != parent) _exit(1);
             sigprocmask(SIG_SETMASK, &before, nullptr);
             execv("/proc/self/exe", argv);
@@ -362,9 +373,9 @@ inline void broadcast_host(void* x, size_t bytes) {
         const size_t piece = std::min(bytes - at, sizeof shared_page->data);
         char* part = static_cast<char*>(x) + at;
         if (ranks.rank == 0) memcpy(shared_page->data, part, piece);
-        barrier();   // the bytes are there
+        barrier();  // the bytes are there
         if (ranks.rank != 0) memcpy(part, shared_page->data, piece);
-        barrier();   // everyone has them
+        barrier();  // everyone has them
         at += piece;
     }
 }
@@ -387,11 +398,12 @@ struct CpuComm {
     static void all_reduce(double* x, size_t n) { reduce_then_gather(x, n); }
     static void broadcast(void* x, size_t bytes, int root) { broadcast_bytes(x, bytes, root); }
 
-private:
-    static constexpr size_t kPiece = 1 << 20;   // elements per message: bounds the scratch to 4 or 8 MiB per rank
+  private:
+    static constexpr size_t kPiece = 1 << 20;  // elements per message: bounds the scratch to 4 or 8 MiB per rank
 
     // Part r of the n elements of x is [r*part, (r+1)*part), cut off at n: the last parts may be short or empty.
-    template <class T> struct Parts {
+    template <class T>
+    struct Parts {
         T* x;
         size_t n, part;
         T* begin(int r) const { return x + std::min(n, r * part); }
@@ -402,7 +414,8 @@ private:
         }
     };
 
-    template <class T> static void reduce_then_gather(T* x, size_t n) {
+    template <class T>
+    static void reduce_then_gather(T* x, size_t n) {
         const size_t part = ceil_div(n, size_t(ranks.size));
         reduce_parts(x, n, part);
         gather_parts(x, n, part);
@@ -413,12 +426,14 @@ private:
     // serves them all.
     struct Messages {
         std::vector<MPI_Request> requests;
-        template <class T> void send(const T* x, size_t count, int peer) {
+        template <class T>
+        void send(const T* x, size_t count, int peer) {
             if (count == 0) return;
             requests.emplace_back();
             MPI_CHECK(MPI_Isend(x, int(count * sizeof(T)), MPI_BYTE, peer, 0, MPI_COMM_WORLD, &requests.back()));
         }
-        template <class T> void receive(T* x, size_t count, int peer) {
+        template <class T>
+        void receive(T* x, size_t count, int peer) {
             if (count == 0) return;
             requests.emplace_back();
             MPI_CHECK(MPI_Irecv(x, int(count * sizeof(T)), MPI_BYTE, peer, 0, MPI_COMM_WORLD, &requests.back()));
@@ -434,12 +449,13 @@ private:
         }
     };
 
-    template <class T> static void reduce_parts(T* x, size_t n, size_t part) {
+    template <class T>
+    static void reduce_parts(T* x, size_t n, size_t part) {
         if (ranks.size == 1) return;
         const Parts<T> parts = {x, n, part};
         const int me = ranks.rank;
         const size_t row = std::min(part, kPiece);
-        static std::vector<T> scratch;   // (ranks, row): each rank's piece of my part
+        static std::vector<T> scratch;  // (ranks, row): each rank's piece of my part
         if (scratch.size() < ranks.size * row) scratch.resize(ranks.size * row);
         Messages messages;
         for (size_t offset = 0; offset < part; offset += kPiece) {
@@ -458,7 +474,8 @@ private:
         }
     }
 
-    template <class T> static void gather_parts(T* x, size_t n, size_t part) {
+    template <class T>
+    static void gather_parts(T* x, size_t n, size_t part) {
         if (ranks.size == 1) return;
         const Parts<T> parts = {x, n, part};
         const int me = ranks.rank;
@@ -477,8 +494,14 @@ private:
         if (ranks.size > 1) mpi_broadcast(x, bytes, root);
     }
 #else
-    template <class T> static void reduce_parts(T*, size_t, size_t) { need_mpi(); }
-    template <class T> static void gather_parts(T*, size_t, size_t) { need_mpi(); }
+    template <class T>
+    static void reduce_parts(T*, size_t, size_t) {
+        need_mpi();
+    }
+    template <class T>
+    static void gather_parts(T*, size_t, size_t) {
+        need_mpi();
+    }
     static void broadcast_bytes(void*, size_t, int) { need_mpi(); }
     static void need_mpi() {
         if (ranks.size > 1) fail("several ranks on the CPU need MPI: install it and run make again");
@@ -492,7 +515,7 @@ private:
 #ifdef __CUDACC__
 #ifdef USE_NCCL
 struct CudaComm {
-    static inline ncclComm_t comm = nullptr;   // null for a single process
+    static inline ncclComm_t comm = nullptr;  // null for a single process
 
     // After cudaSetDevice(ranks.local_rank).
     static void start() {
@@ -534,7 +557,7 @@ struct CudaComm {
     // chunks is (ranks, chunk): row r of rank r becomes the sum of row r over the ranks.
     static void reduce_scatter(float* chunks, size_t chunk) {
         if (!comm) return;
-        BlockingCall limit("reduce_scatter");   // queueing can block too: the first collective connects the ranks
+        BlockingCall limit("reduce_scatter");  // queueing can block too: the first collective connects the ranks
         check(ncclReduceScatter(chunks, chunks + ranks.rank * chunk, chunk, ncclFloat, ncclSum, comm, cuda_stream),
               "ncclReduceScatter");
     }
@@ -553,7 +576,7 @@ struct CudaComm {
         check(ncclBroadcast(x, x, bytes, ncclUint8, root, comm, cuda_stream), "ncclBroadcast");
     }
 
-private:
+  private:
     static void sum(void* x, size_t n, ncclDataType_t type) {
         if (!comm) return;
         BlockingCall limit("all_reduce");
@@ -564,7 +587,9 @@ private:
         if (status == ncclSuccess || status == ncclInProgress) return;
         fail_ranks(strprintf("%s: %s (%s). If another rank has ended, resume from the last checkpoint; "
                              "else NCCL_DEBUG=INFO says more",
-                             what, ncclGetErrorString(status), ncclGetLastError(comm)).c_str(), 1);
+                             what, ncclGetErrorString(status), ncclGetLastError(comm))
+                       .c_str(),
+                   1);
     }
 };
 #else

@@ -1,5 +1,5 @@
-// common.h: what every room may use. Errors that end in one clear line, a printf into std::string, integer helpers, and the
-// few plain types that appear in the signatures of both backends (cpu_backend.h, cuda_backend.cuh).
+// common.h: what every room may use. Errors that end in one clear line, a printf into std::string, integer helpers, and
+// the few plain types that appear in the signatures of both backends (cpu_backend.h, cuda_backend.cuh).
 #pragma once
 #include <cstdarg>
 #include <cstddef>
@@ -48,8 +48,14 @@ __attribute__((format(printf, 1, 2))) inline std::string strprintf(const char* f
     throw Error(text, 2);
 }
 
-template <class T> constexpr T ceil_div(T a, T b) { return (a + b - 1) / b; }
-template <class T> constexpr T round_up(T a, T b) { return ceil_div(a, b) * b; }
+template <class T>
+constexpr T ceil_div(T a, T b) {
+    return (a + b - 1) / b;
+}
+template <class T>
+constexpr T round_up(T a, T b) {
+    return ceil_div(a, b) * b;
+}
 
 // A run of elements in one of the arenas (parameters, gradients, optimizer state).
 struct Range {
@@ -63,8 +69,8 @@ inline size_t ns_type_bytes(NsType type) { return type == NsType::fp32 ? 4 : 2; 
 // The two shapes of product that Newton-Schulz needs: A A^T (or any product known to be symmetric), and A B.
 enum class NsProduct { symmetric_nt, nn };
 
-// Where a (rows, cols) matrix, or a tile of one, lies: element offsets into the arenas of parameters and gradients, which share
-// their layout, and into the owner's fp32 state; and the row stride ld in all of them.
+// Where a (rows, cols) matrix, or a tile of one, lies: element offsets into the arenas of parameters and gradients,
+// which share their layout, and into the owner's fp32 state; and the row stride ld in all of them.
 struct MatrixRef {
     size_t offset, state;
     int ld;

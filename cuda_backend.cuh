@@ -1,7 +1,7 @@
-// cuda_backend.cuh: struct Cuda, the GPU half of the seam. What is here: memory, events, the device, and the model's matrix
-// products on cuBLASLt. What it inherits: the hand-written kernels (gpt_kernels.cuh, attention.cuh, ns_kernels.cuh) and the
-// collectives (comm.h). Everything is enqueued on the one stream `cuda_stream`; only synchronize() waits for it.
-// Its twin with the same signatures is struct Cpu (cpu_backend.h).
+// cuda_backend.cuh: struct Cuda, the GPU half of the seam. What is here: memory, events, the device, and the model's
+// matrix products on cuBLASLt. What it inherits: the hand-written kernels (gpt_kernels.cuh, attention.cuh,
+// ns_kernels.cuh) and the collectives (comm.h). Everything is enqueued on the one stream `cuda_stream`; only
+// synchronize() waits for it. Its twin with the same signatures is struct Cpu (cpu_backend.h).
 #pragma once
 #include <cublasLt.h>
 
@@ -16,11 +16,11 @@
 #include "gpt_kernels.cuh"
 #include "ns_kernels.cuh"
 
-#define CUBLAS_CHECK(call)                                                                                      \
-    do {                                                                                                        \
-        cublasStatus_t status_ = (call);                                                                        \
-        if (status_ != CUBLAS_STATUS_SUCCESS)                                                                   \
-            fail("%s:%d: %s: %s", __FILE__, __LINE__, #call, cublasLtGetStatusString(status_));                 \
+#define CUBLAS_CHECK(call)                                                                      \
+    do {                                                                                        \
+        cublasStatus_t status_ = (call);                                                        \
+        if (status_ != CUBLAS_STATUS_SUCCESS)                                                   \
+            fail("%s:%d: %s: %s", __FILE__, __LINE__, #call, cublasLtGetStatusString(status_)); \
     } while (0)
 
 // ----------------------------------------------------------------------------------------------------------------------
@@ -30,8 +30,8 @@ struct CudaRuntime {
     using real = ::real;
     static constexpr const char* backend_name = sizeof(real) == 4 ? "cuda fp32" : "cuda bf16";
 
-    // An empty string if a GPU can be used, else why not. cudaGetDeviceCount leaves its argument untouched without a driver,
-    // so the return code decides.
+    // An empty string if a GPU can be used, else why not. cudaGetDeviceCount leaves its argument untouched without a
+    // driver, so the return code decides.
     static std::string unavailable() {
         int devices = 0;
         cudaError_t error = cudaGetDeviceCount(&devices);
@@ -61,12 +61,12 @@ struct CudaRuntime {
     }
     static std::string device_name() { return properties().name; }
 
-    // Dense peak of the tensor cores in FLOP/s (vendors' datasheets, bf16 with fp32 accumulation); 0 if unknown. In the fp32
-    // build no tensor core runs, so no utilisation is reported.
+    // Dense peak of the tensor cores in FLOP/s (vendors' datasheets, bf16 with fp32 accumulation); 0 if unknown. In the
+    // fp32 build no tensor core runs, so no utilisation is reported.
     static double peak_flops() {
 #ifndef PRECISION_FP32
         static const std::pair<const char*, double> known[] = {
-            {"H100 PCIe", 756e12}, {"H100 NVL", 835e12}, {"H100", 989e12},    {"H200", 989e12},    {"A100", 312e12},
+            {"H100 PCIe", 756e12}, {"H100 NVL", 835e12}, {"H100", 989e12},     {"H200", 989e12},    {"A100", 312e12},
             {"A800", 312e12},      {"L40S", 362e12},     {"RTX 4090", 165e12}, {"RTX 3090", 71e12},
         };
         for (auto& [name, flops] : known)
@@ -85,8 +85,8 @@ struct CudaRuntime {
         void* memory = nullptr;
         cudaError_t error = cudaMalloc(&memory, bytes > 0 ? bytes : 1);
         if (error != cudaSuccess)
-            fail("no GPU memory for %s (%.1f MiB, %.1f MiB free): %s", what, bytes / 1048576.0, memory_available() / 1048576.0,
-                 cudaGetErrorString(error));
+            fail("no GPU memory for %s (%.1f MiB, %.1f MiB free): %s", what, bytes / 1048576.0,
+                 memory_available() / 1048576.0, cudaGetErrorString(error));
         zero(memory, bytes);
         return memory;
     }
@@ -112,7 +112,8 @@ struct CudaRuntime {
     static void zero(void* dst, size_t bytes) { CUDA_CHECK(cudaMemsetAsync(dst, 0, bytes, cuda_stream)); }
     static void synchronize() { CUDA_CHECK(cudaStreamSynchronize(cuda_stream)); }
 
-    // A point in the stream: done() says whether the device has passed it, ms(a, b) the device time between two of them.
+    // A point in the stream: done() says whether the device has passed it, ms(a, b) the device time between two of
+    // them.
     struct Event {
         cudaEvent_t event;
         Event() { CUDA_CHECK(cudaEventCreate(&event)); }
@@ -134,13 +135,14 @@ struct CudaRuntime {
 };
 
 // ----------------------------------------------------------------------------------------------------------------------
-// The model's matrix products, cuBLASLt. It thinks in column-major matrices: a row-major (R,S) tensor is its (S,R) matrix,
-// so every product below is written for the transposed tensors. A plan (layouts and algorithm) is made at the first use of
-// a shape and kept.
+// The model's matrix products, cuBLASLt. It thinks in column-major matrices: a row-major (R,S) tensor is its (S,R)
+// matrix, so every product below is written for the transposed tensors. A plan (layouts and algorithm) is made at the
+// first use of a shape and kept.
 
 struct CudaMatmul {
     // out (N,OC) with row stride ldo = inp (N,C) weight(OC,C)^T + bias(OC)
-    static void matmul_forward(real* out, int ldo, const real* inp, const real* weight, const real* bias, int N, int C, int OC) {
+    static void matmul_forward(real* out, int ldo, const real* inp, const real* weight, const real* bias, int N, int C,
+                               int OC) {
         product({true, false, OC, N, C, C, C, ldo, false, bias != nullptr}, out, weight, inp, bias, 0.0f);
     }
 
@@ -150,7 +152,8 @@ struct CudaMatmul {
     }
 
     // dweight (OC,C) += dout(N,OC)^T inp (N,C); dout has row stride ldo, the sum over micro-steps is fp32
-    static void matmul_backward_weight(float* dweight, const real* dout, int ldo, const real* inp, int N, int C, int OC) {
+    static void matmul_backward_weight(float* dweight, const real* dout, int ldo, const real* inp, int N, int C,
+                                       int OC) {
         product({false, true, C, OC, N, C, ldo, C, true, false}, dweight, inp, dout, nullptr, 1.0f);
     }
 
@@ -229,11 +232,12 @@ struct CudaMatmul {
             CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(preference, attribute, &alignment, sizeof(alignment)));
         cublasLtMatmulHeuristicResult_t found;
         int count = 0;
-        CUBLAS_CHECK(cublasLtMatmulAlgoGetHeuristic(handle(), plan.operation, plan.a, plan.b, plan.d, plan.d, preference, 1,
-                                                    &found, &count));
+        CUBLAS_CHECK(cublasLtMatmulAlgoGetHeuristic(handle(), plan.operation, plan.a, plan.b, plan.d, plan.d,
+                                                    preference, 1, &found, &count));
         CUBLAS_CHECK(cublasLtMatmulPreferenceDestroy(preference));
-        if (count == 0) fail("cuBLASLt has no algorithm for a %d x %d x %d product on %s", key.m, key.n, key.k,
-                             CudaRuntime::properties().name);
+        if (count == 0)
+            fail("cuBLASLt has no algorithm for a %d x %d x %d product on %s", key.m, key.n, key.k,
+                 CudaRuntime::properties().name);
         plan.algorithm = found.algo;
         return plan;
     }
@@ -243,7 +247,8 @@ struct CudaMatmul {
         if (found == plans().end()) found = plans().emplace(key, make_plan(key)).first;
         Plan& plan = found->second;
         if (bias)
-            CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
+            CUBLAS_CHECK(
+                cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
         const float alpha = 1.0f;
         CUBLAS_CHECK(cublasLtMatmul(handle(), plan.operation, &alpha, a, plan.a, b, plan.b, &beta, d, plan.d, d, plan.d,
                                     &plan.algorithm, workspace(), workspace_bytes, cuda_stream));

@@ -6,16 +6,18 @@
 //   3. Optimizer      one step: reduce gradients -> clip -> momentum -> Newton-Schulz -> update -> gather weights
 //   4. print_plan     the same plan as numbers, for any number of ranks, without a GPU
 //
-// The mathematics of one Muon step for a matrix W with gradient g (Keller Jordan, "Muon", 2024; Moonlight arXiv 2502.16982):
+// The mathematics of one Muon step for a matrix W with gradient g (Keller Jordan, "Muon", 2024; Moonlight arXiv
+// 2502.16982):
 //
 //     buf = mu buf + g                     momentum, fp32, kept by the owner alone
 //     x   = g + mu buf                     Nesterov
-//     U   = NS(x / |x|_F)                  an approximation of the polar factor of x: same singular vectors, values near 1
+//     U   = NS(x / |x|_F)                  about the polar factor of x: the same singular vectors, values near 1
 //     W   = (1 - lr wd) W - lr scale(rows, cols) U
 //
-// DMuon (arXiv 2606.27153) makes this cheap on many ranks: each matrix has one owner, which alone reduces its gradient, keeps
-// its fp32 weights and momentum, and runs Newton-Schulz; the updated weights are gathered by everyone. Against vanilla Muon,
-// where every rank repeats all the work, time and state fall by the number of ranks, and the traffic is that of an all-reduce.
+// DMuon (arXiv 2606.27153) makes this cheap on many ranks: each matrix has one owner, which alone reduces its gradient,
+// keeps its fp32 weights and momentum, and runs Newton-Schulz; the updated weights are gathered by everyone. Against
+// vanilla Muon, where every rank repeats all the work, time and state fall by the number of ranks, and the traffic is
+// that of an all-reduce.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -32,17 +34,17 @@
 // ----------------------------------------------------------------------------------------------------------------------
 // 1. Plan: tensors, pieces, buckets
 //
-// A tensor of the model is cut into pieces; a piece belongs to one rank. Parameters (real) and gradients (float) live in two
-// arenas with the same offsets. An arena is a row of buckets, a bucket is `ranks` equal chunks, and chunk r holds what rank r
-// owns of that bucket:
+// A tensor of the model is cut into pieces; a piece belongs to one rank. Parameters (real) and gradients (float) live
+// in two arenas with the same offsets. An arena is a row of buckets, a bucket is `ranks` equal chunks, and chunk r
+// holds what rank r owns of that bucket:
 //
-//     arena   | flat bucket: AdamW's tensors, in order    | bucket 0: layers 0..b-1      | bucket 1: layers b..2b-1     | ...
-//     chunks  |  rank 0   |  rank 1   | ... |  rank N-1   | rank 0 | rank 1 | ... | N-1  | rank 0 | rank 1 | ... | N-1  |
-//     pieces  |  tensors cut wherever a chunk ends        | whole matrices: Q | K | V ...  (dmuon only)
+//     arena   | flat bucket: AdamW's tensors       | bucket: layers 0..b-1  | bucket: layers b..2b-1 | ...
+//     chunks  | rank 0 | rank 1 | ... | rank N-1   | 0 | 1 | ...    | N-1   | 0 | 1 | ...    | N-1   | ...
+//     pieces  | tensors, cut where a chunk ends    | whole matrices: Q | K | V | ...  (dmuon only)
 //
-// so one in-place reduce_scatter of a bucket brings every gradient to its owner and one in-place all_gather brings the new
-// weights back. The flat bucket is ZeRO-1 (arXiv 1910.02054): AdamW is elementwise and may be cut anywhere.
-// Under `adamw` everything is in the flat bucket. Under `muon` (the vanilla baseline) the matrices are replicated: one bucket
+// so one in-place reduce_scatter of a bucket brings every gradient to its owner and one in-place all_gather brings the
+// new weights back. The flat bucket is ZeRO-1 (arXiv 1910.02054): AdamW is elementwise and may be cut anywhere. Under
+// `adamw` everything is in the flat bucket. Under `muon` (the vanilla baseline) the matrices are replicated: one bucket
 // whose gradients are all-reduced and which every rank updates in full.
 
 // A parameter tensor as the model declares it. Vectors have rows == 1.
@@ -68,8 +70,8 @@ struct Piece {
     int tensor;
     size_t begin, count;  // elements of the tensor
     int rows, cols;
-    int owner;            // rank, or -1: replicated
-    size_t offset;        // elements from the start of the arenas
+    int owner;      // rank, or -1: replicated
+    size_t offset;  // elements from the start of the arenas
 };
 
 struct Bucket {
@@ -77,8 +79,8 @@ struct Bucket {
     bool replicated;
 };
 
-// The clip norm is summed over blocks of this many elements, cut at positions that depend on the tensors alone: no number of
-// ranks and no owner changes a bit of it. Chunks of the flat bucket are whole blocks.
+// The clip norm is summed over blocks of this many elements, cut at positions that depend on the tensors alone: no
+// number of ranks and no owner changes a bit of it. Chunks of the flat bucket are whole blocks.
 constexpr size_t norm_block = 16384;
 
 double ns_flops(const Options& options, int m, int n);  // section 2
@@ -95,8 +97,8 @@ struct Plan {
     size_t state = 0;             // elements of one rank's fp32 state: its chunk of every bucket, one after the other
     int layers_per_bucket = 0;
 
-    Plan(std::vector<TensorSpec> specs, const Options& options, int ranks_) : method(method_of(options)), ranks(ranks_),
-                                                                             tensors(std::move(specs)) {
+    Plan(std::vector<TensorSpec> specs, const Options& options, int ranks_)
+        : method(method_of(options)), ranks(ranks_), tensors(std::move(specs)) {
         place_flat();
         if (method == Method::muon) place_replicated(options);
         if (method == Method::dmuon) place_owned(options);
@@ -119,7 +121,7 @@ struct Plan {
         fail("internal: element %zu is not in a chunk of rank %d", offset, rank);
     }
 
-    bool is_muon(const Piece& piece) const { return method != Method::adamw && tensors[piece.tensor].hidden; }
+    bool is_muon(int tensor) const { return method != Method::adamw && tensors[tensor].hidden; }
 
     // The offset of the element `begin` of a tensor, where a piece starts.
     size_t offset_of(int tensor, size_t begin = 0) const {
@@ -135,7 +137,7 @@ struct Plan {
         std::vector<int> order;
         for (bool decay : {true, false})
             for (int t = 0; t < int(tensors.size()); t++)
-                if (tensors[t].decay == decay && !(method != Method::adamw && tensors[t].hidden)) order.push_back(t);
+                if (tensors[t].decay == decay && !is_muon(t)) order.push_back(t);
         size_t total = 0;
         std::vector<size_t> starts;
         for (int t : order) {
@@ -178,7 +180,8 @@ struct Plan {
         buckets.push_back({begin, at - begin, true});
     }
 
-    // Owners first, then buckets: the fewest layers per bucket that leave every bucket balanced, else one bucket for all.
+    // Owners first, then buckets: the fewest layers per bucket that leave every bucket balanced, else one bucket for
+    // all.
     void place_owned(const Options& options) {
         std::vector<Piece> all = matrices(options);
         if (options.owner == "lpt") assign_lpt(all, options);
@@ -253,15 +256,17 @@ struct Plan {
 // ----------------------------------------------------------------------------------------------------------------------
 // 2. Newton-Schulz
 //
-// An odd polynomial p(X) = aX + b(XX^T)X + c(XX^T)^2 X acts on the singular values of X and leaves its singular vectors alone.
-// Five of them, chosen well, take values in (0, 1] close to 1: an orthogonal matrix by products alone, which is what a GPU does best.
+// An odd polynomial p(X) = aX + b(XX^T)X + c(XX^T)^2 X acts on the singular values of X and leaves its singular vectors
+// alone. Five of them, chosen well, take values in (0, 1] close to 1: an orthogonal matrix by products alone, which is
+// what a GPU does best.
 
 struct Coefficients {
     double a, b, c;
 };
 
-// The polynomial of step k (0-based). keller: Keller Jordan 2024, the same at every step. polar_express: arXiv 2505.16932, with
-// the safety factor 1.05 folded into all five as the reference DMuon does. you: Jiacheng You's five, tuned per step.
+// The polynomial of step k (0-based). keller: Keller Jordan 2024, the same at every step. polar_express: arXiv
+// 2505.16932, with the safety factor 1.05 folded into all five as the reference DMuon does. you: Jiacheng You's five,
+// tuned per step.
 inline Coefficients ns_coefficients(const std::string& name, int k) {
     static const Coefficients polar_express[5] = {{8.28721201814563, -23.595886519098837, 17.300387312530933},
                                                   {4.107059111542203, -2.9478499167379106, 0.5448431082926601},
@@ -287,17 +292,19 @@ struct NsConfig {
     NsType type;
 };
 
-// `auto` is a table per shape, made from measurements (dev/results): the Gram form wins when the long side is at least twice the
-// short one. It is never timed at run time: replicas and resumed runs must agree on every bit. In bf16 it stays standard: there the
-// rounding of R leaves small negative eigenvalues, which Polar Express enlarges until some nearly low-rank matrices blow up, restarts
-// or not (seen on up to 3% of random rank-deficient matrices; never in fp16, which has three more bits).
+// `auto` is a table per shape, made from measurements (dev/results): the Gram form wins when the long side is at least
+// twice the short one. It is never timed at run time: replicas and resumed runs must agree on every bit. In bf16 it
+// stays standard: there the rounding of R leaves small negative eigenvalues, which Polar Express enlarges until some
+// nearly low-rank matrices blow up, restarts or not (seen on up to 3% of random rank-deficient matrices; never in fp16,
+// which has three more bits).
 inline NsConfig ns_config(const Options& options, int m, int n) {
     NsType type = options.ns_dtype == "bf16" ? NsType::bf16 : options.ns_dtype == "fp16" ? NsType::fp16 : NsType::fp32;
     bool gram = options.ns == "gram" || (options.ns == "auto" && type != NsType::bf16 && n >= 2 * m);
     return {gram, options.ns_coefficients, int(options.ns_steps), type};
 }
 
-// Scratch of newton_schulz: the iterate and its successor (batch, m, n), and square matrices (batch, m, m), all of type `type`.
+// Scratch of newton_schulz: the iterate and its successor (batch, m, n), and square matrices (batch, m, m), all of type
+// `type`.
 struct NsWorkspace {
     void *X, *Y;
     void* S[4];
@@ -312,17 +319,20 @@ struct NsWorkspace {
     }
 };
 
-// Orthogonalises the batch of (m, n) matrices in w.X, m <= n, whose Frobenius norms are at most 1. The result is in w.X.
+// Orthogonalises the batch of (m, n) matrices in w.X, m <= n, whose Frobenius norms are at most 1. The result is in
+// w.X.
 //
 // Standard: A = X X^T;  B = bA + cA^2;  X = aX + BX, each step on the full matrix.
-// Gram (Zhang, Amsel, Chen, Dao 2026): every step is a polynomial of R = X X^T, so iterate on the small (m, m) matrix and multiply
-// X once at the end: Z = bR + cR^2; Q = QZ + aQ; R = (Z + aI) R (Z + aI). Rounding errors of R grow, hence restarts that apply Q
-// and form R anew, after steps 2 and 4. All of Q, Z, R are polynomials of one symmetric matrix: they commute and
-// every product of them is symmetric, so only half of its tiles is computed.
+// Gram (Zhang, Amsel, Chen, Dao 2026): every step is a polynomial of R = X X^T, so iterate on the small (m, m) matrix
+// and multiply X once at the end: Z = bR + cR^2; Q = QZ + aQ; R = (Z + aI) R (Z + aI). Rounding errors of R grow, hence
+// restarts that apply Q and form R anew, after steps 2 and 4. All of Q, Z, R are polynomials of one symmetric matrix:
+// they commute and every product of them is symmetric, so only half of its tiles is computed.
 template <class Backend>
 void newton_schulz(NsWorkspace& w, int batch, int m, int n, const NsConfig& config) {
-    auto symmetric = [&](void* D, const void* A, const void* B, const void* C, double alpha, double beta, int k, double diag = 0) {
-        Backend::ns_product(D, A, B, C, float(alpha), float(beta), float(diag), batch, m, m, k, NsProduct::symmetric_nt, config.type);
+    auto symmetric = [&](void* D, const void* A, const void* B, const void* C, double alpha, double beta, int k,
+                         double diag = 0) {
+        Backend::ns_product(D, A, B, C, float(alpha), float(beta), float(diag), batch, m, m, k, NsProduct::symmetric_nt,
+                            config.type);
     };
     auto times_X = [&](void* D, const void* A, double beta) {  // D = A X + beta X
         Backend::ns_product(D, A, w.X, w.X, 1.0f, float(beta), 0.0f, batch, m, n, m, NsProduct::nn, config.type);
@@ -367,8 +377,8 @@ struct FlopCounter {
         static double count;
         return count;
     }
-    static void ns_product(void*, const void*, const void*, const void*, float, float, float, int batch, int M, int N, int K,
-                           NsProduct kind, NsType) {
+    static void ns_product(void*, const void*, const void*, const void*, float, float, float, int batch, int M, int N,
+                           int K, NsProduct kind, NsType) {
         flops() += (kind == NsProduct::symmetric_nt ? 1.0 : 2.0) * batch * M * N * K;  // symmetric: half of the tiles
     }
 };
@@ -386,10 +396,11 @@ inline double ns_flops(const Options& options, int m, int n) {
 // 3. Optimizer
 
 // The factor between an orthogonal update and its step, rows = outputs, cols = inputs. keller: sqrt(max(1, rows/cols)).
-// moonlight (arXiv 2502.16982): 0.2 sqrt(max(rows, cols)), which gives the update AdamW's usual RMS of about 0.2, so that AdamW's
-// learning rates carry over.
+// moonlight (arXiv 2502.16982): 0.2 sqrt(max(rows, cols)), which gives the update AdamW's usual RMS of about 0.2, so
+// that AdamW's learning rates carry over.
 inline double muon_scale(const std::string& name, int rows, int cols) {
-    return name == "keller" ? std::sqrt(std::max(1.0, double(rows) / cols)) : 0.2 * std::sqrt(double(std::max(rows, cols)));
+    return name == "keller" ? std::sqrt(std::max(1.0, double(rows) / cols))
+                            : 0.2 * std::sqrt(double(std::max(rows, cols)));
 }
 
 // The phases of a step, for --profile.
@@ -403,14 +414,14 @@ class Optimizer {
   public:
     const Options& options;
     const Plan plan;
-    real* params;    // (arena)
-    float* grads;    // (arena), the accumulator over micro-steps
-    float* master;   // (state) fp32 weights
-    float* moment1;  // (state) AdamW's m, Muon's momentum
-    float* moment2;  // (chunk of the flat bucket) AdamW's v
-    float* clip;     // [2] scale, norm
-    int64_t steps_done = 0;         // AdamW's bias correction counts them
-    int64_t orthogonalised = 0;     // matrices (or tiles) this rank has put through Newton-Schulz
+    real* params;                // (arena)
+    float* grads;                // (arena), the accumulator over micro-steps
+    float* master;               // (state) fp32 weights
+    float* moment1;              // (state) AdamW's m, Muon's momentum
+    float* moment2;              // (chunk of the flat bucket) AdamW's v
+    float* clip;                 // [2] scale, norm
+    int64_t steps_done = 0;      // AdamW's bias correction counts them
+    int64_t orthogonalised = 0;  // matrices (or tiles) this rank has put through Newton-Schulz
 
     Optimizer(std::vector<TensorSpec> tensors, const Options& options_, int heads)
         : options(options_), plan(std::move(tensors), options_, ranks.size) {
@@ -425,18 +436,20 @@ class Optimizer {
     }
 
     static size_t bytes(const Plan& plan) {
-        return plan.arena * (sizeof(real) + sizeof(float)) + plan.state * 2 * sizeof(float) + plan.buckets[0].chunk * sizeof(float);
+        return plan.arena * (sizeof(real) + sizeof(float)) + plan.state * 2 * sizeof(float) +
+               plan.buckets[0].chunk * sizeof(float);
     }
     size_t workspace_bytes() const { return ns_bytes; }
     size_t phase_calls() const { return 5 + 2 * batches.size(); }  // of phase_done in a step
 
-    // One step with the gradients in `grads` (sums over this rank's micro-steps, already divided by the tokens of the whole
-    // step). `phase_done(p)` is called when a piece of phase p has been enqueued. Nothing here waits for the device.
+    // One step with the gradients in `grads` (sums over this rank's micro-steps, already divided by the tokens of the
+    // whole step). `phase_done(p)` is called when a piece of phase p has been enqueued. Nothing here waits for the
+    // device.
     //
-    // --grad_clip is one rule for all three optimizers: the norm is that of the whole averaged gradient, Muon's matrices
-    // included, and its scale multiplies the gradient before AdamW and before Muon's momentum. Muon's update does not depend
-    // on the length of x, so for it clipping only limits how much one large gradient weighs in the momentum. A norm that is not
-    // finite makes the scale 0, and scale 0 skips the whole update.
+    // --grad_clip is one rule for all three optimizers: the norm is that of the whole averaged gradient, Muon's
+    // matrices included, and its scale multiplies the gradient before AdamW and before Muon's momentum. Muon's update
+    // does not depend on the length of x, so for it clipping only limits how much one large gradient weighs in the
+    // momentum. A norm that is not finite makes the scale 0, and scale 0 skips the whole update.
     template <class PhaseDone>
     void step(float lr, float muon_lr, PhaseDone phase_done) {
         steps_done++;
@@ -451,8 +464,8 @@ class Optimizer {
         size_t state = plan.buckets[0].chunk;
         for (size_t b = 1; b < plan.buckets.size(); b++) {
             const Bucket& bucket = plan.buckets[b];
-            Backend::muon_momentum(grads + my_chunk(bucket), moment1 + state, bucket.chunk, float(options.muon_momentum),
-                                   options.nesterov, clip);
+            Backend::muon_momentum(grads + my_chunk(bucket), moment1 + state, bucket.chunk,
+                                   float(options.muon_momentum), options.nesterov, clip);
             state += bucket.chunk;
         }
         phase_done(phase_momentum);
@@ -466,8 +479,9 @@ class Optimizer {
             newton_schulz<Backend>(w, batch.count, mp, np, config);
             phase_done(phase_ns);
             float wd = float(options.muon_weight_decay >= 0 ? options.muon_weight_decay : options.weight_decay);
-            Backend::muon_update(params, master, w.X, batch.refs, batch.count, batch.rows, batch.cols, 1.0f - muon_lr * wd,
-                                 muon_lr * float(muon_scale(options.muon_scale, batch.rows, batch.cols)), config.type, clip);
+            Backend::muon_update(
+                params, master, w.X, batch.refs, batch.count, batch.rows, batch.cols, 1.0f - muon_lr * wd,
+                muon_lr * float(muon_scale(options.muon_scale, batch.rows, batch.cols)), config.type, clip);
             orthogonalised += batch.count;
             phase_done(phase_update);
         }
@@ -478,9 +492,9 @@ class Optimizer {
         size_t border = std::min(std::max(plan.decay_end, mine), end);  // tensors with weight decay lie before it
         auto adamw = [&](size_t from, size_t to, double weight_decay) {
             if (from < to)
-                Backend::adamw(params + from, master + (from - mine), moment1 + (from - mine), moment2 + (from - mine), grads + from,
-                               to - from, lr, float(options.beta1), float(options.beta2), 1e-8f, float(weight_decay), correction1,
-                               correction2, clip);
+                Backend::adamw(params + from, master + (from - mine), moment1 + (from - mine), moment2 + (from - mine),
+                               grads + from, to - from, lr, float(options.beta1), float(options.beta2), 1e-8f,
+                               float(weight_decay), correction1, correction2, clip);
         };
         adamw(mine, border, options.weight_decay);
         adamw(border, end, 0.0);
@@ -515,7 +529,8 @@ class Optimizer {
         gather();
     }
 
-    // The parts of fp32 state that a tensor has, in element order: `here` says whether this rank holds it, `state` where.
+    // The parts of fp32 state that a tensor has, in element order: `here` says whether this rank holds it, `state`
+    // where.
     struct StatePart {
         size_t begin, count;
         int owner;  // rank to ask
@@ -532,7 +547,6 @@ class Optimizer {
         }
         return parts;
     }
-    bool muon_tensor(int tensor) const { return plan.method != Method::adamw && plan.tensors[tensor].hidden; }
 
   private:
     // Matrices (or tiles) of one shape that this rank puts through Newton-Schulz in one go.
@@ -549,14 +563,18 @@ class Optimizer {
     Range* norm_ranges = nullptr;  // (blocks), device; empty where another rank owns the block
     int blocks = 0;
 
-    template <class T> static T* allocate(size_t count, const char* what) {
+    template <class T>
+    static T* allocate(size_t count, const char* what) {
         return static_cast<T*>(Backend::alloc(count * sizeof(T), what));
     }
 
-    size_t my_chunk(const Bucket& bucket) const { return bucket.begin + (bucket.replicated ? 0 : ranks.rank * bucket.chunk); }
+    size_t my_chunk(const Bucket& bucket) const {
+        return bucket.begin + (bucket.replicated ? 0 : ranks.rank * bucket.chunk);
+    }
 
     // A copy on the device of a table made once on the host.
-    template <class T> static T* device_table(const std::vector<T>& table, const char* what) {
+    template <class T>
+    static T* device_table(const std::vector<T>& table, const char* what) {
         T* device = allocate<T>(table.size(), what);
         Backend::upload(device, table.data(), table.size() * sizeof(T));
         Backend::synchronize();  // before the first step: `table` may go
@@ -568,9 +586,10 @@ class Optimizer {
         std::vector<Range> ranges;
         size_t mine = my_chunk(plan.buckets[0]), chunk = plan.buckets[0].chunk;
         for (size_t begin = 0; begin < plan.flat; begin += norm_block)
-            ranges.push_back({begin, begin >= mine && begin < mine + chunk ? std::min(norm_block, plan.flat - begin) : 0});
+            ranges.push_back(
+                {begin, begin >= mine && begin < mine + chunk ? std::min(norm_block, plan.flat - begin) : 0});
         for (const Piece& piece : plan.pieces) {
-            if (!plan.is_muon(piece)) continue;
+            if (!plan.is_muon(piece.tensor)) continue;
             bool here = std::max(piece.owner, 0) == ranks.rank;
             for (size_t begin = 0; begin < piece.count; begin += norm_block)
                 ranges.push_back({piece.offset + begin, here ? std::min(norm_block, piece.count - begin) : 0});
@@ -580,24 +599,27 @@ class Optimizer {
         norm_ranges = device_table(ranges, "block ranges");
     }
 
-    // dmuon puts all its matrices of one shape into one batch (as many at a time as the workspace holds); vanilla muon takes one
-    // matrix after the other. --muon_qkv heads and --muon_tile cut a matrix into tiles that are orthogonalised by themselves.
+    // dmuon puts all its matrices of one shape into one batch (as many at a time as the workspace holds); vanilla muon
+    // takes one matrix after the other. --muon_qkv heads and --muon_tile cut a matrix into tiles that are
+    // orthogonalised by themselves.
     void make_batches(int heads) {
         constexpr size_t workspace_limit = size_t(1) << 30;
-        std::map<std::tuple<int, int, int>, std::vector<MatrixRef>> by_shape;  // (sequence number under muon, rows, cols)
+        std::map<std::tuple<int, int, int>, std::vector<MatrixRef>>
+            by_shape;  // (sequence number under muon, rows, cols)
         int sequence = 0;
         for (const Piece& piece : plan.pieces) {
-            if (!plan.is_muon(piece) || (piece.owner >= 0 && piece.owner != ranks.rank)) continue;
+            if (!plan.is_muon(piece.tensor) || (piece.owner >= 0 && piece.owner != ranks.rank)) continue;
             if (plan.method == Method::muon) sequence++;
             bool per_head = options.muon_qkv == "heads" && plan.tensors[piece.tensor].split > 1;
             int tile = options.muon_tile > 0 ? int(options.muon_tile) : std::max(piece.rows, piece.cols);
-            int tile_rows = std::min(per_head ? piece.rows / heads : piece.rows, tile), tile_cols = std::min(piece.cols, tile);
+            int tile_rows = std::min(per_head ? piece.rows / heads : piece.rows, tile),
+                tile_cols = std::min(piece.cols, tile);
             size_t state = plan.state_offset(piece.offset, ranks.rank);
             for (int r = 0; r < piece.rows; r += tile_rows)
                 for (int c = 0; c < piece.cols; c += tile_cols) {
                     size_t at = size_t(r) * piece.cols + c;
-                    by_shape[{sequence, std::min(tile_rows, piece.rows - r), std::min(tile_cols, piece.cols - c)}].push_back(
-                        {piece.offset + at, state + at, piece.cols});
+                    by_shape[{sequence, std::min(tile_rows, piece.rows - r), std::min(tile_cols, piece.cols - c)}]
+                        .push_back({piece.offset + at, state + at, piece.cols});
                 }
         }
         size_t scratch = 0;
@@ -608,7 +630,8 @@ class Optimizer {
             size_t each = NsWorkspace::bytes(1, round_up(m, 8), round_up(n, 8), type);
             size_t at_once = std::max<size_t>(1, std::min<size_t>(workspace_limit / each, 65535));
             for (size_t first = 0; first < refs.size(); first += at_once) {
-                std::vector<MatrixRef> part(refs.begin() + first, refs.begin() + std::min(first + at_once, refs.size()));
+                std::vector<MatrixRef> part(refs.begin() + first,
+                                            refs.begin() + std::min(first + at_once, refs.size()));
                 batches.push_back({rows, cols, int(part.size()), device_table(part, "matrix table")});
                 ns_bytes = std::max(ns_bytes, part.size() * each);
                 scratch = std::max(scratch, Backend::ns_scratch_doubles(int(part.size())));
@@ -622,7 +645,8 @@ class Optimizer {
 // ----------------------------------------------------------------------------------------------------------------------
 // 4. The plan as numbers
 
-// Rates for predictions, stated with every prediction: what hand-written bf16 products, device memory and NVLink reach on an H100.
+// Rates for predictions, stated with every prediction: what hand-written bf16 products, device memory and NVLink reach
+// on an H100.
 constexpr double plan_flops = 400e12, plan_memory = 2.5e12, plan_link = 250e9;
 
 // Who owns what, and what it costs each rank. `element` is the size of a parameter on the device (bytes).
@@ -636,7 +660,7 @@ inline void print_plan(const Plan& plan, const Options& options, size_t element,
     std::vector<Load> loads(plan.ranks);
     std::map<std::pair<int, int>, double> cost;  // by shape
     for (const Piece& piece : plan.pieces) {
-        if (!plan.is_muon(piece)) continue;
+        if (!plan.is_muon(piece.tensor)) continue;
         auto shape = std::make_pair(piece.rows, piece.cols);
         if (!cost.count(shape)) cost[shape] = ns_flops(options, piece.rows, piece.cols);
         const TensorSpec& tensor = plan.tensors[piece.tensor];
@@ -664,22 +688,26 @@ inline void print_plan(const Plan& plan, const Options& options, size_t element,
             const Load& load = loads[r];
             double bytes = double(load.elements) * element;
             size_t state = 2 * sizeof(float) * load.elements + 3 * sizeof(float) * plan.buckets[0].chunk;
-            fprintf(out, "%5d %9d %12.3f %12.2f %12.2f %s\n", r, load.matrices, load.flops / 1e9, bytes / 1048576, state / 1048576.0,
-                    load.names.c_str());
+            fprintf(out, "%5d %9d %12.3f %12.2f %12.2f %s\n", r, load.matrices, load.flops / 1e9, bytes / 1048576,
+                    state / 1048576.0, load.names.c_str());
             flops_max = std::max(flops_max, load.flops), bytes_max = std::max(bytes_max, bytes);
             flops_sum += load.flops, bytes_sum += bytes;
         }
-        fprintf(out, "max/mean: FLOPs %.3f, bytes %.3f\n", flops_max / (flops_sum / plan.ranks), bytes_max / (bytes_sum / plan.ranks));
+        fprintf(out, "max/mean: FLOPs %.3f, bytes %.3f\n", flops_max / (flops_sum / plan.ranks),
+                bytes_max / (bytes_sum / plan.ranks));
     }
-    // Each rank sends and receives (N-1)/N of every bucket, once as fp32 gradients and once as weights; an all-reduce of the
-    // replicated matrices moves their gradients twice and gathers nothing.
+    // Each rank sends and receives (N-1)/N of every bucket, once as fp32 gradients and once as weights; an all-reduce
+    // of the replicated matrices moves their gradients twice and gathers nothing.
     double share = double(plan.ranks - 1) / plan.ranks, traffic = 0;
     for (const Bucket& bucket : plan.buckets)
         traffic += bucket.replicated ? 2 * share * bucket.chunk * sizeof(float)
                                      : share * bucket.chunk * plan.ranks * (sizeof(float) + element);
-    double touched = plan.buckets[0].chunk * (7.0 * sizeof(float) + element) + bytes_max / element * (8.0 * sizeof(float) + element);
+    double touched =
+        plan.buckets[0].chunk * (7.0 * sizeof(float) + element) + bytes_max / element * (8.0 * sizeof(float) + element);
     fprintf(out, "traffic per rank and step: %.1f MiB\n", traffic / 1048576);
-    fprintf(out, "predicted: Newton-Schulz %.3f ms (at %.0f TFLOP/s), elementwise %.3f ms (at %.1f TB/s), communication %.3f ms (at %.0f GB/s)\n",
+    fprintf(out,
+            "predicted: Newton-Schulz %.3f ms (at %.0f TFLOP/s), elementwise %.3f ms (at %.1f TB/s), communication "
+            "%.3f ms (at %.0f GB/s)\n",
             flops_max / plan_flops * 1e3, plan_flops / 1e12, touched / plan_memory * 1e3, plan_memory / 1e12,
             traffic / plan_link * 1e3, plan_link / 1e9);
 }

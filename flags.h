@@ -73,7 +73,7 @@ struct ModelPreset {
 inline const ModelPreset model_presets[] = {
     {"d6", 6, 6, 384}, {"d12", 12, 12, 768}, {"d24", 24, 16, 1024}, {"d36", 36, 20, 1280}, {"d48", 48, 25, 1600}};
 
-inline const ModelPreset* find_preset(const std::string& name) { // null if there is no such preset
+inline const ModelPreset* find_preset(const std::string& name) {  // null if there is no such preset
     for (const ModelPreset& preset : model_presets) {
         if (name == preset.name) return &preset;
     }
@@ -82,17 +82,17 @@ inline const ModelPreset* find_preset(const std::string& name) { // null if ther
 
 struct Flag {
     const char* group;
-    const char* name; // also the name of the member
+    const char* name;  // also the name of the member
     std::variant<int Options::*, int64_t Options::*, double Options::*, bool Options::*, std::string Options::*> member;
-    const char* values; // what may follow, as --help shows it: "a|b" takes just these; a word in CAPITALS is free text
+    const char* values;  // what may follow, as --help shows it: "a|b" takes just these; a word in CAPITALS is free text
     const char* help;
-    double min = 0, max = 0; // numbers only, both ends included
+    double min = 0, max = 0;  // numbers only, both ends included
 };
 
 inline const std::vector<Flag>& flag_table() {
     using O = Options;
-    static const double many = 1e15;          // no limit that a run could meet, and exact as a double
-    static const double below_one = 0.999999; // a decay of 1 never forgets, and its bias correction divides by zero
+    static const double many = 1e15;           // no limit that a run could meet, and exact as a double
+    static const double below_one = 0.999999;  // a decay of 1 never forgets, and its bias correction divides by zero
     static const char* const on_off = "0|1";
     static const std::vector<Flag> table = {
         {"data", "train", &O::train, "GLOB", "token shards to train on, quoted: 'data/*_train_*.bin'; required"},
@@ -137,7 +137,8 @@ inline const std::vector<Flag>& flag_table() {
         {"muon", "muon_tile", &O::muon_tile, "T",
          "orthogonalise T x T tiles, each by itself (Hierarchical Muon); 0: whole matrices", 0, 65536},
         {"muon", "ns", &O::ns, "standard|gram|auto",
-         "Newton-Schulz on the matrix; on its small Gram matrix, fewer FLOPs if one side is longer, best in fp16 (in bf16 nearly "
+         "Newton-Schulz on the matrix; on its small Gram matrix, fewer FLOPs if one side is longer, best in fp16 (in "
+         "bf16 nearly "
          "low-rank matrices can blow up); or by a fixed table of shapes"},
         {"muon", "ns_coefficients", &O::ns_coefficients, "keller|polar_express|you", "polynomials of the steps"},
         {"muon", "ns_steps", &O::ns_steps, "N", "Newton-Schulz steps; polar_express and you have 5 at most", 1, 20},
@@ -159,7 +160,8 @@ inline const std::vector<Flag>& flag_table() {
         {"run", "switch_optimizer", &O::switch_optimizer, on_off, "allow a resume under another --optimizer"},
         {"run", "device", &O::device, "auto|cuda|cpu", "where to compute; auto: on a GPU if there is one"},
         {"run", "gpus", &O::gpus, "N", "start N processes on this machine, one a GPU; 0: just this one", 0, 1024},
-        {"run", "recompute", &O::recompute, on_off, "compute GELU and LayerNorm again in the backward pass: less memory, more time"},
+        {"run", "recompute", &O::recompute, on_off,
+         "compute GELU and LayerNorm again in the backward pass: less memory, more time"},
         {"run", "profile", &O::profile, on_off, "time the phases of each step"},
         {"run", "rank_timeout", &O::rank_timeout, "SECONDS", "give up on a rank that is silent for so long", 1, 1e6},
         {"run", "help", &O::help, on_off, "print this and exit"},
@@ -170,13 +172,15 @@ inline const std::vector<Flag>& flag_table() {
 
 // The value of a flag as one would type it.
 inline std::string flag_value(const Flag& flag, const Options& options) {
-    return std::visit([&](auto member) -> std::string {
-        const auto& value = options.*member;
-        using T = std::decay_t<decltype(value)>;
-        if constexpr (std::is_same_v<T, std::string>) return value;
-        else if constexpr (std::is_same_v<T, double>) return strprintf("%.10g", value);
-        else return std::to_string(value);
-    }, flag.member);
+    return std::visit(
+        [&](auto member) -> std::string {
+            const auto& value = options.*member;
+            using T = std::decay_t<decltype(value)>;
+            if constexpr (std::is_same_v<T, std::string>) return value;
+            else if constexpr (std::is_same_v<T, double>) return strprintf("%.10g", value);
+            else return std::to_string(value);
+        },
+        flag.member);
 }
 
 // "--lr 0.001" for each flag that differs from its default: the start-up table shows these.
@@ -190,9 +194,10 @@ inline std::vector<std::string> non_default_flags(const Options& options) {
 }
 
 inline void print_help(FILE* file) {
-    const size_t indent = 23, width = 112; // columns
-    fprintf(file, "usage: train_gpt --train GLOB [--name value | --name=value ...]\n"
-                  "The last of a repeated flag wins. After each: (range) and [default].\n");
+    const size_t indent = 23, width = 112;  // columns
+    fprintf(file,
+            "usage: train_gpt --train GLOB [--name value | --name=value ...]\n"
+            "The last of a repeated flag wins. After each: (range) and [default].\n");
     const char* group = "";
     for (const Flag& flag : flag_table()) {
         if (strcmp(group, flag.group) != 0) fprintf(file, "\n%s\n", group = flag.group);
@@ -207,7 +212,7 @@ inline void print_help(FILE* file) {
             line.clear();
         }
         line.resize(indent, ' ');
-        for (size_t begin = 0, end; begin < text.size(); begin = end + 1) { // word by word
+        for (size_t begin = 0, end; begin < text.size(); begin = end + 1) {  // word by word
             end = std::min(text.find(' ', begin), text.size());
             if (line.size() + 1 + (end - begin) > width) {
                 fprintf(file, "%s\n", line.c_str());
@@ -237,36 +242,38 @@ inline void set_flag(Options& options, const Flag& flag, const std::string& text
     auto check_range = [&](bool inside) {
         if (!inside) usage_fail("--%s %s is out of range: %.15g to %.15g", name, begin, flag.min, flag.max);
     };
-    std::visit([&](auto member) {
-        auto& value = options.*member;
-        using T = std::decay_t<decltype(value)>;
-        if constexpr (std::is_same_v<T, bool>) {
-            const bool yes = text == "1" || text == "true", no = text == "0" || text == "false";
-            if (!yes && !no) usage_fail("--%s '%s': give 0, 1, true, false, or no value for 1", name, begin);
-            value = yes;
-        } else if constexpr (std::is_same_v<T, std::string>) {
-            bool known = false;
-            for (const std::string& word : split_choices(flag.values)) {
-                known = known || word == text || isupper(word[0]);
+    std::visit(
+        [&](auto member) {
+            auto& value = options.*member;
+            using T = std::decay_t<decltype(value)>;
+            if constexpr (std::is_same_v<T, bool>) {
+                const bool yes = text == "1" || text == "true", no = text == "0" || text == "false";
+                if (!yes && !no) usage_fail("--%s '%s': give 0, 1, true, false, or no value for 1", name, begin);
+                value = yes;
+            } else if constexpr (std::is_same_v<T, std::string>) {
+                bool known = false;
+                for (const std::string& word : split_choices(flag.values)) {
+                    known = known || word == text || isupper(word[0]);
+                }
+                if (!known) usage_fail("--%s '%s' is not one of %s", name, begin, flag.values);
+                value = text;
+            } else if constexpr (std::is_same_v<T, double>) {
+                char* stop = nullptr;
+                const double number = strtod(begin, &stop);
+                const bool plain = text.find_first_not_of("0123456789+-.eE") == std::string::npos;
+                if (!plain || stop != end) usage_fail("--%s '%s' is not a number", name, begin);
+                check_range(number >= flag.min && number <= flag.max);
+                value = number;
+            } else {
+                int64_t number = 0;
+                const auto [stop, error] = std::from_chars(begin, end, number);
+                const bool read = error != std::errc::invalid_argument && stop == end;
+                if (!read) usage_fail("--%s '%s' is not a whole number", name, begin);
+                check_range(error == std::errc() && (double)number >= flag.min && (double)number <= flag.max);
+                value = (T)number;
             }
-            if (!known) usage_fail("--%s '%s' is not one of %s", name, begin, flag.values);
-            value = text;
-        } else if constexpr (std::is_same_v<T, double>) {
-            char* stop = nullptr;
-            const double number = strtod(begin, &stop);
-            const bool plain = text.find_first_not_of("0123456789+-.eE") == std::string::npos;
-            if (!plain || stop != end) usage_fail("--%s '%s' is not a number", name, begin);
-            check_range(number >= flag.min && number <= flag.max);
-            value = number;
-        } else {
-            int64_t number = 0;
-            const auto [stop, error] = std::from_chars(begin, end, number);
-            const bool read = error != std::errc::invalid_argument && stop == end;
-            if (!read) usage_fail("--%s '%s' is not a whole number", name, begin);
-            check_range(error == std::errc() && (double)number >= flag.min && (double)number <= flag.max);
-            value = (T)number;
-        }
-    }, flag.member);
+        },
+        flag.member);
 }
 
 // How many letters to insert, delete or replace to get from a to b.
@@ -286,7 +293,7 @@ inline size_t edit_distance(const std::string& a, const std::string& b) {
 
 inline const Flag& find_flag(const std::string& name) {
     const Flag* nearest = nullptr;
-    size_t nearest_distance = name.size() / 2 + 1; // further away it is a guess
+    size_t nearest_distance = name.size() / 2 + 1;  // further away it is a guess
     for (const Flag& flag : flag_table()) {
         if (name == flag.name) return flag;
         const size_t distance = edit_distance(name, flag.name);
@@ -338,7 +345,7 @@ inline void check_contradictions(const Options& o, const std::set<std::string>& 
     }
 
     // muon
-    if (!o.print_plan) { // a plan may be printed for any of them
+    if (!o.print_plan) {  // a plan may be printed for any of them
         for (const char* name : {"muon_lr", "muon_momentum", "nesterov", "muon_weight_decay", "muon_scale", "muon_qkv",
                                  "muon_tile", "ns", "ns_coefficients", "ns_steps", "ns_dtype"}) {
             only_with(name, o.optimizer != "adamw", "--optimizer muon or dmuon");

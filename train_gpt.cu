@@ -1,13 +1,14 @@
-// train_gpt.cu: the program. It trains a GPT-2 class model end to end, on a GPU or without one, from top to bottom of this page:
+// train_gpt.cu: the program. It trains a GPT-2 class model end to end, on a GPU or without one. Read from top to bottom:
 //
 //   1. Model config   sizes, the table of parameter tensors
 //   2. Model          activations, forward, backward; written once over the backend
 //   3. Trainer        data, schedule, evaluation, sampling, checkpoints, log, the training loop
 //   4. main
 //
-// Every operation of the model is a static function of the backend: struct Cuda (hand-written kernels) or struct Cpu (plain C++), with
-// the same signatures. nvcc builds both, a C++17 compiler (-x c++) the CPU one alone. Shapes stand beside every tensor:
-//   L layers, B sequences of T tokens, N = B T rows, C channels, H heads, V vocabulary, Vp its size padded to a multiple of 128.
+// Every operation of the model is a static function of the backend: struct Cuda (hand-written kernels) or struct Cpu
+// (plain C++), with the same signatures. nvcc builds both, a C++17 compiler (-x c++) the CPU one alone. Shapes stand
+// beside every tensor: L layers, B sequences of T tokens, N = B T rows, C channels, H heads, V vocabulary, Vp its size
+// padded to a multiple of 128.
 // defines: Options, parse_flags, print_help, ModelPreset
 #include "flags.h"
 // defines: Shards, DataLoader, Batch, Tokenizer
@@ -66,7 +67,9 @@ inline std::vector<TensorSpec> tensor_specs(const ModelConfig& config) {
     auto matrix = [&](std::string name, int rows, int cols, int layer, int split = 1) {
         specs.push_back({name, rows, cols, rows, layer >= 0, true, layer, split});
     };
-    auto vector = [&](std::string name, int size, int layer) { specs.push_back({name, 1, size, 1, false, false, layer, 1}); };
+    auto vector = [&](std::string name, int size, int layer) {
+        specs.push_back({name, 1, size, 1, false, false, layer, 1});
+    };
     matrix("wte.weight", config.padded_vocab(), C, -1);
     specs.back().stored_rows = config.vocab;
     matrix("wpe.weight", config.seq_len, C, -1);
@@ -96,16 +99,17 @@ inline size_t parameter_count(const std::vector<TensorSpec>& specs) {
     return count;
 }
 
-// Pointers to the tensors in an arena: real* into the parameters, float* into the gradients. Gradients are fp32 because they
-// accumulate over micro-steps: a bf16 sum drops every addend below 2^-9 of it, so that many small batches would not add up to a
-// large one. Q, K and V may have different owners and then lie apart.
-template <class T> struct Tensors {
+// Pointers to the tensors in an arena: real* into the parameters, float* into the gradients. Gradients are fp32 because
+// they accumulate over micro-steps: a bf16 sum drops every addend below 2^-9 of it, so that many small batches would
+// not add up to a large one. Q, K and V may have different owners and then lie apart.
+template <class T>
+struct Tensors {
     struct Layer {
-        T *ln1w, *ln1b;      // (C)
-        T *qkvw[3], *qkvb;   // 3 x (C,C), (3C)
+        T *ln1w, *ln1b;          // (C)
+        T *qkvw[3], *qkvb;       // 3 x (C,C), (3C)
         T *attprojw, *attprojb;  // (C,C), (C)
-        T *ln2w, *ln2b;      // (C)
-        T *fcw, *fcb;        // (4C,C), (4C)
+        T *ln2w, *ln2b;          // (C)
+        T *fcw, *fcb;            // (4C,C), (4C)
         T *fcprojw, *fcprojb;    // (C,4C), (C)
     };
     T *wte, *wpe;  // (Vp,C), (maxT,C)
@@ -118,9 +122,11 @@ template <class T> struct Tensors {
         wte = next(), wpe = next();
         for (Layer& layer : layers) {
             layer.ln1w = next(), layer.ln1b = next();
-            for (int i = 0; i < 3; i++) layer.qkvw[i] = arena + plan.offset_of(t, i * size_t(config.channels) * config.channels);
+            for (int i = 0; i < 3; i++)
+                layer.qkvw[i] = arena + plan.offset_of(t, i * size_t(config.channels) * config.channels);
             t++;
-            layer.qkvb = next(), layer.attprojw = next(), layer.attprojb = next(), layer.ln2w = next(), layer.ln2b = next();
+            layer.qkvb = next(), layer.attprojw = next(), layer.attprojb = next(), layer.ln2w = next(),
+            layer.ln2b = next();
             layer.fcw = next(), layer.fcb = next(), layer.fcprojw = next(), layer.fcprojb = next();
         }
         lnfw = next(), lnfb = next();
@@ -140,7 +146,8 @@ class Arena {
 
   public:
     size_t bytes = 0;
-    template <class T> void add(T*& pointer, size_t count) {
+    template <class T>
+    void add(T*& pointer, size_t count) {
         tensors.push_back({[&pointer](void* at) { pointer = static_cast<T*>(at); }, bytes});
         bytes += round_up<size_t>(count * sizeof(T), 256);
     }
@@ -149,7 +156,8 @@ class Arena {
     }
 };
 
-template <class Backend> class Model {
+template <class Backend>
+class Model {
     using real = typename Backend::real;
 
   public:
@@ -159,8 +167,11 @@ template <class Backend> class Model {
     const Tensors<float> grads;
 
     Model(const ModelConfig& config_, bool recompute_, Optimizer<Backend>& optimizer)
-        : config(config_), recompute(recompute_), params(optimizer.params, optimizer.plan, config_),
-          grads(optimizer.grads, optimizer.plan, config_), acts(config_.layers) {}
+        : config(config_),
+          recompute(recompute_),
+          params(optimizer.params, optimizer.plan, config_),
+          grads(optimizer.grads, optimizer.plan, config_),
+          acts(config_.layers) {}
 
     // Device memory of the activations for B sequences per micro-step.
     size_t activation_bytes(int B) { return activations(B).bytes; }
@@ -171,10 +182,11 @@ template <class Backend> class Model {
             for (Activations& a : acts) a.ln1 = acts[0].ln1, a.ln2 = acts[0].ln2, a.gelu = acts[0].gelu;
     }
 
-    int *inputs, *targets, *order;  // (B,T) device: tokens, the tokens that follow, positions sorted by token (embedding_backward)
-    real* logits;                   // (N,Vp), turned into dlogits by loss()
-    real* lnf;                      // (N,C), the input of the head
-    float* losses;                  // (N)
+    int *inputs, *targets;  // (B,T) device: tokens, and the tokens that follow
+    int* order;             // (N) device: positions sorted by input token, for embedding_backward
+    real* logits;           // (N,Vp), turned into dlogits by loss()
+    real* lnf;              // (N,C), the input of the head
+    float* losses;          // (N)
 
     // tokens (B,T) -> lnf (B,T,C)
     void forward(const int* tokens, int B, int T) {
@@ -188,18 +200,20 @@ template <class Backend> class Model {
             Backend::matmul_forward(a.qkv, 3 * C, a.ln1, packed_qkv(w.qkvw), w.qkvb, N, C, 3 * C);
             Backend::attention_forward(a.att, a.lse, a.qkv, B, T, C, H);
             Backend::matmul_forward(scratch_c, C, a.att, w.attprojw, w.attprojb, N, C, C);
-            Backend::residual_layernorm_forward(a.residual2, a.ln2, a.ln2_mean, a.ln2_rstd, residual_in(l), scratch_c, w.ln2w,
-                                                w.ln2b, N, C);
+            Backend::residual_layernorm_forward(a.residual2, a.ln2, a.ln2_mean, a.ln2_rstd, residual_in(l), scratch_c,
+                                                w.ln2w, w.ln2b, N, C);
             Backend::matmul_forward(a.fc, 4 * C, a.ln2, w.fcw, w.fcb, N, C, 4 * C);
             Backend::gelu_forward(a.gelu, a.fc, size_t(N) * 4 * C);
             Backend::matmul_forward(scratch_c, C, a.gelu, w.fcprojw, w.fcprojb, N, 4 * C, C);
-            // The block's residual and the next block's first LayerNorm (after the last block: the final one) in one pass.
+            // The block's residual and the next block's first LayerNorm (after the last block: the final one) in one
+            // pass.
             if (l + 1 < L)
-                Backend::residual_layernorm_forward(a.residual3, acts[l + 1].ln1, acts[l + 1].ln1_mean, acts[l + 1].ln1_rstd,
-                                                    a.residual2, scratch_c, params.layers[l + 1].ln1w, params.layers[l + 1].ln1b, N, C);
+                Backend::residual_layernorm_forward(a.residual3, acts[l + 1].ln1, acts[l + 1].ln1_mean,
+                                                    acts[l + 1].ln1_rstd, a.residual2, scratch_c,
+                                                    params.layers[l + 1].ln1w, params.layers[l + 1].ln1b, N, C);
             else
-                Backend::residual_layernorm_forward(a.residual3, lnf, lnf_mean, lnf_rstd, a.residual2, scratch_c, params.lnfw,
-                                                    params.lnfb, N, C);
+                Backend::residual_layernorm_forward(a.residual3, lnf, lnf_mean, lnf_rstd, a.residual2, scratch_c,
+                                                    params.lnfw, params.lnfb, N, C);
         }
     }
 
@@ -223,8 +237,8 @@ template <class Backend> class Model {
         Backend::matmul_backward_weight(grads.wte, logits, Vp, lnf, N, C, Vp);
         // dresidual (N,C): the gradient of the residual stream, which LayerNorm's backward adds to all the way down
         Backend::zero(dresidual, size_t(N) * C * sizeof(real));
-        Backend::layernorm_backward(dresidual, grads.lnfw, grads.lnfb, scratch_c, acts[L - 1].residual3, params.lnfw, lnf_mean,
-                                    lnf_rstd, N, C, partials);
+        Backend::layernorm_backward(dresidual, grads.lnfw, grads.lnfb, scratch_c, acts[L - 1].residual3, params.lnfw,
+                                    lnf_mean, lnf_rstd, N, C, partials);
         for (int l = L - 1; l >= 0; l--) {
             const auto& w = params.layers[l];
             const auto& dw = grads.layers[l];
@@ -243,45 +257,46 @@ template <class Backend> class Model {
             Backend::matmul_backward_weight(dw.fcw, dfc, 4 * C, a.ln2, N, C, 4 * C);
             Backend::bias_backward(dw.fcb, dfc, N, 4 * C, partials);
             Backend::matmul_backward_input(scratch_c, dfc, w.fcw, N, C, 4 * C);
-            Backend::layernorm_backward(dresidual, dw.ln2w, dw.ln2b, scratch_c, a.residual2, w.ln2w, a.ln2_mean, a.ln2_rstd, N, C,
-                                        partials);
+            Backend::layernorm_backward(dresidual, dw.ln2w, dw.ln2b, scratch_c, a.residual2, w.ln2w, a.ln2_mean,
+                                        a.ln2_rstd, N, C, partials);
             // attention
             Backend::matmul_backward_weight(dw.attprojw, dresidual, C, a.att, N, C, C);
             Backend::bias_backward(dw.attprojb, dresidual, N, C, partials);
             Backend::matmul_backward_input(scratch_c, dresidual, w.attprojw, N, C, C);
             Backend::attention_backward(dqkv, delta, scratch_c, a.qkv, a.att, a.lse, B, T, C, H);
-            if (recompute) Backend::layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual_in(l), w.ln1w, w.ln1b, N, C);
+            if (recompute)
+                Backend::layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual_in(l), w.ln1w, w.ln1b, N, C);
             for (int i = 0; i < 3; i++)  // dQ, dK, dV go where their owners want them
                 Backend::matmul_backward_weight(dw.qkvw[i], dqkv + i * C, 3 * C, a.ln1, N, C, C);
             Backend::bias_backward(dw.qkvb, dqkv, N, 3 * C, partials);
             Backend::matmul_backward_input(scratch_c, dqkv, packed_qkv(w.qkvw), N, C, 3 * C);
-            Backend::layernorm_backward(dresidual, dw.ln1w, dw.ln1b, scratch_c, residual_in(l), w.ln1w, a.ln1_mean, a.ln1_rstd, N, C,
-                                        partials);
+            Backend::layernorm_backward(dresidual, dw.ln1w, dw.ln1b, scratch_c, residual_in(l), w.ln1w, a.ln1_mean,
+                                        a.ln1_rstd, N, C, partials);
         }
         Backend::embedding_backward(grads.wte, grads.wpe, dresidual, inputs, order, B, T, C);
     }
 
   private:
     struct Activations {
-        real* ln1;                    // (N,C); one buffer for all layers under --recompute, like ln2 and gelu
-        float *ln1_mean, *ln1_rstd;   // (N)
-        real* qkv;                    // (N,3C)
-        real* att;                    // (N,C)
-        float* lse;                   // (B,H,T) log-sum-exp of each row of the attention scores
-        real* residual2;              // (N,C) the residual stream after attention
-        real* ln2;                    // (N,C)
-        float *ln2_mean, *ln2_rstd;   // (N)
-        real *fc, *gelu;              // (N,4C)
-        real* residual3;              // (N,C) the residual stream after the MLP
+        real* ln1;                   // (N,C); one buffer for all layers under --recompute, like ln2 and gelu
+        float *ln1_mean, *ln1_rstd;  // (N)
+        real* qkv;                   // (N,3C)
+        real* att;                   // (N,C)
+        float* lse;                  // (B,H,T) log-sum-exp of each row of the attention scores
+        real* residual2;             // (N,C) the residual stream after attention
+        real* ln2;                   // (N,C)
+        float *ln2_mean, *ln2_rstd;  // (N)
+        real *fc, *gelu;             // (N,4C)
+        real* residual3;             // (N,C) the residual stream after the MLP
     };
     std::vector<Activations> acts;
-    real* encoded;                // (N,C)
-    float *lnf_mean, *lnf_rstd;   // (N)
-    real* dresidual;              // (N,C)
-    real *scratch_c, *scratch_4c; // (N,C), (N,4C)
-    float* delta;                 // (B,H,T) scratch of the attention backward
-    float* partials;              // partial sums of layernorm_backward and bias_backward
-    real* qkvw_scratch;           // (3C,C)
+    real* encoded;                 // (N,C)
+    float *lnf_mean, *lnf_rstd;    // (N)
+    real* dresidual;               // (N,C)
+    real *scratch_c, *scratch_4c;  // (N,C), (N,4C)
+    float* delta;                  // (B,H,T) scratch of the attention backward
+    float* partials;               // partial sums of layernorm_backward and bias_backward
+    real* qkvw_scratch;            // (3C,C)
 
     const real* residual_in(int l) const { return l == 0 ? encoded : acts[l - 1].residual3; }
 
@@ -294,7 +309,8 @@ template <class Backend> class Model {
     }
 
     Arena activations(int B) {
-        const size_t N = size_t(B) * config.seq_len, C = config.channels, rows = size_t(B) * config.heads * config.seq_len;
+        const size_t N = size_t(B) * config.seq_len, C = config.channels,
+                     rows = size_t(B) * config.heads * config.seq_len;
         Arena arena;
         arena.add(inputs, N), arena.add(targets, N), arena.add(order, N);
         arena.add(encoded, N * C);
@@ -308,8 +324,10 @@ template <class Backend> class Model {
         }
         arena.add(lnf, N * C), arena.add(lnf_mean, N), arena.add(lnf_rstd, N);
         arena.add(logits, N * config.padded_vocab()), arena.add(losses, N);
-        arena.add(dresidual, N * C), arena.add(scratch_c, N * C), arena.add(scratch_4c, N * 4 * C), arena.add(delta, rows);
-        arena.add(partials, std::max(Backend::layernorm_scratch_floats(int(C)), Backend::bias_scratch_floats(int(4 * C))));
+        arena.add(dresidual, N * C), arena.add(scratch_c, N * C), arena.add(scratch_4c, N * 4 * C),
+            arena.add(delta, rows);
+        arena.add(partials,
+                  std::max(Backend::layernorm_scratch_floats(int(C)), Backend::bias_scratch_floats(int(4 * C))));
         arena.add(qkvw_scratch, 3 * C * C);
         return arena;
     }
@@ -318,8 +336,8 @@ template <class Backend> class Model {
 // ----------------------------------------------------------------------------------------------------------------------
 // 3. Trainer
 
-// A normal deviate that is a function of (seed, tensor, element) alone, by Box-Muller on hashed counters: every backend and
-// every number of ranks starts from the same weights.
+// A normal deviate that is a function of (seed, tensor, element) alone, by Box-Muller on hashed counters: every backend
+// and every number of ranks starts from the same weights.
 inline float normal(uint64_t seed, int tensor, uint64_t element) {
     const uint64_t bits = mix(mix(seed + 1) ^ mix((uint64_t(tensor) << 40) + element));
     const double u = (double(bits >> 32) + 0.5) * 0x1p-32, v = double(bits & 0xffffffff) * 0x1p-32;
@@ -327,7 +345,8 @@ inline float normal(uint64_t seed, int tensor, uint64_t element) {
 }
 
 // GPT-2: N(0, 0.02), the projections into the residual stream smaller by sqrt(2L), LayerNorm weights 1, biases 0.
-inline void initial_values(float* out, const TensorSpec& spec, int tensor, size_t begin, size_t count, uint64_t seed, int layers) {
+inline void initial_values(float* out, const TensorSpec& spec, int tensor, size_t begin, size_t count, uint64_t seed,
+                           int layers) {
     auto ends_with = [&](const char* end) {
         const size_t n = strlen(end);
         return spec.name.size() >= n && spec.name.compare(spec.name.size() - n, n, end) == 0;
@@ -382,7 +401,9 @@ class StepLog {
             std::ifstream old(path);
             int64_t step;
             for (std::string line; std::getline(old, line);)
-                if (sscanf(line.c_str(), "{\"step\": %" SCNd64, &step) == 1 && step <= resumed_step && line.back() == '}') kept += line + "\n";
+                if (sscanf(line.c_str(), "{\"step\": %" SCNd64, &step) == 1 && step <= resumed_step &&
+                    line.back() == '}')
+                    kept += line + "\n";
         }
         const std::string temporary = path + ".tmp";
         file = fopen(temporary.c_str(), "w");
@@ -392,16 +413,20 @@ class StepLog {
     }
     void write(const std::string& line) {
         if (!file) return;
-        if (fprintf(file, "%s\n", line.c_str()) < 0 || fflush(file) != 0) fail("cannot write %s: %s", path.c_str(), strerror(errno));
+        if (fprintf(file, "%s\n", line.c_str()) < 0 || fflush(file) != 0)
+            fail("cannot write %s: %s", path.c_str(), strerror(errno));
     }
     ~StepLog() {
         if (file) fclose(file);
     }
 };
 
-inline std::string json_number(double x, const char* format = "%.9g") { return std::isfinite(x) ? strprintf(format, x) : "null"; }
+inline std::string json_number(double x, const char* format = "%.9g") {
+    return std::isfinite(x) ? strprintf(format, x) : "null";
+}
 
-template <class Backend> class Trainer {
+template <class Backend>
+class Trainer {
     using real = typename Backend::real;
     using Event = typename Backend::Event;
 
@@ -409,17 +434,17 @@ template <class Backend> class Trainer {
     const std::unique_ptr<Shards> train, val;
     const std::unique_ptr<Tokenizer> tokenizer;
     const ModelConfig config;
-    const int64_t total_batch;   // tokens per optimizer step, over all ranks
-    const int accumulation;      // micro-steps per optimizer step
+    const int64_t total_batch;  // tokens per optimizer step, over all ranks
+    const int accumulation;     // micro-steps per optimizer step
     Optimizer<Backend> optimizer;
     Model<Backend> model;
     std::unique_ptr<DataLoader> val_loader;
-    int64_t first_step = 0;      // steps done before this process started
+    int64_t first_step = 0;  // steps done before this process started
     StepLog log;
     double flops_per_token;
 
-    // What the device leaves for the host at the end of a step. The host reads it one step later, so it never waits inside a
-    // step; two slots, used in turn.
+    // What the device leaves for the host at the end of a step. The host reads it one step later, so it never waits
+    // inside a step; two slots, used in turn.
     struct Stats {
         double loss, orthogonalised;  // sums over all ranks: of the losses, of the matrices through Newton-Schulz
         float clip[2];                // scale, norm
@@ -428,40 +453,46 @@ template <class Backend> class Trainer {
         Event begin, optimizer_begin, end;  // of the step's work on the device
         std::vector<Event> marks;           // --profile: where phase phases[i] of the optimizer ends
         std::vector<Phase> phases;
-        Event read;                         // `host` is filled
+        Event read;  // `host` is filled
         Stats* host;
         int64_t step = 0;  // 0: empty
         double lr = 0;
     };
     Slot slots[2];
-    double* sums;        // [2] device: loss, orthogonalised
-    double* ns_counts;   // [2] pinned, by slot
+    double* sums;       // [2] device: loss, orthogonalised
+    double* ns_counts;  // [2] pinned, by slot
     static constexpr size_t staging_floats = size_t(4) << 20;
     float *staging = nullptr, *staging_host = nullptr;  // (staging_floats) what save() moves at a time
-    int64_t skipped = 0; // updates skipped in a row
+    int64_t skipped = 0;                                // updates skipped in a row
     double mean_ms = 0;
 
   public:
     explicit Trainer(const Options& options_)
-        : options(options_), train(new Shards(options_.train, options_.seq_len)),
-          val(options_.val.empty() ? nullptr : new Shards(options_.val, options_.seq_len)), tokenizer(find_tokenizer()),
-          config(find_config()), total_batch(find_total_batch()),
+        : options(options_),
+          train(new Shards(options_.train, options_.seq_len)),
+          val(options_.val.empty() ? nullptr : new Shards(options_.val, options_.seq_len)),
+          tokenizer(find_tokenizer()),
+          config(find_config()),
+          total_batch(find_total_batch()),
           accumulation(int(total_batch / (int64_t(options_.batch) * options_.seq_len * ranks.size))),
-          optimizer(tensor_specs(config), options_, config.heads), model(config, options_.recompute, optimizer) {
+          optimizer(tensor_specs(config), options_, config.heads),
+          model(config, options_.recompute, optimizer) {
         train->check_tokens(config.vocab);
         if (val) val->check_tokens(config.vocab);
-        const size_t free = Backend::memory_available(), margin = size_t(512) << 20, need = model.activation_bytes(options.batch);
+        const size_t free = Backend::memory_available(), margin = size_t(512) << 20,
+                     need = model.activation_bytes(options.batch);
         if (need + margin > free) {
             const size_t each = model.activation_bytes(2) - model.activation_bytes(1);
             const size_t fits = free > margin ? (free - margin) / each : 0;
-            fail("out of memory: --batch %d needs %.1f GiB of activations and %.1f GiB are free: %s", options.batch, need / 0x1p30,
-                 free / 0x1p30, fits > 0 ? strprintf("--batch %zu fits", fits).c_str()
-                                         : "not even --batch 1 fits; try --recompute, a shorter --seq_len or a smaller model");
+            fail("out of memory: --batch %d needs %.1f GiB of activations and %.1f GiB are free: %s", options.batch,
+                 need / 0x1p30, free / 0x1p30,
+                 fits > 0 ? strprintf("--batch %zu fits", fits).c_str()
+                          : "not even --batch 1 fits; try --recompute, a shorter --seq_len or a smaller model");
         }
         model.allocate(options.batch);
         if (val)
-            val_loader.reset(new DataLoader(*val, 0, options.batch, ranks.rank, ranks.size, int(options.eval_batches), 0,
-                                            Backend::alloc_host, DataLoader::Order::in_order));
+            val_loader.reset(new DataLoader(*val, 0, options.batch, ranks.rank, ranks.size, int(options.eval_batches),
+                                            0, Backend::alloc_host, DataLoader::Order::in_order));
         sums = static_cast<double*>(Backend::alloc(2 * sizeof(double), "sums"));
         ns_counts = static_cast<double*>(Backend::alloc_host(2 * sizeof(double)));
         for (Slot& slot : slots) {
@@ -472,20 +503,23 @@ template <class Backend> class Trainer {
             staging = static_cast<float*>(Backend::alloc(staging_floats * sizeof(float), "checkpoint staging"));
             staging_host = static_cast<float*>(Backend::alloc_host(staging_floats * sizeof(float)));
         }
-        // Forward and backward multiply and add each parameter once and twice per token; attention adds 6 L C T (causal).
-        flops_per_token = 6.0 * double(parameter_count(optimizer.plan.tensors)) + 6.0 * config.layers * config.channels * config.seq_len;
+        // Forward and backward multiply and add each parameter once and twice per token; attention adds 6 L C T
+        // (causal).
+        flops_per_token = 6.0 * double(parameter_count(optimizer.plan.tensors)) +
+                          6.0 * config.layers * config.channels * config.seq_len;
     }
 
     void run() {
         start_weights();
         print_table();
         if (first_step >= options.steps) {
-            say("the run is at step %" PRId64 " of %" PRId64 ": nothing left to do (--steps is the total, also after a resume)\n",
+            say("the run is at step %" PRId64 " of %" PRId64
+                ": nothing left to do (--steps is the total, also after a resume)\n",
                 first_step, options.steps);
             return;
         }
-        DataLoader loader(*train, uint64_t(options.seed), options.batch, ranks.rank, ranks.size, accumulation, uint64_t(first_step),
-                          Backend::alloc_host);
+        DataLoader loader(*train, uint64_t(options.seed), options.batch, ranks.rank, ranks.size, accumulation,
+                          uint64_t(first_step), Backend::alloc_host);
         Event uploaded[3];  // as many batches as the loader keeps: a batch is refilled only after its upload
         int64_t micro_steps = 0;
         for (int64_t step = first_step + 1; step <= options.steps; step++) {
@@ -495,21 +529,23 @@ template <class Backend> class Trainer {
             Backend::zero(optimizer.grads, optimizer.plan.arena * sizeof(float));
             Backend::zero(sums, 2 * sizeof(double));
             for (int m = 0; m < accumulation; m++, micro_steps++) {
-                if (micro_steps >= 2) wait_until([&] { return uploaded[(micro_steps - 2) % 3].done(); }, "the device to take a batch");
+                if (micro_steps >= 2)
+                    wait_until([&] { return uploaded[(micro_steps - 2) % 3].done(); }, "the device to take a batch");
                 const Batch batch = loader.next();
                 Backend::upload(model.inputs, batch.inputs, tokens * sizeof(int));
                 Backend::upload(model.targets, batch.targets, tokens * sizeof(int));
                 Backend::upload(model.order, batch.order, tokens * sizeof(int));
                 uploaded[micro_steps % 3].record();
                 model.forward(model.inputs, options.batch, options.seq_len);
-                // The loss is the mean over all tokens of the step, whoever has them, so plain sums over micro-steps and ranks
-                // give the gradient.
+                // The loss is the mean over all tokens of the step, whoever has them, so plain sums over micro-steps
+                // and ranks give the gradient.
                 model.loss(options.batch, options.seq_len, 1.0f / float(total_batch), true);
                 Backend::sum_losses(sums, model.losses, int(tokens));
                 model.backward(options.batch, options.seq_len);
             }
             slot.optimizer_begin.record();
-            const double share = schedule(options, step), muon_peak = options.muon_lr > 0 ? options.muon_lr : 2 * options.lr;
+            const double share = schedule(options, step),
+                         muon_peak = options.muon_lr > 0 ? options.muon_lr : 2 * options.lr;
             slot.lr = options.lr * share;
             const int64_t before = optimizer.orthogonalised;
             slot.phases.clear();
@@ -574,37 +610,45 @@ template <class Backend> class Trainer {
     void print_table() {
         const size_t activations = model.activation_bytes(options.batch);
         const size_t fixed = Optimizer<Backend>::bytes(optimizer.plan) + optimizer.workspace_bytes();
-        say("| %-12s | %s\n", "device", strprintf("%s (%s)", std::string(Backend::device_name()).c_str(), Backend::backend_name).c_str());
-        say("| %-12s | %d%s\n", "ranks", ranks.size, ranks.launcher == Launcher::mpi ? " (MPI)" : ranks.launcher == Launcher::self ? " (--gpus)" : "");
-        say("| %-12s | %d layers, %d heads, %d channels, %d tokens of context, vocabulary %d (padded to %d)\n", "model", config.layers,
-            config.heads, config.channels, config.seq_len, config.vocab, config.padded_vocab());
+        say("| %-12s | %s\n", "device",
+            strprintf("%s (%s)", std::string(Backend::device_name()).c_str(), Backend::backend_name).c_str());
+        say("| %-12s | %d%s\n", "ranks", ranks.size,
+            ranks.launcher == Launcher::mpi    ? " (MPI)"
+            : ranks.launcher == Launcher::self ? " (--gpus)"
+                                               : "");
+        say("| %-12s | %d layers, %d heads, %d channels, %d tokens of context, vocabulary %d (padded to %d)\n", "model",
+            config.layers, config.heads, config.channels, config.seq_len, config.vocab, config.padded_vocab());
         say("| %-12s | %.2f M\n", "parameters", parameter_count(optimizer.plan.tensors) / 1e6);
-        say("| %-12s | %.2f GiB: %.2f weights, gradients and optimizer, %.2f activations\n", "memory", (fixed + activations) / 0x1p30,
-            fixed / 0x1p30, activations / 0x1p30);
-        say("| %-12s | %s: %" PRIu64 " tokens, %" PRIu64 " windows%s\n", "train", options.train.c_str(), train->tokens(), train->windows(),
+        say("| %-12s | %.2f GiB: %.2f weights, gradients and optimizer, %.2f activations\n", "memory",
+            (fixed + activations) / 0x1p30, fixed / 0x1p30, activations / 0x1p30);
+        say("| %-12s | %s: %" PRIu64 " tokens, %" PRIu64 " windows%s\n", "train", options.train.c_str(),
+            train->tokens(), train->windows(),
             tokenizer ? "" : " (no tokenizer.bin beside them: samples are token numbers)");
         if (val) say("| %-12s | %s: %" PRIu64 " tokens\n", "val", options.val.c_str(), val->tokens());
-        say("| %-12s | %" PRId64 " tokens: %d sequences x %d tokens x %d ranks x %d micro-steps\n", "step", total_batch, options.batch,
-            options.seq_len, ranks.size, accumulation);
-        say("| %-12s | %s, steps %" PRId64 " to %" PRId64 "\n", "optimizer", options.optimizer.c_str(), first_step + 1, options.steps);
+        say("| %-12s | %" PRId64 " tokens: %d sequences x %d tokens x %d ranks x %d micro-steps\n", "step", total_batch,
+            options.batch, options.seq_len, ranks.size, accumulation);
+        say("| %-12s | %s, steps %" PRId64 " to %" PRId64 "\n", "optimizer", options.optimizer.c_str(), first_step + 1,
+            options.steps);
         say("| %-12s | %s\n", "flags", join(non_default_flags(options)).c_str());
     }
 
     // ------------------------------------------------------------------------------------------------------------------
-    // Weights and checkpoints. A checkpoint holds whole tensors by name, so it knows neither ranks nor owners: fp32 weights as
-    // "h.0.mlp.c_fc.weight", the optimizer's state with a prefix.
+    // Weights and checkpoints. A checkpoint holds whole tensors by name, so it knows neither ranks nor owners: fp32
+    // weights as "h.0.mlp.c_fc.weight", the optimizer's state with a prefix.
 
     struct StateKind {
         const char* prefix;
         float* arena;
     };
     std::vector<StateKind> state_of(int tensor) const {
-        if (optimizer.muon_tensor(tensor)) return {{"", optimizer.master}, {"momentum/", optimizer.moment1}};
+        if (optimizer.plan.is_muon(tensor)) return {{"", optimizer.master}, {"momentum/", optimizer.moment1}};
         return {{"", optimizer.master}, {"adam_m/", optimizer.moment1}, {"adam_v/", optimizer.moment2}};
     }
 
-    // Calls fill(tensor, begin, count, host) for every run of fp32 state in `arena` that this rank holds, and uploads the result.
-    template <class Fill> void fill_state(int tensor, float* arena, Fill fill) {
+    // Calls fill(tensor, begin, count, host) for every run of fp32 state in `arena` that this rank holds, and uploads
+    // the result.
+    template <class Fill>
+    void fill_state(int tensor, float* arena, Fill fill) {
         std::vector<float> host;
         for (const auto& part : optimizer.state_parts(tensor)) {
             if (!part.here) continue;
@@ -627,7 +671,8 @@ template <class Backend> class Trainer {
         } else {
             for (int t = 0; t < int(optimizer.plan.tensors.size()); t++)
                 fill_state(t, optimizer.master, [&](size_t begin, size_t count, float* host) {
-                    initial_values(host, optimizer.plan.tensors[t], t, begin, count, uint64_t(options.seed), config.layers);
+                    initial_values(host, optimizer.plan.tensors[t], t, begin, count, uint64_t(options.seed),
+                                   config.layers);
                 });
         }
         optimizer.publish();
@@ -644,7 +689,8 @@ template <class Backend> class Trainer {
         }
         broadcast_host(&exists, sizeof exists);
         if (exists && options.resume.empty())
-            fail("--out %s holds a run already: go on with --resume auto, or choose another directory", options.out.c_str());
+            fail("--out %s holds a run already: go on with --resume auto, or choose another directory",
+                 options.out.c_str());
     }
 
     // Rank 0 decides, so that all ranks go on from the same file.
@@ -653,10 +699,12 @@ template <class Backend> class Trainer {
         std::string path = options.resume;
         if (path == "auto") {
             char chosen[4096] = "";
-            if (ranks.rank == 0) snprintf(chosen, sizeof chosen, "%s", newest_good_checkpoint(options.out, stderr).c_str());
+            if (ranks.rank == 0)
+                snprintf(chosen, sizeof chosen, "%s", newest_good_checkpoint(options.out, stderr).c_str());
             broadcast_host(chosen, sizeof chosen);
             path = chosen;
-            if (path.empty()) say("--resume auto: no checkpoint in %s yet, starting from step 1\n", options.out.c_str());
+            if (path.empty())
+                say("--resume auto: no checkpoint in %s yet, starting from step 1\n", options.out.c_str());
         }
         if (!path.empty()) say("resuming from %s\n", path.c_str());
         return path;
@@ -664,7 +712,8 @@ template <class Backend> class Trainer {
 
     static int64_t number(const Checkpoint& checkpoint, const std::string& path, const char* key) {
         const auto found = checkpoint.meta.find(key);
-        if (found == checkpoint.meta.end()) fail("checkpoint %s does not say its %s: it is not one of this program's", path.c_str(), key);
+        if (found == checkpoint.meta.end())
+            fail("checkpoint %s does not say its %s: it is not one of this program's", path.c_str(), key);
         return std::stoll(found->second);
     }
     static std::string text(const Checkpoint& checkpoint, const char* key) {
@@ -679,14 +728,18 @@ template <class Backend> class Trainer {
 
     void check_config(const Checkpoint& checkpoint, const std::string& path) const {
         const ModelConfig other = checkpoint_config(checkpoint, path);
-        const struct { const char* name; int here, there; } sizes[] = {{"layers", config.layers, other.layers},
-                                                                       {"heads", config.heads, other.heads},
-                                                                       {"channels", config.channels, other.channels},
-                                                                       {"seq_len", options.seq_len, other.seq_len},
-                                                                       {"vocab", config.vocab, other.vocab}};
+        const struct {
+            const char* name;
+            int here, there;
+        } sizes[] = {{"layers", config.layers, other.layers},
+                     {"heads", config.heads, other.heads},
+                     {"channels", config.channels, other.channels},
+                     {"seq_len", options.seq_len, other.seq_len},
+                     {"vocab", config.vocab, other.vocab}};
         for (auto& size : sizes)
             if (size.here != size.there)
-                fail("checkpoint %s is of another model: its %s is %d, this run's is %d", path.c_str(), size.name, size.there, size.here);
+                fail("checkpoint %s is of another model: its %s is %d, this run's is %d", path.c_str(), size.name,
+                     size.there, size.here);
         const std::string identity = text(checkpoint, "tokenizer");
         if (tokenizer && !identity.empty() && identity != tokenizer->identity)
             fail("checkpoint %s was trained with another tokenizer than the one beside the shards", path.c_str());
@@ -694,25 +747,28 @@ template <class Backend> class Trainer {
 
     // What a resumed run must share with the one that it continues, or its steps would read other data.
     void check_run(const Checkpoint& checkpoint, const std::string& path) {
-        const struct { const char* flag; int64_t here, there; } same[] = {
-            {"total_batch", total_batch, number(checkpoint, path, "total_batch")},
-            {"seed", options.seed, number(checkpoint, path, "seed")}};
+        const struct {
+            const char* flag;
+            int64_t here, there;
+        } same[] = {{"total_batch", total_batch, number(checkpoint, path, "total_batch")},
+                    {"seed", options.seed, number(checkpoint, path, "seed")}};
         for (auto& flag : same)
             if (flag.here != flag.there)
-                fail("checkpoint %s was made with --%s %" PRId64 ", this run has %" PRId64 ": pass --%s %" PRId64, path.c_str(), flag.flag,
-                     flag.there, flag.here, flag.flag, flag.there);
+                fail("checkpoint %s was made with --%s %" PRId64 ", this run has %" PRId64 ": pass --%s %" PRId64,
+                     path.c_str(), flag.flag, flag.there, flag.here, flag.flag, flag.there);
         if (number(checkpoint, path, "train_windows") != int64_t(train->windows()))
             say("note: the training data have changed since %s\n", path.c_str());
         const std::string optimizer_there = text(checkpoint, "optimizer");
         if (optimizer_there != options.optimizer && !options.switch_optimizer)
-            fail("checkpoint %s was made with --optimizer %s, this run has %s: pass --switch_optimizer to change it", path.c_str(),
-                 optimizer_there.c_str(), options.optimizer.c_str());
+            fail("checkpoint %s was made with --optimizer %s, this run has %s: pass --switch_optimizer to change it",
+                 path.c_str(), optimizer_there.c_str(), options.optimizer.c_str());
         first_step = number(checkpoint, path, "step");
     }
 
     // muon and dmuon keep the same state; between adamw and these, or from weights alone, it starts afresh.
     void load_tensors(const Checkpoint& checkpoint, bool with_state) {
-        const bool was_adamw = text(checkpoint, "optimizer") == "adamw", is_adamw = optimizer.plan.method == Method::adamw;
+        const bool was_adamw = text(checkpoint, "optimizer") == "adamw",
+                   is_adamw = optimizer.plan.method == Method::adamw;
         with_state = with_state && was_adamw == is_adamw;
         for (int t = 0; t < int(optimizer.plan.tensors.size()); t++) {
             const TensorSpec& spec = optimizer.plan.tensors[t];
@@ -758,7 +814,8 @@ template <class Backend> class Trainer {
                 for (const auto& part : optimizer.state_parts(t))
                     for (size_t at = 0; at < part.count && part.begin + at < stored; at += staging_floats) {
                         const size_t count = std::min({staging_floats, part.count - at, stored - part.begin - at});
-                        if (ranks.rank == part.owner) Backend::copy(staging, kind.arena + part.state + at, count * sizeof(float));
+                        if (ranks.rank == part.owner)
+                            Backend::copy(staging, kind.arena + part.state + at, count * sizeof(float));
                         if (part.owner != 0) Backend::broadcast(staging, count * sizeof(float), part.owner);
                         if (!writer) continue;
                         Backend::download(staging_host, staging, count * sizeof(float));
@@ -800,9 +857,9 @@ template <class Backend> class Trainer {
         wait_until([&] { return copied.done(); }, what);
     }
 
-    // Text from the model, token by token, each from a forward pass over what is there (no cache of keys and values: short
-    // samples, short code). Randomness is a function of seed, step and position. All ranks write the same sample and rank 0 prints
-    // it: none has to wait for another.
+    // Text from the model, token by token, each from a forward pass over what is there (no cache of keys and values:
+    // short samples, short code). Randomness is a function of seed, step and position. All ranks write the same sample
+    // and rank 0 prints it: none has to wait for another.
     void sample(int64_t step) {
         std::vector<int> tokens = {tokenizer ? tokenizer->end_of_text : std::min(50256, config.vocab - 1)};
         std::vector<real> row(config.vocab);
@@ -821,8 +878,10 @@ template <class Backend> class Trainer {
             for (int v = 0; v < config.vocab; v++)
                 if (double(float(row[v])) > top) top = double(float(row[v])), next = v;
             if (options.temperature > 0) {
-                for (int v = 0; v < config.vocab; v++) total += weights[v] = std::exp((double(float(row[v])) - top) / options.temperature);
-                double coin = double(mix(mix(uint64_t(options.seed) + uint64_t(step)) + uint64_t(i)) >> 11) * 0x1p-53 * total;
+                for (int v = 0; v < config.vocab; v++)
+                    total += weights[v] = std::exp((double(float(row[v])) - top) / options.temperature);
+                double coin =
+                    double(mix(mix(uint64_t(options.seed) + uint64_t(step)) + uint64_t(i)) >> 11) * 0x1p-53 * total;
                 for (next = 0; next + 1 < config.vocab && coin >= weights[next]; next++) coin -= weights[next];
             }
             tokens.push_back(next);
@@ -831,7 +890,8 @@ template <class Backend> class Trainer {
         say("--- sample at step %" PRId64 "\n%s\n---\n", step, written.c_str());
     }
 
-    // Prints and logs a step once the device has finished it; does nothing for a slot that is empty or already reported.
+    // Prints and logs a step once the device has finished it; does nothing for a slot that is empty or already
+    // reported.
     void report(Slot& slot, double val_loss = NAN) {
         if (slot.step == 0) return;
         wait_until([&] { return slot.read.done(); }, "a step to finish");
@@ -844,14 +904,19 @@ template <class Backend> class Trainer {
 
         std::string line = strprintf("step %5" PRId64 "/%" PRId64 " | loss %.4f", slot.step, options.steps, loss);
         if (!std::isnan(val_loss)) line += strprintf(" | val %.4f", val_loss);
-        line += strprintf(" | norm %.3f | lr %.2e | %.2f ms (optimizer %.2f) | %.0f tok/s | MFU %s | %" PRId64 "m%02" PRId64 "s left", norm,
-                          slot.lr, ms, optimizer_ms, rate, peak > 0 ? strprintf("%.1f%%", mfu).c_str() : "n/a", left / 60, left % 60);
+        line += strprintf(" | norm %.3f | lr %.2e | %.2f ms (optimizer %.2f) | %.0f tok/s | MFU %s | %" PRId64
+                          "m%02" PRId64 "s left",
+                          norm, slot.lr, ms, optimizer_ms, rate, peak > 0 ? strprintf("%.1f%%", mfu).c_str() : "n/a",
+                          left / 60, left % 60);
         std::string json = strprintf("{\"step\": %" PRId64 ", \"loss\": %s", slot.step, json_number(loss).c_str());
         if (!std::isnan(val_loss)) json += ", \"val_loss\": " + json_number(val_loss);
-        json += strprintf(", \"lr\": %s, \"grad_norm\": %s, \"step_ms\": %.4f, \"optimizer_ms\": %.4f, \"tokens_per_s\": %.1f, \"mfu\": %s, \"tokens\": %" PRId64,
-                          json_number(slot.lr).c_str(), json_number(norm).c_str(), ms, optimizer_ms, rate, json_number(mfu, "%.3f").c_str(),
-                          slot.step * total_batch);
-        if (optimizer.plan.method != Method::adamw) json += strprintf(", \"ns_matrices\": %.0f", slot.host->orthogonalised);
+        json += strprintf(
+            ", \"lr\": %s, \"grad_norm\": %s, \"step_ms\": %.4f, \"optimizer_ms\": %.4f, \"tokens_per_s\": %.1f, "
+            "\"mfu\": %s, \"tokens\": %" PRId64,
+            json_number(slot.lr).c_str(), json_number(norm).c_str(), ms, optimizer_ms, rate,
+            json_number(mfu, "%.3f").c_str(), slot.step * total_batch);
+        if (optimizer.plan.method != Method::adamw)
+            json += strprintf(", \"ns_matrices\": %.0f", slot.host->orthogonalised);
         if (options.profile) {
             double phase_ms[phase_count] = {};
             for (size_t i = 0; i < slot.phases.size(); i++)
@@ -867,7 +932,10 @@ template <class Backend> class Trainer {
         log.write(json + "}");
         slot.step = 0;
         skipped = skip ? skipped + 1 : 0;
-        if (skipped == 10) fail("10 steps in a row had a loss or gradient that is not finite: lower --lr, or resume from an earlier checkpoint");
+        if (skipped == 10)
+            fail(
+                "10 steps in a row had a loss or gradient that is not finite: lower --lr, or resume from an earlier "
+                "checkpoint");
     }
 };
 
@@ -897,7 +965,8 @@ inline void print_version() {
     printf("train_gpt: %s\n", parts.c_str());
 }
 
-template <class Backend> void train(const Options& options) {
+template <class Backend>
+void train(const Options& options) {
     Backend::start(ranks);
     Trainer<Backend>(options).run();
     Backend::stop();
@@ -909,7 +978,8 @@ inline bool use_cuda(const Options& options) {
 #ifdef __CUDACC__
     const std::string why = Cuda::unavailable();
     if (why.empty()) return true;
-    if (options.device == "cuda" || options.gpus > 0) fail("no GPU can be used: %s; --device cpu trains without one", why.c_str());
+    if (options.device == "cuda" || options.gpus > 0)
+        fail("no GPU can be used: %s; --device cpu trains without one", why.c_str());
 #else
     if (options.device == "cuda" || options.gpus > 0)
         fail("this build has no CUDA: install the CUDA Toolkit and run make again, or pass --device cpu");

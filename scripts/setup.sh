@@ -16,6 +16,7 @@ has python3 || missing+=(python3)
 header cblas.h || missing+=(libopenblas-dev)
 { has mpicxx && has mpirun; } || missing+=(libopenmpi-dev openmpi-bin)
 header doctest/doctest.h || missing+=(doctest-dev)
+[[ ! -e /etc/debian_version || -e /etc/ssl/certs/ca-certificates.crt ]] || missing+=(ca-certificates) # for downloads
 if [[ ${1:-} == --python ]]; then
     python3 -c 'import ensurepip, venv' 2> /dev/null || missing+=(python3-venv)
 fi

@@ -117,12 +117,12 @@ static uint64_t updated_weights(const char* method, const char* owner) {
             expect(part.begin == covered && part.owner >= 0 && part.owner < ranks.size, "every element has one owner");
             covered += part.count;
             if (!part.here) continue;
-            if (optimizer.muon_tensor(t)) held += double(part.count);
+            if (optimizer.plan.is_muon(t)) held += double(part.count);
             for (size_t i = 0; i < part.count; i++)
                 optimizer.master[part.state + i] = 0.02f * std::sin(float(part.begin + i + 77 * t));
         }
         expect(covered == specs[t].size(), "every element has an owner");
-        if (optimizer.muon_tensor(t)) total += double(covered);
+        if (optimizer.plan.is_muon(t)) total += double(covered);
     }
     CpuComm::all_reduce(&held, 1);
     const int copies = plan.method == Method::muon ? ranks.size : 1;   // vanilla muon repeats everything on every rank

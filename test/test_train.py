@@ -223,8 +223,9 @@ class Train(unittest.TestCase):
 
     def test_bad_places(self):
         (work / "a_file").write_text("")
-        for out in (work / "a_file", work / "no" / "such" / "parent", "/proc/self/nothing"):
+        for out in (work / "a_file", work / "a_file" / "below", "/proc/self/nothing"):
             self.refused(1, str(out), *TINY, "--steps", 2, "--out", out)
+        self.trained(*TINY, "--steps", 2, "--out", work / "on" / "the" / "way")
         no_gpu = [flag if flag != "cpu" else "cuda" for flag in TINY]
         self.refused(1, "--device cpu", *no_gpu, "--steps", 2, CUDA_VISIBLE_DEVICES="")
 
