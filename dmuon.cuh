@@ -46,16 +46,21 @@
 // new weights back. The flat bucket is ZeRO-1 (arXiv 1910.02054): AdamW is elementwise and may be cut anywhere. Under
 // `adamw` everything is in the flat bucket. Under `muon` (the vanilla baseline) the matrices are replicated: one bucket
 // whose gradients are all-reduced and which every rank updates in full.
+//
+// Equal chunks are as large as the fullest rank's. With balanced owners that costs nothing; with more ranks than
+// matrices a chunk is still a whole matrix, so memory and traffic grow with the ranks (--print_plan says by how much):
+// beyond that number, data parallelism wants to be split otherwise.
 
 // A parameter tensor as the model declares it. Vectors have rows == 1.
 struct TensorSpec {
     std::string name;
     int rows, cols;
-    int stored_rows;  // rows that a checkpoint keeps: all but the padding of the vocabulary
-    bool hidden;      // a hidden 2-D matrix: Muon's; everything else is AdamW's
-    bool decay;       // weight decay applies (2-D tensors)
-    int layer;        // -1: outside the layers
-    int split;        // how many equal matrices its rows stack: 3 for qkv (Q, K, V), else 1
+    int stored_rows;    // rows that a checkpoint keeps: all but the padding of the vocabulary
+    bool hidden;        // a hidden 2-D matrix: Muon's; everything else is AdamW's
+    bool decay;         // weight decay applies (2-D tensors)
+    int layer;          // -1: outside the layers
+    int split;          // how many equal matrices its rows stack: 3 for qkv (Q, K, V), else 1
+    int head_rows = 0;  // of qkv: the rows of one head
     size_t size() const { return size_t(rows) * cols; }
 };
 
@@ -83,7 +88,19 @@ struct Bucket {
 // number of ranks and no owner changes a bit of it. Chunks of the flat bucket are whole blocks.
 constexpr size_t norm_block = 16384;
 
-double ns_flops(const Options& options, int m, int n);  // section 2
+// Calls f(row, col, rows, cols) for every part of a matrix that is orthogonalised by itself: the whole, its heads under
+// --muon_qkv heads, and T x T tiles of these under --muon_tile T (Hierarchical Muon, arXiv 2606.27216).
+template <class F>
+void for_each_tile(const Piece& piece, const TensorSpec& tensor, const Options& options, F f) {
+    const int part = options.muon_qkv == "heads" && tensor.head_rows > 0 ? tensor.head_rows : piece.rows;
+    const int tile = options.muon_tile > 0 ? options.muon_tile : std::max(piece.rows, piece.cols);
+    for (int first = 0; first < piece.rows; first += part)
+        for (int r = 0; r < part; r += tile)
+            for (int c = 0; c < piece.cols; c += tile)
+                f(first + r, c, std::min(tile, part - r), std::min(tile, piece.cols - c));
+}
+
+double ns_flops(const Options& options, const Piece& piece, const TensorSpec& tensor);  // section 2
 
 struct Plan {
     Method method;
@@ -226,16 +243,14 @@ struct Plan {
     void assign_lpt(std::vector<Piece>& all, const Options& options) const {
         std::vector<int> order(all.size());
         std::iota(order.begin(), order.end(), 0);
-        auto cost = [&](int i) {
-            auto [m, n] = std::minmax({all[i].rows, all[i].cols});
-            return ns_flops(options, m, n);
-        };
-        std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return cost(a) > cost(b); });
+        std::vector<double> cost;
+        for (const Piece& piece : all) cost.push_back(ns_flops(options, piece, tensors[piece.tensor]));
+        std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return cost[a] > cost[b]; });
         std::vector<double> load(ranks, 0.0);
         for (int i : order) {
             int rank = int(std::min_element(load.begin(), load.end()) - load.begin());
             all[i].owner = rank;
-            load[rank] += cost(i);
+            load[rank] += cost[i];
         }
     }
 
@@ -292,14 +307,14 @@ struct NsConfig {
     NsType type;
 };
 
-// `auto` is a table per shape, made from measurements (dev/results): the Gram form wins when the long side is at least
-// twice the short one. It is never timed at run time: replicas and resumed runs must agree on every bit. In bf16 it
+// `auto` is a table per shape, made from measurements (dev/results): the Gram form wins when the long side is four
+// times the short one. It is never timed at run time: replicas and resumed runs must agree on every bit. In bf16 it
 // stays standard: there the rounding of R leaves small negative eigenvalues, which Polar Express enlarges until some
 // nearly low-rank matrices blow up, restarts or not (seen on up to 3% of random rank-deficient matrices; never in fp16,
 // which has three more bits).
 inline NsConfig ns_config(const Options& options, int m, int n) {
     NsType type = options.ns_dtype == "bf16" ? NsType::bf16 : options.ns_dtype == "fp16" ? NsType::fp16 : NsType::fp32;
-    bool gram = options.ns == "gram" || (options.ns == "auto" && type != NsType::bf16 && n >= 2 * m);
+    bool gram = options.ns == "gram" || (options.ns == "auto" && type != NsType::bf16 && n >= 4 * m);
     return {gram, options.ns_coefficients, int(options.ns_steps), type};
 }
 
@@ -371,7 +386,8 @@ void newton_schulz(NsWorkspace& w, int batch, int m, int n, const NsConfig& conf
     }
 }
 
-// The floating-point operations of one (m, n) Newton-Schulz: the iteration itself, run on a backend that only counts.
+// The floating-point operations of Newton-Schulz on one matrix: the iteration itself, run on a backend that only
+// counts.
 struct FlopCounter {
     static double& flops() {
         static double count;
@@ -383,12 +399,16 @@ struct FlopCounter {
     }
 };
 
-inline double ns_flops(const Options& options, int m, int n) {
-    if (m > n) std::swap(m, n);
-    NsConfig config = ns_config(options, m, n);
-    NsWorkspace nothing(nullptr, 0, m, n, config.type);
+inline double ns_flops(const Options& options, const Piece& piece, const TensorSpec& tensor) {
+    std::map<std::pair<int, int>, int> tiles;  // by shape
+    for_each_tile(piece, tensor, options, [&](int, int, int rows, int cols) { tiles[std::minmax({rows, cols})]++; });
     FlopCounter::flops() = 0;
-    newton_schulz<FlopCounter>(nothing, 1, m, n, config);
+    for (auto& [shape, count] : tiles) {
+        auto [m, n] = shape;
+        NsConfig config = ns_config(options, m, n);
+        NsWorkspace nothing(nullptr, 0, m, n, config.type);
+        newton_schulz<FlopCounter>(nothing, count, m, n, config);
+    }
     return FlopCounter::flops();
 }
 
@@ -423,7 +443,7 @@ class Optimizer {
     int64_t steps_done = 0;      // AdamW's bias correction counts them
     int64_t orthogonalised = 0;  // matrices (or tiles) this rank has put through Newton-Schulz
 
-    Optimizer(std::vector<TensorSpec> tensors, const Options& options_, int heads)
+    Optimizer(std::vector<TensorSpec> tensors, const Options& options_)
         : options(options_), plan(std::move(tensors), options_, ranks.size) {
         params = allocate<real>(plan.arena, "parameters");
         grads = allocate<float>(plan.arena, "gradients");
@@ -432,7 +452,7 @@ class Optimizer {
         moment2 = allocate<float>(plan.buckets[0].chunk, "second moments");
         clip = allocate<float>(2, "the clip scale");
         make_norm_blocks();
-        make_batches(heads);
+        make_batches();
     }
 
     static size_t bytes(const Plan& plan) {
@@ -452,7 +472,7 @@ class Optimizer {
     // momentum. A norm that is not finite makes the scale 0, and scale 0 skips the whole update.
     template <class PhaseDone>
     void step(float lr, float muon_lr, PhaseDone phase_done) {
-        steps_done++;
+        steps_done++;  // skipped ones too: whether this one is, only the device knows
         reduce();
         phase_done(phase_reduce);
 
@@ -600,9 +620,8 @@ class Optimizer {
     }
 
     // dmuon puts all its matrices of one shape into one batch (as many at a time as the workspace holds); vanilla muon
-    // takes one matrix after the other. --muon_qkv heads and --muon_tile cut a matrix into tiles that are
-    // orthogonalised by themselves.
-    void make_batches(int heads) {
+    // takes one matrix after the other.
+    void make_batches() {
         constexpr size_t workspace_limit = size_t(1) << 30;
         std::map<std::tuple<int, int, int>, std::vector<MatrixRef>>
             by_shape;  // (sequence number under muon, rows, cols)
@@ -610,17 +629,11 @@ class Optimizer {
         for (const Piece& piece : plan.pieces) {
             if (!plan.is_muon(piece.tensor) || (piece.owner >= 0 && piece.owner != ranks.rank)) continue;
             if (plan.method == Method::muon) sequence++;
-            bool per_head = options.muon_qkv == "heads" && plan.tensors[piece.tensor].split > 1;
-            int tile = options.muon_tile > 0 ? int(options.muon_tile) : std::max(piece.rows, piece.cols);
-            int tile_rows = std::min(per_head ? piece.rows / heads : piece.rows, tile),
-                tile_cols = std::min(piece.cols, tile);
             size_t state = plan.state_offset(piece.offset, ranks.rank);
-            for (int r = 0; r < piece.rows; r += tile_rows)
-                for (int c = 0; c < piece.cols; c += tile_cols) {
-                    size_t at = size_t(r) * piece.cols + c;
-                    by_shape[{sequence, std::min(tile_rows, piece.rows - r), std::min(tile_cols, piece.cols - c)}]
-                        .push_back({piece.offset + at, state + at, piece.cols});
-                }
+            for_each_tile(piece, plan.tensors[piece.tensor], options, [&](int row, int col, int rows, int cols) {
+                size_t at = size_t(row) * piece.cols + col;
+                by_shape[{sequence, rows, cols}].push_back({piece.offset + at, state + at, piece.cols});
+            });
         }
         size_t scratch = 0;
         for (auto& [key, refs] : by_shape) {
@@ -658,17 +671,15 @@ inline void print_plan(const Plan& plan, const Options& options, size_t element,
         std::string names;
     };
     std::vector<Load> loads(plan.ranks);
-    std::map<std::pair<int, int>, double> cost;  // by shape
     for (const Piece& piece : plan.pieces) {
         if (!plan.is_muon(piece.tensor)) continue;
-        auto shape = std::make_pair(piece.rows, piece.cols);
-        if (!cost.count(shape)) cost[shape] = ns_flops(options, piece.rows, piece.cols);
         const TensorSpec& tensor = plan.tensors[piece.tensor];
+        const double flops = ns_flops(options, piece, tensor);
         std::string name = tensor.name.substr(0, tensor.name.rfind('.'));
         if (piece.count < tensor.size()) name += "." + std::string(1, "qkv"[piece.begin / piece.count % 3]);
         for (int r = 0; r < plan.ranks; r++) {
             if (piece.owner >= 0 && piece.owner != r) continue;
-            loads[r].flops += cost[shape];
+            loads[r].flops += flops;
             loads[r].elements += piece.count;
             loads[r].matrices++;
             if (piece.owner >= 0) loads[r].names += " " + name;
@@ -696,6 +707,12 @@ inline void print_plan(const Plan& plan, const Options& options, size_t element,
         fprintf(out, "max/mean: FLOPs %.3f, bytes %.3f\n", flops_max / (flops_sum / plan.ranks),
                 bytes_max / (bytes_sum / plan.ranks));
     }
+    const double needed = std::accumulate(plan.tensors.begin(), plan.tensors.end(), 0.0,
+                                          [](double sum, const TensorSpec& tensor) { return sum + tensor.size(); });
+    fprintf(out,
+            "allocated on every rank: weights and gradients %.1f MiB (%.1f%% of it padding), fp32 state %.1f MiB\n",
+            plan.arena * (element + sizeof(float)) / 1048576.0, 100 * (1 - needed / plan.arena),
+            (2 * plan.state + plan.buckets[0].chunk) * sizeof(float) / 1048576.0);
     // Each rank sends and receives (N-1)/N of every bucket, once as fp32 gradients and once as weights; an all-reduce
     // of the replicated matrices moves their gradients twice and gathers nothing.
     double share = double(plan.ranks - 1) / plan.ranks, traffic = 0;

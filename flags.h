@@ -122,7 +122,10 @@ inline const std::vector<Flag>& flag_table() {
         {"optimizer", "weight_decay", &O::weight_decay, "X", "decoupled weight decay, on 2-D tensors only", 0, 10},
         {"optimizer", "beta1", &O::beta1, "X", "AdamW: decay of the mean of the gradient", 0, below_one},
         {"optimizer", "beta2", &O::beta2, "X", "AdamW: decay of the mean of its square", 0, below_one},
-        {"optimizer", "grad_clip", &O::grad_clip, "X", "longer gradients are scaled down to this norm; 0: off", 0, 1e9},
+        {"optimizer", "grad_clip", &O::grad_clip, "X",
+         "the gradient of all parameters together is scaled down to this norm, before AdamW and before Muon's "
+         "momentum; 0: off",
+         0, 1e9},
         {"optimizer", "seed", &O::seed, "N", "of initial weights, order of the data, sampling", 0, many},
 
         {"muon", "muon_lr", &O::muon_lr, "X", "peak learning rate of the hidden matrices; 0: twice --lr", 0, 10},

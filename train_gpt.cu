@@ -1,4 +1,5 @@
-// train_gpt.cu: the program. It trains a GPT-2 class model end to end, on a GPU or without one. Read from top to bottom:
+// train_gpt.cu: the program. It trains a GPT-2 class model end to end, on a GPU or without one. Read from top to
+// bottom:
 //
 //   1. Model config   sizes, the table of parameter tensors
 //   2. Model          activations, forward, backward; written once over the backend
@@ -54,9 +55,22 @@ struct ModelConfig {
     int padded_vocab() const { return round_up(vocab, 128); }  // whole tiles for the matrix products; padding is masked
 };
 
+inline int64_t meta_number(const Checkpoint& checkpoint, const std::string& path, const char* key) {
+    const auto found = checkpoint.meta.find(key);
+    if (found == checkpoint.meta.end())
+        fail("checkpoint %s does not say its %s: it is not one of this program's", path.c_str(), key);
+    return std::stoll(found->second);
+}
+
+inline ModelConfig checkpoint_config(const Checkpoint& checkpoint, const std::string& path) {
+    auto size = [&](const char* key) { return int(meta_number(checkpoint, path, key)); };
+    return {size("layers"), size("heads"), size("channels"), size("seq_len"), size("vocab")};
+}
+
 inline ModelConfig model_config(const Options& options, int vocab) {
     if (options.layers) return {options.layers, options.heads, options.channels, options.seq_len, vocab};
     const ModelPreset* preset = find_preset(options.model.empty() ? "d12" : options.model);
+    if (!preset) return checkpoint_config(Checkpoint(options.model), options.model);
     return {preset->layers, preset->heads, preset->channels, options.seq_len, vocab};
 }
 
@@ -78,6 +92,7 @@ inline std::vector<TensorSpec> tensor_specs(const ModelConfig& config) {
         vector(h + "ln_1.weight", C, l);
         vector(h + "ln_1.bias", C, l);
         matrix(h + "attn.c_attn.weight", 3 * C, C, l, 3);
+        specs.back().head_rows = C / config.heads;
         vector(h + "attn.c_attn.bias", 3 * C, l);
         matrix(h + "attn.c_proj.weight", C, C, l);
         vector(h + "attn.c_proj.bias", C, l);
@@ -472,10 +487,10 @@ class Trainer {
           train(new Shards(options_.train, options_.seq_len)),
           val(options_.val.empty() ? nullptr : new Shards(options_.val, options_.seq_len)),
           tokenizer(find_tokenizer()),
-          config(find_config()),
+          config(model_config(options_, find_vocab())),
           total_batch(find_total_batch()),
           accumulation(int(total_batch / (int64_t(options_.batch) * options_.seq_len * ranks.size))),
-          optimizer(tensor_specs(config), options_, config.heads),
+          optimizer(tensor_specs(config), options_),
           model(config, options_.recompute, optimizer) {
         train->check_tokens(config.vocab);
         if (val) val->check_tokens(config.vocab);
@@ -591,12 +606,7 @@ class Trainer {
         return std::unique_ptr<Tokenizer>(access(path.c_str(), F_OK) == 0 ? new Tokenizer(path) : nullptr);
     }
 
-    ModelConfig find_config() const {
-        const int vocab = options.vocab > 0 ? options.vocab : tokenizer ? tokenizer->vocab : 50257;
-        if (options.model.empty() || find_preset(options.model)) return model_config(options, vocab);
-        const Checkpoint checkpoint(options.model);
-        return checkpoint_config(checkpoint, options.model);
-    }
+    int find_vocab() const { return options.vocab > 0 ? options.vocab : tokenizer ? tokenizer->vocab : 50257; }
 
     int64_t find_total_batch() const {
         const int64_t step = int64_t(options.batch) * options.seq_len * ranks.size;
@@ -710,20 +720,9 @@ class Trainer {
         return path;
     }
 
-    static int64_t number(const Checkpoint& checkpoint, const std::string& path, const char* key) {
-        const auto found = checkpoint.meta.find(key);
-        if (found == checkpoint.meta.end())
-            fail("checkpoint %s does not say its %s: it is not one of this program's", path.c_str(), key);
-        return std::stoll(found->second);
-    }
     static std::string text(const Checkpoint& checkpoint, const char* key) {
         const auto found = checkpoint.meta.find(key);
         return found == checkpoint.meta.end() ? "" : found->second;
-    }
-
-    ModelConfig checkpoint_config(const Checkpoint& checkpoint, const std::string& path) const {
-        auto size = [&](const char* key) { return int(number(checkpoint, path, key)); };
-        return {size("layers"), size("heads"), size("channels"), size("seq_len"), size("vocab")};
     }
 
     void check_config(const Checkpoint& checkpoint, const std::string& path) const {
@@ -750,19 +749,19 @@ class Trainer {
         const struct {
             const char* flag;
             int64_t here, there;
-        } same[] = {{"total_batch", total_batch, number(checkpoint, path, "total_batch")},
-                    {"seed", options.seed, number(checkpoint, path, "seed")}};
+        } same[] = {{"total_batch", total_batch, meta_number(checkpoint, path, "total_batch")},
+                    {"seed", options.seed, meta_number(checkpoint, path, "seed")}};
         for (auto& flag : same)
             if (flag.here != flag.there)
                 fail("checkpoint %s was made with --%s %" PRId64 ", this run has %" PRId64 ": pass --%s %" PRId64,
                      path.c_str(), flag.flag, flag.there, flag.here, flag.flag, flag.there);
-        if (number(checkpoint, path, "train_windows") != int64_t(train->windows()))
+        if (meta_number(checkpoint, path, "train_windows") != int64_t(train->windows()))
             say("note: the training data have changed since %s\n", path.c_str());
         const std::string optimizer_there = text(checkpoint, "optimizer");
         if (optimizer_there != options.optimizer && !options.switch_optimizer)
             fail("checkpoint %s was made with --optimizer %s, this run has %s: pass --switch_optimizer to change it",
                  path.c_str(), optimizer_there.c_str(), options.optimizer.c_str());
-        first_step = number(checkpoint, path, "step");
+        first_step = meta_number(checkpoint, path, "step");
     }
 
     // muon and dmuon keep the same state; between adamw and these, or from weights alone, it starts afresh.
@@ -819,7 +818,7 @@ class Trainer {
                         if (part.owner != 0) Backend::broadcast(staging, count * sizeof(float), part.owner);
                         if (!writer) continue;
                         Backend::download(staging_host, staging, count * sizeof(float));
-                        Backend::synchronize();
+                        finish("a checkpoint");
                         writer->append(staging_host, count * sizeof(float));
                     }
             }
@@ -839,22 +838,23 @@ class Trainer {
             const Batch batch = val_loader->next();
             Backend::upload(model.inputs, batch.inputs, tokens * sizeof(int));
             Backend::upload(model.targets, batch.targets, tokens * sizeof(int));
-            Backend::synchronize();  // the loader may have its memory back
+            finish("an evaluation");  // the loader may have its memory back
             model.forward(model.inputs, options.batch, options.seq_len);
             model.loss(options.batch, options.seq_len, 0.0f, false);
             Backend::sum_losses(sums, model.losses, int(tokens));
         }
         Backend::all_reduce(sums, 2);
-        read_back(total, sums, sizeof total, "an evaluation");
+        Backend::download(total, sums, sizeof total);
+        finish("an evaluation");
         return total[0] / double(tokens) / double(options.eval_batches) / ranks.size;
     }
 
-    // A small copy to the host that may have to wait for other ranks. Not inside a step.
-    void read_back(void* host, const void* device, size_t bytes, const char* what) {
-        Event copied;
-        Backend::download(host, device, bytes);
-        copied.record();
-        wait_until([&] { return copied.done(); }, what);
+    // Waits, outside of steps, until the device has done all that was enqueued. Collectives may be among it, so this
+    // polls with the ranks' deadline like every other wait.
+    static void finish(const char* what) {
+        Event reached;
+        reached.record();
+        wait_until([&] { return reached.done(); }, what);
     }
 
     // Text from the model, token by token, each from a forward pass over what is there (no cache of keys and values:
@@ -868,11 +868,11 @@ class Trainer {
         for (int64_t i = 0; i < options.sample_tokens; i++) {
             const int T = int(std::min<size_t>(tokens.size(), size_t(config.seq_len)));
             Backend::upload(model.inputs, tokens.data() + tokens.size() - T, T * sizeof(int));
-            Backend::synchronize();
+            finish("a sample");
             model.forward(model.inputs, 1, T);
             model.head(model.logits, model.lnf + size_t(T - 1) * config.channels, 1);
             Backend::download(row.data(), model.logits, row.size() * sizeof(real));
-            Backend::synchronize();
+            finish("a sample");
             int next = 0;
             double top = -INFINITY, total = 0;
             for (int v = 0; v < config.vocab; v++)
@@ -972,7 +972,8 @@ void train(const Options& options) {
     Backend::stop();
 }
 
-// auto: the GPU if there is one. The answer must be the same on all ranks, so a machine without one is an error there.
+// auto: the GPU if there is one. All ranks must come to the same answer as rank 0, or they would wait for each other in
+// different collectives.
 inline bool use_cuda(const Options& options) {
     if (options.device == "cpu") return false;
 #ifdef __CUDACC__
@@ -1000,7 +1001,13 @@ int main(int argc, char** argv) {
         }
         start_ranks(argc, argv, options.gpus, options.rank_timeout);
 #ifdef __CUDACC__
-        if (use_cuda(options)) train<Cuda>(options);
+        const bool cuda = use_cuda(options);
+        bool first_rank = cuda;
+        broadcast_host(&first_rank, sizeof first_rank);
+        if (cuda != first_rank)
+            fail("rank 0 uses a %s and this rank a %s: give every machine a GPU that works, or pass --device cpu",
+                 first_rank ? "GPU" : "CPU", cuda ? "GPU" : "CPU");
+        if (cuda) train<Cuda>(options);
         else train<Cpu>(options);
 #else
         use_cuda(options);
@@ -1011,6 +1018,8 @@ int main(int argc, char** argv) {
         fail_ranks(error.what(), error.exit_code);
     } catch (const std::bad_alloc&) {
         fail_ranks("out of host memory: choose a smaller --batch or a smaller model", 1);
+    } catch (const std::exception& error) {
+        fail_ranks(strprintf("unexpected: %s", error.what()).c_str(), 1);
     }
     return 0;
 }

@@ -71,7 +71,8 @@ def median(values):
 def smooth(values):
     """Running mean over about the last 2% of the run (at most what there is): the noise of single batches goes."""
     window = max(1, len(values) // 50)
-    return [sum(part) / len(part) for part in (values[max(0, i + 1 - window):i + 1] for i in range(len(values)))]
+    parts = ([v for v in values[max(0, i + 1 - window):i + 1] if v is not None] for i in range(len(values)))
+    return [sum(part) / len(part) if part else float("nan") for part in parts]  # null: a skipped step
 
 
 def table(header, rows):

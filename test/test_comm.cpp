@@ -107,7 +107,7 @@ static uint64_t updated_weights(const char* method, const char* owner) {
         specs.push_back({"fcproj.weight", 24, 96, 24, true, true, layer, 1});
     }
     const int matrices = 18, steps = 10;
-    Optimizer<Cpu> optimizer(specs, options, 2);
+    Optimizer<Cpu> optimizer(specs, options);
     const Plan& plan = optimizer.plan;
 
     double held = 0, total = 0;   // elements of Muon's state: on this rank, of the model

@@ -96,7 +96,7 @@ struct TinyGpt {
           B(size(5)),
           config{size(3), size(4), size(2), T, V},
           options(make_options()),
-          optimizer(tensor_specs(config), options, config.heads),
+          optimizer(tensor_specs(config), options),
           model(config, recompute, optimizer) {
         model.allocate(B);
         for (int t = 0; t < tensors(); t++) set_master<Backend>(optimizer, t, file()["weight/" + name(t)]);
@@ -227,7 +227,7 @@ void check_muon() {
                     options.optimizer = method, options.muon_scale = scale, options.ns = ns, options.ns_dtype = type;
                     options.ns_coefficients = "keller", options.grad_clip = 0;
                     options.muon_momentum = settings[1], options.muon_weight_decay = settings[2];
-                    Optimizer<Backend> optimizer(specs, options, 1);
+                    Optimizer<Backend> optimizer(specs, options);
                     for (int i = 0; i < 4; i++) set_master<Backend>(optimizer, i + 1, file()[record(i, "start")]);
                     for (int step = 0; step < 2; step++) {
                         for (int i = 0; i < 4; i++) {
