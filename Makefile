@@ -9,6 +9,9 @@
 
 PRECISION ?= bf16
 CXX       ?= g++
+ifeq ($(filter $(PRECISION),bf16 fp32),)
+  $(error PRECISION is '$(PRECISION)': bf16 or fp32)
+endif
 BUILD     := build
 SHELL     := /bin/bash
 comma     := ,
@@ -108,6 +111,7 @@ demo:
 
 dev: $(patsubst dev/%.cu,$(BUILD)/%,$(wildcard dev/*.cu))
 $(BUILD)/%: dev/%.cu $(HEADERS) $(wildcard dev/*.h) $(BUILD)/config
+	$(if $(NVCC),,$(error the ladders of dev/ need nvcc))
 	$(NVCC) $(NVCC_FLAGS) $< -o $@ $(NVCC_LIBS) -lcublas
 
 help:

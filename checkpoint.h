@@ -309,7 +309,7 @@ private:
     }
 
     void map_file() {
-        const int fd = open(path_.c_str(), O_RDONLY | O_CLOEXEC);
+        const int fd = open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
         if (fd < 0) fail("cannot open checkpoint %s: %s", path_.c_str(), strerror(errno));
         struct stat info;
         const bool file = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);

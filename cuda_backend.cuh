@@ -157,6 +157,11 @@ struct CudaMatmul {
         product({false, true, C, OC, N, C, ldo, C, true, false}, dweight, inp, dout, nullptr, 1.0f);
     }
 
+    // Before the first step, so that nothing is allocated in it but the plans.
+    static void start() {
+        handle();
+        workspace();
+    }
     static void stop() {
         for (auto& [key, plan] : plans()) {
             cublasLtMatmulDescDestroy(plan.operation);
@@ -259,6 +264,7 @@ struct Cuda : CudaRuntime, CudaMatmul, GptKernels, Attention, NsKernels, CudaCom
     static constexpr bool is_cuda = true;
     static void start(const Ranks& r) {
         CudaRuntime::start(r);
+        CudaMatmul::start();
         CudaComm::start();
     }
     static void stop() {

@@ -39,7 +39,7 @@ struct Shard {
 
     explicit Shard(const std::string& file) : path(file) {
         const char* name = path.c_str();
-        const int fd = open(name, O_RDONLY | O_CLOEXEC);
+        const int fd = open(name, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
         if (fd < 0) fail("cannot open token shard %s: %s", name, strerror(errno));
         struct stat info = {};
         const bool regular = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
@@ -47,7 +47,7 @@ struct Shard {
         void* memory = bytes > 0 ? mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fd, 0) : nullptr;
         const int error = errno;
         close(fd); // the mapping stays
-        if (S_ISDIR(info.st_mode)) fail("%s is a directory: name its files, as in '%s/*_train_*.bin'", name, name);
+        if (S_ISDIR(info.st_mode)) fail("%s is a directory: name its files, as in '%s/train_*.bin'", name, name);
         if (!regular) fail("token shard %s is not a file", name);
         if (bytes == 0) broken("is empty");
         if (memory == MAP_FAILED) fail("cannot map token shard %s: %s", name, strerror(error));

@@ -95,7 +95,7 @@ inline const std::vector<Flag>& flag_table() {
     static const double below_one = 0.999999;  // a decay of 1 never forgets, and its bias correction divides by zero
     static const char* const on_off = "0|1";
     static const std::vector<Flag> table = {
-        {"data", "train", &O::train, "GLOB", "token shards to train on, quoted: 'data/*_train_*.bin'; required"},
+        {"data", "train", &O::train, "GLOB", "token shards to train on, quoted: 'data/fineweb/train_*.bin'; required"},
         {"data", "val", &O::val, "GLOB", "token shards to evaluate on"},
         {"data", "seq_len", &O::seq_len, "N", "tokens per sequence", 1, 65536},
         {"data", "vocab", &O::vocab, "N", "vocabulary; 0: tokenizer.bin's beside the shards, else 50257", 0, 65536},
@@ -309,7 +309,7 @@ inline const Flag& find_flag(const std::string& name) {
 // Values that are fine one by one and make no sense together. A flag that would have no effect is refused as well:
 // better said now than found out after comparing two runs that were the same. given: names on the command line.
 inline void check_contradictions(const Options& o, const std::set<std::string>& given) {
-    if (o.version) return;  // nothing else will be looked at
+    if (o.help || o.version) return;  // nothing else will be looked at
     auto has = [&](const char* name) { return given.count(name) > 0; };
     auto only_with = [&](const char* name, bool condition, const char* need) {
         if (has(name) && !condition) usage_fail("--%s has no effect without %s: drop it or add that", name, need);
@@ -342,7 +342,7 @@ inline void check_contradictions(const Options& o, const std::set<std::string>& 
     }
     only_with("decay_frac", o.schedule == "wsd", "--schedule wsd");
     only_with("final_lr_frac", o.schedule != "constant", "a --schedule that falls");
-    if (o.schedule == "wsd" && (double)o.warmup > (1 - o.decay_frac) * (double)o.steps) {
+    if (o.schedule == "wsd" && (double)o.warmup > (double)o.steps - o.decay_frac * (double)o.steps + 1e-6) {
         usage_fail("--warmup %lld reaches into the last --decay_frac %g of --steps %lld", (long long)o.warmup,
                    o.decay_frac, (long long)o.steps);
     }
@@ -383,7 +383,8 @@ inline Options parse_flags(int argc, char** argv) {
     std::set<std::string> given;
     for (int i = 1; i < argc; i++) {
         const std::string argument = argv[i];
-        if (argument.compare(0, 2, "--") != 0) usage_fail("'%s' is no flag: they look like --name value", argv[i]);
+        if (argument.compare(0, 2, "--") != 0)
+            usage_fail("'%s' is no flag: they look like --name value (and a GLOB wants quotes)", argv[i]);
         const size_t equals = argument.find('=');
         const Flag& flag = find_flag(argument.substr(2, equals == std::string::npos ? equals : equals - 2));
         const bool value_follows = i + 1 < argc && strncmp(argv[i + 1], "--", 2) != 0;

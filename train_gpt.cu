@@ -32,6 +32,7 @@
 
 #include <unistd.h>
 
+#include <charconv>
 #include <cinttypes>
 #include <cmath>
 #include <filesystem>
@@ -40,6 +41,7 @@
 
 struct Cpu : CpuOps, CpuComm {
     static constexpr const char* backend_name = "cpu fp32";
+    static size_t memory_available() { return CpuOps::memory_available() / ranks.local_size; }  // a rank's share
     static void start(const Ranks& r) {
         CpuOps::start(r.local_size);
         CpuComm::start();
@@ -57,14 +59,24 @@ struct ModelConfig {
 
 inline int64_t meta_number(const Checkpoint& checkpoint, const std::string& path, const char* key) {
     const auto found = checkpoint.meta.find(key);
-    if (found == checkpoint.meta.end())
+    int64_t value = -1;
+    const char* text = found == checkpoint.meta.end() ? "" : found->second.c_str();
+    if (std::from_chars(text, text + strlen(text), value).ec != std::errc() || value < 0)
         fail("checkpoint %s does not say its %s: it is not one of this program's", path.c_str(), key);
-    return std::stoll(found->second);
+    return value;
 }
 
 inline ModelConfig checkpoint_config(const Checkpoint& checkpoint, const std::string& path) {
-    auto size = [&](const char* key) { return int(meta_number(checkpoint, path, key)); };
-    return {size("layers"), size("heads"), size("channels"), size("seq_len"), size("vocab")};
+    auto size = [&](const char* key) {
+        const int64_t value = meta_number(checkpoint, path, key);
+        if (value < 1 || value > 65536)
+            fail("checkpoint %s says %s %" PRId64 ": no such model", path.c_str(), key, value);
+        return int(value);
+    };
+    const ModelConfig config = {size("layers"), size("heads"), size("channels"), size("seq_len"), size("vocab")};
+    if (config.channels % config.heads || config.channels % 8)
+        fail("checkpoint %s says %d channels and %d heads: no such model", path.c_str(), config.channels, config.heads);
+    return config;
 }
 
 inline ModelConfig model_config(const Options& options, int vocab) {
@@ -385,7 +397,7 @@ inline double schedule(const Options& o, int64_t step) {
     const double progress = double(step - o.warmup) / double(std::max<int64_t>(1, o.steps - o.warmup));
     if (o.schedule == "cosine") return o.final_lr_frac + (1 - o.final_lr_frac) * 0.5 * (1 + std::cos(M_PI * progress));
     if (o.schedule == "linear") return 1 - (1 - o.final_lr_frac) * progress;
-    if (o.schedule == "wsd") {
+    if (o.schedule == "wsd" && o.decay_frac > 0) {
         const double left = double(o.steps - step) / std::max(1.0, o.decay_frac * double(o.steps));
         return left >= 1 ? 1 : o.final_lr_frac + (1 - o.final_lr_frac) * left;
     }
@@ -492,13 +504,19 @@ class Trainer {
           accumulation(int(total_batch / (int64_t(options_.batch) * options_.seq_len * ranks.size))),
           optimizer(tensor_specs(config), options_),
           model(config, options_.recompute, optimizer) {
+        if (tokenizer && config.vocab < tokenizer->vocab)
+            fail("a vocabulary of %d is smaller than the %d tokens of the tokenizer beside the shards", config.vocab,
+                 tokenizer->vocab);
+        if (options.vocab > 0 && options.vocab != config.vocab)
+            fail("--vocab %d contradicts the %d of checkpoint %s", options.vocab, config.vocab, options.model.c_str());
         train->check_tokens(config.vocab);
         if (val) val->check_tokens(config.vocab);
         const size_t free = Backend::memory_available(), margin = size_t(512) << 20,
                      need = model.activation_bytes(options.batch);
         if (need + margin > free) {
             const size_t each = model.activation_bytes(2) - model.activation_bytes(1);
-            const size_t fits = free > margin ? (free - margin) / each : 0;
+            const size_t rest = model.activation_bytes(1) - each + margin;
+            const size_t fits = free > rest ? (free - rest) / each : 0;
             fail("out of memory: --batch %d needs %.1f GiB of activations and %.1f GiB are free: %s", options.batch,
                  need / 0x1p30, free / 0x1p30,
                  fits > 0 ? strprintf("--batch %zu fits", fits).c_str()
@@ -634,7 +652,12 @@ class Trainer {
         say("| %-12s | %s: %" PRIu64 " tokens, %" PRIu64 " windows%s\n", "train", options.train.c_str(),
             train->tokens(), train->windows(),
             tokenizer ? "" : " (no tokenizer.bin beside them: samples are token numbers)");
-        if (val) say("| %-12s | %s: %" PRIu64 " tokens\n", "val", options.val.c_str(), val->tokens());
+        if (val) {
+            const uint64_t read = uint64_t(options.eval_batches) * options.batch * ranks.size;
+            say("| %-12s | %s: %" PRIu64 " tokens, %" PRIu64 " windows; an evaluation reads %" PRIu64 "%s\n", "val",
+                options.val.c_str(), val->tokens(), val->windows(), read,
+                read > val->windows() ? ": some twice, lower --eval_batches" : "");
+        }
         say("| %-12s | %" PRId64 " tokens: %d sequences x %d tokens x %d ranks x %d micro-steps\n", "step", total_batch,
             options.batch, options.seq_len, ranks.size, accumulation);
         say("| %-12s | %s, steps %" PRId64 " to %" PRId64 "\n", "optimizer", options.optimizer.c_str(), first_step + 1,
@@ -677,7 +700,7 @@ class Trainer {
             const Checkpoint checkpoint(source);
             check_config(checkpoint, source);
             if (!resumed.empty()) check_run(checkpoint, source);
-            load_tensors(checkpoint, !resumed.empty());
+            load_tensors(checkpoint, source, !resumed.empty());
         } else {
             for (int t = 0; t < int(optimizer.plan.tensors.size()); t++)
                 fill_state(t, optimizer.master, [&](size_t begin, size_t count, float* host) {
@@ -698,7 +721,11 @@ class Trainer {
             exists = access((options.out + "/log.jsonl").c_str(), F_OK) == 0 || !list_checkpoints(options.out).empty();
         }
         broadcast_host(&exists, sizeof exists);
-        if (exists && options.resume.empty())
+        // Going on from a checkpoint of another directory would cut this one's run off.
+        std::error_code error;
+        const bool goes_on =
+            options.resume == "auto" || std::filesystem::equivalent(directory_of(options.resume), options.out, error);
+        if (exists && !goes_on)
             fail("--out %s holds a run already: go on with --resume auto, or choose another directory",
                  options.out.c_str());
     }
@@ -709,8 +736,12 @@ class Trainer {
         std::string path = options.resume;
         if (path == "auto") {
             char chosen[4096] = "";
-            if (ranks.rank == 0)
+            if (ranks.rank == 0) {
                 snprintf(chosen, sizeof chosen, "%s", newest_good_checkpoint(options.out, stderr).c_str());
+                if (!chosen[0] && !list_checkpoints(options.out).empty())
+                    fail("--resume auto: no checkpoint in %s is good; move them away to start from step 1",
+                         options.out.c_str());
+            }
             broadcast_host(chosen, sizeof chosen);
             path = chosen;
             if (path.empty())
@@ -740,8 +771,9 @@ class Trainer {
                 fail("checkpoint %s is of another model: its %s is %d, this run's is %d", path.c_str(), size.name,
                      size.there, size.here);
         const std::string identity = text(checkpoint, "tokenizer");
-        if (tokenizer && !identity.empty() && identity != tokenizer->identity)
-            fail("checkpoint %s was trained with another tokenizer than the one beside the shards", path.c_str());
+        if (!identity.empty() && (!tokenizer || identity != tokenizer->identity))
+            fail("checkpoint %s was trained with another tokenizer than %s", path.c_str(),
+                 tokenizer ? "the one beside the shards" : "none: put its tokenizer.bin beside the shards");
     }
 
     // What a resumed run must share with the one that it continues, or its steps would read other data.
@@ -765,7 +797,7 @@ class Trainer {
     }
 
     // muon and dmuon keep the same state; between adamw and these, or from weights alone, it starts afresh.
-    void load_tensors(const Checkpoint& checkpoint, bool with_state) {
+    void load_tensors(const Checkpoint& checkpoint, const std::string& path, bool with_state) {
         const bool was_adamw = text(checkpoint, "optimizer") == "adamw",
                    is_adamw = optimizer.plan.method == Method::adamw;
         with_state = with_state && was_adamw == is_adamw;
@@ -780,7 +812,7 @@ class Trainer {
                 });
             }
         }
-        if (with_state) optimizer.steps_done = std::stoll(text(checkpoint, "optimizer_steps"));
+        if (with_state) optimizer.steps_done = meta_number(checkpoint, path, "optimizer_steps");
     }
 
     void save(int64_t step) {
@@ -861,9 +893,10 @@ class Trainer {
     // short samples, short code). Randomness is a function of seed, step and position. All ranks write the same sample
     // and rank 0 prints it: none has to wait for another.
     void sample(int64_t step) {
-        std::vector<int> tokens = {tokenizer ? tokenizer->end_of_text : std::min(50256, config.vocab - 1)};
-        std::vector<real> row(config.vocab);
-        std::vector<double> weights(config.vocab);
+        const int vocab = tokenizer ? tokenizer->vocab : config.vocab;  // of what can be written
+        std::vector<int> tokens = {tokenizer ? tokenizer->end_of_text : std::min(50256, vocab - 1)};
+        std::vector<real> row(vocab);
+        std::vector<double> weights(vocab);
         std::string written;
         for (int64_t i = 0; i < options.sample_tokens; i++) {
             const int T = int(std::min<size_t>(tokens.size(), size_t(config.seq_len)));
@@ -875,14 +908,14 @@ class Trainer {
             finish("a sample");
             int next = 0;
             double top = -INFINITY, total = 0;
-            for (int v = 0; v < config.vocab; v++)
+            for (int v = 0; v < vocab; v++)
                 if (double(float(row[v])) > top) top = double(float(row[v])), next = v;
             if (options.temperature > 0) {
-                for (int v = 0; v < config.vocab; v++)
+                for (int v = 0; v < vocab; v++)
                     total += weights[v] = std::exp((double(float(row[v])) - top) / options.temperature);
                 double coin =
                     double(mix(mix(uint64_t(options.seed) + uint64_t(step)) + uint64_t(i)) >> 11) * 0x1p-53 * total;
-                for (next = 0; next + 1 < config.vocab && coin >= weights[next]; next++) coin -= weights[next];
+                for (next = 0; next + 1 < vocab && coin >= weights[next]; next++) coin -= weights[next];
             }
             tokens.push_back(next);
             written += tokenizer ? tokenizer->decode(next) : std::to_string(next) + " ";
@@ -995,7 +1028,8 @@ int main(int argc, char** argv) {
         if (options.version) return print_version(), 0;
         if (options.print_plan) {
             const ModelConfig config = model_config(options, options.vocab > 0 ? options.vocab : 50257);
-            const Plan plan(tensor_specs(config), options, options.ranks > 0 ? options.ranks : ranks.size);
+            const Plan plan(tensor_specs(config), options,
+                            options.ranks > 0 ? options.ranks : std::max(ranks.size, options.gpus));
             if (ranks.rank == 0) print_plan(plan, options, 2, stdout);
             return 0;
         }

@@ -481,7 +481,11 @@ def main():
 
     found = {}
     if manifest.exists():
-        found = json.loads(manifest.read_text())
+        try:
+            found = json.loads(manifest.read_text())
+            found["settings"], found["files"]
+        except (ValueError, TypeError, KeyError):
+            found = {}  # of a run that did not end
     elif any(out.glob("*.bin")):
         fail(f"{out} holds shards that this script did not make: choose another --out")
     if found.get("settings") == settings and all(
@@ -492,7 +496,7 @@ def main():
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(manifest, [b"{}"])
         if found.get("settings", {}).get("dataset") != "fineweb10B" or args.dataset != "fineweb10B":
-            for stale in out.glob("*.bin"):  # of other settings, or of a run that did not end
+            for stale in list(out.glob("train_*.bin")) + list(out.glob("val_*.bin")):  # of other settings
                 stale.unlink()
         tokenizer = ByteTokenizer() if args.tokenizer == "byte" else Gpt2Tokenizer(args.downloads)
         write_tokenizer(out, tokenizer)
@@ -517,5 +521,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         fail("interrupted; the same command continues", 130)
-    except OSError as e:  # a full disk, a directory that may not be written
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as e:  # a full disk, a directory or file that is not good
         fail(str(e))
