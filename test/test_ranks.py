@@ -322,7 +322,8 @@ def fault(number, rank, launcher):
     ranks = min(3, MANY)
     rank = min(rank, ranks - 1)
     out = tempfile.mkdtemp(dir=WORK)
-    flags = [*MODEL, "--batch", 2, "--optimizer", "dmuon", "--steps", 1000000, "--rank_timeout", 5, "--out", out]
+    flags = [*MODEL, "--batch", 2, "--optimizer", "dmuon", "--steps", 1000000, "--rank_timeout", 5, "--out", out,
+             "--val", WORK + "/source_train.bin", "--eval_every", 2, "--eval_batches", 1, "--save_every", 3]  # waits there too
     with open(out + "/said", "w+") as said:
         run = subprocess.Popen(command(ranks, *flags, launcher=launcher), stdout=said, stderr=said, env=ENV)
         try:
