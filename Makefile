@@ -85,7 +85,8 @@ info:
 
 # --- Tests: one program per configuration, so that each header is compiled once for each --------------------------------------
 
-TESTS := test_host test_cpu test_comm test_fiber_fp32 test_fiber_bf16 $(if $(NVCC),test_cuda_fp32 test_cuda_bf16)
+# fiber.h takes bf16 and half from the toolkit's headers
+TESTS := test_host test_cpu test_comm $(if $(NVCC),test_fiber_fp32 test_fiber_bf16 test_cuda_fp32 test_cuda_bf16)
 tests: train_gpt $(addprefix $(BUILD)/,$(TESTS))
 
 TEST_HEADERS := $(HEADERS) $(wildcard test/*.h test/*.cpp) $(BUILD)/config

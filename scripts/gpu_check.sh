@@ -118,18 +118,20 @@ bench() {
     local optimizer model gpus runs=()
     random_tokens
     for model in d12 d24; do
+        local batch=32
+        [[ $model == d12 ]] || batch=16
         for gpus in $(seq "$(nvidia-smi -L | wc -l)"); do
             for optimizer in adamw muon dmuon; do
                 local run=build/gpu_check_bench/${model}_${gpus}gpu_$optimizer
                 rm -rf "$run"
-                part "$model, $gpus GPU, $optimizer" ./train_gpt --model $model --batch $([[ $model == d12 ]] && echo 32 || echo 16) \
+                part "$model, $gpus GPU, $optimizer" ./train_gpt --model $model --batch $batch \
                     --train "$random/train_*.bin" --optimizer "$optimizer" --steps 30 --profile --gpus "$gpus" --out "$run"
                 rm -f "$run/"*.ckpt
                 runs+=("$run")
             done
         done
         if python3 -c 'import torch' 2> /dev/null; then
-            part "$model, PyTorch" python3 dev/peer_pytorch.py --model $model --batch $([[ $model == d12 ]] && echo 32 || echo 16)
+            part "$model, PyTorch" python3 dev/peer_pytorch.py --model $model --batch $batch
         fi
     done
     part "medians" python3 scripts/compare.py "${runs[@]}" --png build/gpu_check_bench.png
