@@ -30,6 +30,7 @@
 // defines: Plan, newton_schulz, Optimizer, print_plan
 #include "dmuon.cuh"
 
+#include <sys/file.h>
 #include <unistd.h>
 
 #include <charconv>
@@ -718,6 +719,11 @@ class Trainer {
             std::error_code error;
             std::filesystem::create_directories(options.out, error);
             if (error) fail("cannot make --out %s: %s", options.out.c_str(), error.message().c_str());
+            // Held until the process ends: two runs in one directory would delete each other's files.
+            const int directory = open(options.out.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+            if (directory < 0) fail("cannot open --out %s: %s", options.out.c_str(), strerror(errno));
+            if (flock(directory, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
+                fail("another run is writing to --out %s: choose another directory", options.out.c_str());
             exists = access((options.out + "/log.jsonl").c_str(), F_OK) == 0 || !list_checkpoints(options.out).empty();
         }
         broadcast_host(&exists, sizeof exists);

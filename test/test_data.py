@@ -154,6 +154,16 @@ class Data(unittest.TestCase):
             lines = list(data.r_character_vector(value(version)))
             self.assertEqual([line.decode() for line in lines], ["plain", "d\u00e9j\u00e0", "d\u00e9j\u00e0", "", ""])
 
+    def test_pieces(self):
+        """What is tokenized in parallel is the whole text, cut only where GPT-2's tokens end in any case."""
+        text = TEXT * 4 + b"a b\n" * 300000 + b" " * 2 * data.BLOCK + b"\n \n\n\n"
+        pieces = list(data.pieces(text))
+        self.assertEqual(b"".join(pieces), text)
+        self.assertGreater(len(pieces), 3)
+        for before, after in zip(pieces, pieces[1:]):
+            self.assertRegex(before[-2:] + after[:1], rb"[!-~]\n[!-~]")
+        self.assertEqual(list(data.pieces(b"")), [b""])
+
     def test_gpt2(self):
         path = self.dir / "text.txt"
         text = TEXT * 4 + "  odd   spaces\n \n\n\tand 12345's\u00a0ends\n".encode() * 1000  # several pieces

@@ -142,7 +142,7 @@ class Train(unittest.TestCase):
 
                 process = subprocess.Popen(command(*flags, "--out", killed), stdout=subprocess.DEVNULL,
                                            env=environment())
-                while process.poll() is None and len(checkpoints(killed)) < 2:
+                while process.poll() is None and len(list(Path(killed).glob("*.ckpt"))) < 2:
                     time.sleep(0.002)
                 time.sleep(0.05)  # some steps past the checkpoint: the resumed run must take them back
                 process.kill()
@@ -220,6 +220,35 @@ class Train(unittest.TestCase):
         (shards / "train_000.bin").write_bytes(good)
         (shards / "tokenizer.bin").write_bytes((data / "tokenizer.bin").read_bytes()[:-1])
         self.refused(1, "tokenizer.bin", *TINY, "--steps", 2, shards=shards)
+
+    def test_no_run_is_cut_off_or_misread(self):
+        one, other = work / "one", work / "other"
+        self.trained(*TINY, "--steps", 4, "--save_every", 2, "--out", one)
+        self.trained(*TINY, "--steps", 4, "--out", other)
+        before = checkpoints(other)
+        self.refused(1, str(other), *TINY, "--steps", 6, "--out", other, "--resume", one / "step_00000002.ckpt")
+        self.assertEqual(checkpoints(other), before)
+        self.trained(*TINY, "--steps", 6, "--out", one, "--resume", one / "step_00000002.ckpt")
+        self.refused(1, "256", *TINY, "--steps", 2, "--vocab", 60)
+        self.assertEqual(len(self.trained(*TINY, "--steps", 2, "--vocab", 300, "--sample_every", 1, "--sample_tokens", 3)
+                             .stdout.split("--- sample")), 3)
+        for path in other.glob("*.ckpt"):
+            path.write_bytes(path.read_bytes()[:-100])
+        damaged, lines = checkpoints(other), log(other)
+        result = run(*TINY, "--steps", 6, "--out", other, "--resume", "auto")
+        self.assertEqual(result.returncode, 1)
+        self.assertIn(f"no checkpoint in {other} is good", result.stderr)
+        self.assertEqual((checkpoints(other), log(other)), (damaged, lines))
+        plan = subprocess.run([BINARY, "--print_plan", "--model", one / "step_00000006.ckpt"], capture_output=True, text=True)
+        self.assertEqual((plan.returncode, plan.stdout[:5]), (0, "plan:"), plan.stderr)
+
+    def test_two_runs_do_not_share_a_directory(self):
+        out = work / "shared"
+        with subprocess.Popen(command(*TINY, "--steps", 1000000, "--out", out), stdout=subprocess.PIPE) as first:
+            while not (out / "log.jsonl").exists():
+                time.sleep(0.05)
+            self.refused(1, "another run", *TINY, "--steps", 2, "--out", out)
+            first.kill()
 
     def test_bad_places(self):
         (work / "a_file").write_text("")
