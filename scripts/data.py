@@ -305,12 +305,11 @@ CUT = re.compile(rb"(?<=[!-~]\n)(?=[!-~])")
 
 def pieces(document):
     at = 0
-    while len(document) - at > BLOCK:
+    while at < len(document):
         cut = CUT.search(document, at + BLOCK)
         end = cut.start() if cut else len(document)
         yield document[at:end]
         at = end
-    yield document[at:]
 
 
 def tokenize(documents, tokenizer, path):

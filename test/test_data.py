@@ -159,10 +159,9 @@ class Data(unittest.TestCase):
         text = TEXT * 4 + b"a b\n" * 300000 + b" " * 2 * data.BLOCK + b"\n \n\n\n"
         pieces = list(data.pieces(text))
         self.assertEqual(b"".join(pieces), text)
-        self.assertGreater(len(pieces), 3)
+        self.assertGreater(len(pieces), 2)
         for before, after in zip(pieces, pieces[1:]):
             self.assertRegex(before[-2:] + after[:1], rb"[!-~]\n[!-~]")
-        self.assertEqual(list(data.pieces(b"")), [b""])
 
     def test_gpt2(self):
         path = self.dir / "text.txt"
