@@ -47,7 +47,7 @@ if ./train_gpt --version | grep -q cuda && nvidia-smi -L > /dev/null 2>&1; then
     echo "training d6, 11 M parameters on the bytes of ${data#data/}, $steps steps with each of: ${optimizers[*]}"
 else
     runs=runs/small_cpu
-    steps=800
+    steps=1000
     flags=(--layers 4 --heads 4 --channels 128 --seq_len 128 --batch 16 --warmup 50 --eval_every 50 --device cpu)
     say "no GPU in use ($(command -v nvidia-smi > /dev/null && echo "this build has no CUDA" || echo "none found")): the CPU"
     echo "training 4 layers of 128 channels, 0.8 M parameters on the bytes of ${data#data/}, $steps steps with each of:" \
