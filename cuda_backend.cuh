@@ -98,7 +98,6 @@ struct CudaRuntime {
         memset(memory, 0, bytes);
         return memory;
     }
-    static void release_host(void* memory) { CUDA_CHECK(cudaFreeHost(memory)); }
 
     static void upload(void* dst, const void* src, size_t bytes) {
         CUDA_CHECK(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyHostToDevice, cuda_stream));
@@ -261,7 +260,6 @@ struct CudaMatmul {
 };
 
 struct Cuda : CudaRuntime, CudaMatmul, GptKernels, Attention, NsKernels, CudaComm {
-    static constexpr bool is_cuda = true;
     static void start(const Ranks& r) {
         CudaRuntime::start(r);
         CudaMatmul::start();

@@ -679,7 +679,7 @@ class Trainer {
         return {{"", optimizer.master}, {"adam_m/", optimizer.moment1}, {"adam_v/", optimizer.moment2}};
     }
 
-    // Calls fill(tensor, begin, count, host) for every run of fp32 state in `arena` that this rank holds, and uploads
+    // Calls fill(begin, count, host) for every run of the tensor's fp32 state in `arena` that this rank holds, and uploads
     // the result.
     template <class Fill>
     void fill_state(int tensor, float* arena, Fill fill) {
