@@ -1,16 +1,21 @@
 #!/usr/bin/env python3
-"""The peer: the same training step in PyTorch, timed beside ./train_gpt on the same machine in the same run.
+"""The peer: the same training in PyTorch, beside ./train_gpt on the same machine in the same run.
 
-    python3 dev/peer_pytorch.py [--model d12] [--batch 32]
+    python3 dev/peer_pytorch.py [--model d12] [--batch 32]                 how fast
+    python3 dev/peer_pytorch.py --data DIR [--model d12] [--batch 32] [--steps 600]   what loss: on train_*.bin and val_*.bin
 
-Prints one JSON line per measurement: tokens per second of GPT-2 with torch.compile, flash attention (SDPA) and fused AdamW in
-bf16, and milliseconds of the optimizer step alone: fused AdamW, Muon one matrix after the other, and Muon with all matrices of
-a shape in one batch under torch.compile (Newton-Schulz: five bf16 steps with Polar Express coefficients).
+Prints one JSON line per measurement. How fast: tokens per second of GPT-2 with torch.compile, flash attention (SDPA) and fused
+AdamW in bf16, and milliseconds of the optimizer step alone: fused AdamW, Muon one matrix after the other, and Muon with all
+matrices of a shape in one batch under torch.compile (Newton-Schulz: five bf16 steps with Polar Express coefficients).
+What loss: the validation loss after training with AdamW and with Muon, fp32 weights under bf16 autocast, with the settings of
+`scripts/gpu_check.sh train`; windows and their order are drawn anew, so it is another run of the same experiment.
 """
 import argparse
+import glob
 import json
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -63,12 +68,12 @@ def orthogonalise(x):  # (..., m, n), m <= n
     return x
 
 
-def muon_update(weight, grad, momentum):  # each (..., rows, cols)
+def muon_update(weight, grad, momentum, lr):  # each (..., rows, cols) but lr, a tensor of one element
     momentum.mul_(0.95).add_(grad)
     x = grad + 0.95 * momentum
     tall = x.shape[-2] > x.shape[-1]
     u = orthogonalise(x.mT if tall else x)
-    weight.mul_(1 - 1e-4).sub_((u.mT if tall else u) * (1e-3 * 0.2 * math.sqrt(max(x.shape[-2:]))))
+    weight.mul_(1 - 0.1 * lr).sub_((u.mT if tall else u) * (lr * 0.2 * math.sqrt(max(x.shape[-2:]))))
 
 
 def median_ms(function, repeats=20):
@@ -85,17 +90,13 @@ def median_ms(function, repeats=20):
     return sorted(times)[len(times) // 2]
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default="d12", choices=SIZES)
-    parser.add_argument("--batch", type=int, default=32)
-    args = parser.parse_args()
-    torch.set_float32_matmul_precision("high")
-    layers, heads, channels = SIZES[args.model]
-    torch.manual_seed(1)
+def say(args, what, value, unit):
+    print(json.dumps({"peer": f"PyTorch {torch.__version__}", "model": args.model, "what": what, unit: round(value, 3)}), flush=True)
 
-    def say(what, value, unit):
-        print(json.dumps({"peer": f"PyTorch {torch.__version__}", "model": args.model, "what": what, unit: round(value, 3)}), flush=True)
+
+def measure_speed(args):
+    layers, heads, channels = SIZES[args.model]
+    lr = torch.tensor(1e-3, device="cuda")
 
     # The optimizer step alone, on fp32 weights and gradients of the hidden matrices with Q, K and V apart (Muon's) or of all (AdamW's)
     squares, wide = (4 * layers, channels, channels), (2 * layers, channels, 4 * channels)
@@ -104,16 +105,16 @@ def main():
     def one_by_one():
         for weights, grads, momenta in stacks:
             for w, g, m in zip(weights, grads, momenta):
-                muon_update(w, g, m)
+                muon_update(w, g, m, lr)
 
     compiled = torch.compile(muon_update)
 
     def batched():
         for stack in stacks:
-            compiled(*stack)
+            compiled(*stack, lr)
 
-    say("Muon, one matrix after the other", median_ms(one_by_one, 10), "optimizer_ms")
-    say("Muon, batched by shape, compiled", median_ms(batched), "optimizer_ms")
+    say(args, "Muon, one matrix after the other", median_ms(one_by_one, 10), "optimizer_ms")
+    say(args, "Muon, batched by shape, compiled", median_ms(batched), "optimizer_ms")
     del stacks
 
     model = GPT(layers, heads, channels).cuda().bfloat16()
@@ -128,8 +129,103 @@ def main():
         optimizer.zero_grad(set_to_none=False)
 
     ms = median_ms(step)
-    say(f"training step, B={args.batch} T=1024", args.batch * 1024 / ms * 1e3, "tokens_per_s")
-    say("AdamW, fused (bf16 weights without fp32 masters)", median_ms(optimizer.step), "optimizer_ms")
+    say(args, f"training step, B={args.batch} T=1024", args.batch * 1024 / ms * 1e3, "tokens_per_s")
+    say(args, "AdamW, fused (bf16 weights without fp32 masters)", median_ms(optimizer.step), "optimizer_ms")
+
+
+# --- What loss --------------------------------------------------------------------------------------------------------
+
+
+def windows(pattern):  # (windows, 1025) of the shards: llm.c's format
+    shards = [np.fromfile(path, dtype=np.uint16, offset=1024) for path in sorted(glob.glob(pattern))]
+    starts = [np.arange(0, len(shard) - 1024, 1024) for shard in shards]
+    return torch.from_numpy(np.concatenate([shard[start[:, None] + np.arange(1025)] for shard, start in zip(shards, starts)])
+                            .astype(np.int32))
+
+
+def gpt2_init(model, layers):
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            std = 0.02 / math.sqrt(2 * layers) if name.endswith("proj.weight") else 0.02
+            torch.nn.init.normal_(parameter, std=std)
+        elif name.endswith("bias"):
+            torch.nn.init.zeros_(parameter)
+
+
+def stack_hidden(model):
+    """Moves the hidden matrices and their gradients into one stack per shape: [(weights, grads, momenta)]; Q, K and V apart."""
+    stacks = []
+    for names, parts in ((("qkv", "proj"), (3, 1)), (("fc",), (1,)), (("fc_proj",), (1,))):
+        modules = [[getattr(block, name) for name in names] for block in model.blocks]
+        weights = torch.cat([m.weight.data.view(part, -1, m.in_features) for ms in modules for m, part in zip(ms, parts)])
+        stack = weights, torch.zeros_like(weights), torch.zeros_like(weights)
+        at = 0
+        for ms in modules:
+            for m, part in zip(ms, parts):
+                shape = m.weight.shape
+                m.weight.data = weights[at:at + part].view(shape)
+                m.weight.grad = stack[1][at:at + part].view(shape)
+                at += part
+        stacks.append(stack)
+    return stacks
+
+
+def final_loss(args, muon):
+    layers, heads, channels = SIZES[args.model]
+    peak = 2.4e-3 if muon else 1.2e-3
+    torch.manual_seed(1)
+    model = GPT(layers, heads, channels).cuda()
+    gpt2_init(model, layers)
+    stacks = stack_hidden(model) if muon else []
+    hidden = {id(p) for block in model.blocks for p in block.parameters() if p.dim() == 2} if muon else set()
+    rest = [p for p in model.parameters() if id(p) not in hidden]
+    optimizer = torch.optim.AdamW([{"params": [p for p in rest if p.dim() == 2], "weight_decay": 0.1},
+                                   {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0}],
+                                  betas=(0.9, 0.95), fused=True)
+    update = torch.compile(muon_update)
+    forward = torch.compile(model)
+
+    def loss_of(batch):
+        batch = batch.cuda().long()
+        with torch.autocast("cuda", torch.bfloat16):
+            return forward(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
+
+    train, val = windows(args.data + "/train_*.bin"), windows(args.data + "/val_*.bin")
+    per_epoch = len(train) // args.batch
+    lr = torch.zeros((), device="cuda")
+    for step in range(args.steps):
+        if step % per_epoch == 0:
+            order = torch.randperm(len(train))
+        at = step % per_epoch * args.batch
+        loss_of(train[order[at:at + args.batch]]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        share = min((step + 1) / 60, max(0.02, 1 - 0.98 * max(0, (step + 1) / args.steps - 0.4) / 0.6))
+        lr.fill_(peak * share)
+        for group in optimizer.param_groups:
+            group["lr"] = peak * share
+        for stack in stacks:
+            update(*stack, lr)
+        optimizer.step()
+        model.zero_grad(set_to_none=False)  # the gradients stay in their stacks
+    with torch.no_grad():
+        batches = [loss_of(val[at:at + args.batch]).item() for at in range(0, len(val) - args.batch + 1, args.batch)]
+    return sum(batches) / len(batches)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="d12", choices=SIZES)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--data", help="directory with shards of GPT-2 tokens; without it speed is measured")
+    parser.add_argument("--steps", type=int, default=600)
+    args = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(1)
+    if not args.data:
+        measure_speed(args)
+        return
+    for name, muon in (("AdamW", False), ("Muon, batched by shape", True)):
+        say(args, f"{name}: validation loss after {args.steps} steps", final_loss(args, muon), "val_loss")
 
 
 if __name__ == "__main__":

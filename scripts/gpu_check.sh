@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # What only a GPU can show, with a log to keep. Installs nothing and needs no network.
 #   scripts/gpu_check.sh PART... [--data DIR] [--steps N] [--name NAME] [--results DIR] [--limit SECONDS]
-#   tests      builds, and runs the whole suite on the GPU
+#   tests      builds, and runs the whole suite on the GPU; with several GPUs also the tests of ranks on them
 #   kernels_bf16, kernels_fp32   of these the kernels and the golden run alone, in one precision
 #   ladders    the ladders of dev/
 #   sanitize   compute-sanitizer over the kernel tests, at reduced sizes: memcheck, racecheck, initcheck
-#   train      124M (GPT-2 small) for --steps steps [600] on the GPT-2 shards in --data, with adamw, muon and dmuon
+#   demo       what scripts/demo.sh does on a GPU, with the text that it has fetched before or can fetch
+#   train      124M (GPT-2 small) for --steps steps [600] on the GPT-2 shards in --data, with adamw, muon and dmuon, and
+#              PyTorch with AdamW and Muon where it is installed
 #   bench      124M and 350M, T=1024, random tokens: step and optimizer time with adamw, muon and dmuon on 1..all GPUs, and
 #              PyTorch where it is installed
-#   ranks      several GPUs: the same run on one and on all, started both ways; lost and hanging ranks
+#   ranks      several GPUs: the same 100 steps of 124M on one and on all, started both ways
 #   all        tests, sanitize, train and bench, in this order
 # Writes dev/results/NAME.log [gpu_check]; train adds the curves, NAME.png and NAME_OPTIMIZER.jsonl. Each program gets --limit [1800] s.
 set -euo pipefail
@@ -19,7 +21,7 @@ line="scripts/gpu_check.sh $*"
 parts=() data="" steps=600 name=gpu_check results=dev/results limit=1800
 while (($#)); do
     case $1 in
-        tests | kernels_bf16 | kernels_fp32 | ladders | sanitize | train | bench | ranks) parts+=("$1") ;;
+        tests | kernels_bf16 | kernels_fp32 | ladders | sanitize | demo | train | bench | ranks) parts+=("$1") ;;
         all) parts=(tests sanitize train bench) ;;
         --data | --steps | --name | --results | --limit)
             [[ ${2:-} ]] || fail "$1 needs a value"
@@ -60,7 +62,13 @@ part() { # title command...: into the log and onto the screen
 
 part build make train_gpt
 
-tests() { part suite scripts/test.sh --no_setup; }
+tests() {
+    part suite scripts/test.sh --no_setup
+    local name
+    for name in test_cuda_bf16 test_cuda_fp32 test_ranks_cuda; do
+        [[ ! -e build/log/$name.txt ]] || part "$name, as the suite ran it" cat build/log/$name.txt
+    done
+}
 
 kernels() { # precision
     part "build of the tests" make "build/test_cuda_$1"
@@ -75,16 +83,29 @@ ladders() {
     for ladder in dev/*.cu; do part "$ladder" "build/$(basename "$ladder" .cu)"; done
 }
 
-sanitize() {
-    local tool
+sanitize() { # the six runs side by side: most of their time is that of the checks' host code
+    local runs=() run tool precision pid status log_of=build/log/sanitize
     part "build of the tests" make build/test_cuda_bf16 build/test_cuda_fp32
+    mkdir -p build/log
     for tool in memcheck racecheck initcheck; do
         for precision in bf16 fp32; do
-            TEST_SMALL=1 part "$tool, $precision" compute-sanitizer --tool "$tool" --error-exitcode 1 "build/test_cuda_$precision" \
-                --test-case-exclude='golden*,*cuBLAS*,*sizes of a GPU,*2^32*'
+            TEST_SMALL=1 OMP_NUM_THREADS=2 timeout --kill-after=10 "$limit" compute-sanitizer --tool "$tool" --error-exitcode 1 \
+                "build/test_cuda_$precision" --test-case-exclude='golden*,*cuBLAS*,*sizes of a GPU,*2^32*' \
+                > "${log_of}_${tool}_$precision.txt" 2>&1 &
+            runs+=("$tool $precision $!")
         done
     done
+    for run in "${runs[@]}"; do
+        read -r tool precision pid <<< "$run"
+        status=0
+        wait "$pid" || status=$?
+        part "$tool, $precision" bash -c 'cat "$1"; exit "$2"' - "${log_of}_${tool}_$precision.txt" $status
+    done
 }
+
+demo() { part demo scripts/compare.sh adamw dmuon --no_setup; }
+
+have_torch() { python3 -c 'import torch' 2> /dev/null; }
 
 gpt2=(--model d12 --batch 32 --seq_len 1024)
 
@@ -104,6 +125,9 @@ train() {
         cp "$runs/$optimizer/log.jsonl" "$results/${name}_$optimizer.jsonl"
     done
     part "loss" python3 scripts/compare.py "$runs/"{adamw,muon,dmuon} --png "$results/$name.png"
+    if have_torch; then
+        part "PyTorch, the same settings" python3 dev/peer_pytorch.py --data "$data" --steps "$steps"
+    fi
 }
 
 # As the figures of others were measured: uniform tokens below 2^15, one shard of 4M.
@@ -130,14 +154,13 @@ bench() {
                 runs+=("$run")
             done
         done
-        if python3 -c 'import torch' 2> /dev/null; then
+        if have_torch; then
             part "$model, PyTorch" python3 dev/peer_pytorch.py --model $model --batch $batch
         fi
     done
     part "medians" python3 scripts/compare.py "${runs[@]}" --png build/gpu_check_bench.png
 }
 
-# Several GPUs: dmuon on all of them against one over 100 steps of 124M, started both ways, and lost or hanging ranks.
 ranks() {
     local gpus same=(--model d12 --batch 16 --total_batch 32768 --train "$random/train_*.bin" --optimizer dmuon --steps 100 --warmup 20)
     gpus=$(nvidia-smi -L | wc -l)
@@ -158,8 +181,6 @@ for run in ("gpus", "mpirun"):
     print(f"{run}: largest difference over {len(one)} steps {worst:.6f} nats, last losses {one[-1]:.4f} {losses(run)[-1]:.4f}")
     assert worst < 0.02'
     rm -rf build/gpu_check_ranks/*/*.ckpt
-    part "ranks that die or hang" python3 test/test_ranks.py ./train_gpt cuda killed_rank stopped_rank both_launchers_agree \
-        state_is_the_same_on_other_rank_counts
 }
 
 for wanted in "${parts[@]}"; do $wanted; done
