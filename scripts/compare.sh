@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains the same small model on the same text with several optimizers and puts them side by side.
-#   scripts/compare.sh [adamw] [muon] [dmuon]     all three if none is named
+#   scripts/compare.sh [adamw] [muon] [dmuon] [--no_setup]     all three if none is named; --no_setup: installs nothing
 # Runs that are finished are not trained again; one that was interrupted goes on. Everything is in runs/small_{cpu,gpu}.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -11,14 +11,20 @@ export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
 say() { printf '\n== %s\n' "$*"; }
 fail() { echo "compare: $*" >&2; exit 1; }
 
-optimizers=("$@")
-((${#optimizers[@]})) || optimizers=(adamw muon dmuon)
-for optimizer in "${optimizers[@]}"; do
-    [[ $optimizer =~ ^(adamw|muon|dmuon)$ ]] || fail "'$optimizer' is not one of adamw, muon, dmuon"
+optimizers=() setup=yes
+for argument in "$@"; do
+    case $argument in
+        adamw | muon | dmuon) optimizers+=("$argument") ;;
+        --no_setup) setup="" ;;
+        *) fail "'$argument' is none of adamw, muon, dmuon, --no_setup" ;;
+    esac
 done
+((${#optimizers[@]})) || optimizers=(adamw muon dmuon)
 
-say "tools"
-scripts/setup.sh
+if [[ $setup ]]; then
+    say "tools"
+    scripts/setup.sh
+fi
 say "build"
 make
 

@@ -92,6 +92,12 @@ for name in test_cuda_fp32 test_cuda_bf16; do
     fi
 done
 program test_ranks python3 test/test_ranks.py ./train_gpt
+gpus=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true)
+if [[ $have_nvcc ]] && ((gpus > 1)); then
+    program test_ranks_cuda python3 test/test_ranks.py ./train_gpt cuda
+else
+    count "test_ranks_cuda (no two GPUs)" 0 0 "$(grep '^def test_' test/test_ranks.py | grep -vc plan)" 0
+fi
 program test_train python3 test/test_train.py ./train_gpt
 program test_data python3 test/test_data.py
 
