@@ -704,8 +704,9 @@ private:
 
     // Kernels take offsets within a sequence as int; a grid is (blocks of rows, H, B).
     static void check_sizes(int B, int T, int C, int H) {
-        if (C % H != 0 || C / H > 256)
-            fail("attention: %d channels in %d heads: choose --heads that divide them, into at most 256 each", C, H);
+        if (C % H != 0 || C / H > max_head_size)
+            fail("attention: %d channels in %d heads: choose --heads that divide them, into at most %d each", C, H,
+                 max_head_size);
         if (size_t(T) * 3 * C > INT32_MAX)
             fail("attention: T = %d times 3 * %d channels is 2^31 or more: use a shorter --seq_len", T, C);
         if (B > 65535) fail("attention: %d sequences at once, at most 65535 fit a launch: use a smaller --batch", B);

@@ -57,6 +57,9 @@ constexpr T round_up(T a, T b) {
     return ceil_div(a, b) * b;
 }
 
+// The widest model: a row of it, or of one head, stays in the registers of a CUDA warp.
+constexpr int max_channels = 8192, max_head_size = 256;
+
 // A run of elements in one of the arenas (parameters, gradients, optimizer state).
 struct Range {
     size_t begin, count;

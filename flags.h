@@ -104,7 +104,8 @@ inline const std::vector<Flag>& flag_table() {
          "size by name, or a checkpoint whose size and weights to start from; without a word d12 (GPT-2's 124M)"},
         {"model", "layers", &O::layers, "N", "size by hand: blocks; with --heads and --channels", 0, 1000},
         {"model", "heads", &O::heads, "N", "size by hand: attention heads", 0, 1000},
-        {"model", "channels", &O::channels, "N", "size by hand: width, a multiple of 8 and of --heads", 0, 65536},
+        {"model", "channels", &O::channels, "N", "size by hand: width, a multiple of 8 and of --heads", 0,
+         max_channels},
 
         {"batch", "batch", &O::batch, "N", "sequences per rank and micro-step: what fits in memory", 1, 65536},
         {"batch", "total_batch", &O::total_batch, "TOKENS",
@@ -323,6 +324,10 @@ inline void check_contradictions(const Options& o, const std::set<std::string>& 
     if (by_hand && !(o.layers && o.heads && o.channels)) usage_fail("give --layers, --heads and --channels together");
     if (by_hand && (o.channels % o.heads || o.channels % 8)) {
         usage_fail("--channels %d must be a multiple of 8 and of --heads %d", o.channels, o.heads);
+    }
+    if (by_hand && o.channels / o.heads > max_head_size) {
+        usage_fail("--channels %d in --heads %d: a head has at most %d channels, so give more heads", o.channels,
+                   o.heads, max_head_size);
     }
     struct stat info;
     if (!o.model.empty() && !find_preset(o.model) && stat(o.model.c_str(), &info) != 0) {

@@ -117,10 +117,9 @@ __global__ void token_backward_kernel(float* dwte /*(Vp,C) +=*/, const real* __r
 // LayerNorm and residual
 
 constexpr float kLayerNormEpsilon = 1e-5f;
-constexpr int kMaxChannels = 8192;  // a row fits into the registers of one warp; above 4096 a little spills
 constexpr int kLayerNormWarps = 4;
 
-// One warp per row, the row in registers, `packs` of them in each lane. With add, x = a + b, also written to residual;
+// One warp per row, the row in registers (above 4096 channels a little spills), `packs` of them in each lane. With add, x = a + b, also written to residual;
 // else x = a. Mean and variance take two passes over the registers: no cancellation.
 template <int packs, bool add>
 __global__ void layernorm_forward_kernel(real* residual /*(N,C)*/, real* out /*(N,C)*/, float* mean /*(N)*/,
@@ -569,7 +568,7 @@ struct GptKernels {
                                    float* scratch /*layernorm_scratch_floats(C)*/) {
         check_channels(C);
         int threads = std::min(whole_warps(C), kLayerNormThreads), blocks = std::min(layernorm_backward_blocks(C), N);
-        constexpr int most_packs = kMaxChannels / kLayerNormThreads / Pack<real>::size;
+        constexpr int most_packs = max_channels / kLayerNormThreads / Pack<real>::size;
         auto kernel =
             whole_warps(C) == threads ? layernorm_backward_kernel<1, 2> : layernorm_backward_kernel<most_packs, 1>;
         LAUNCH(kernel, blocks, threads, 0, dx, scratch, dout, x, weight, mean, rstd, N, C);
@@ -644,8 +643,8 @@ private:
     static unsigned quad_blocks(size_t n) { return unsigned(ceil_div(n, size_t(kThreads * kQuad))); }
 
     static void check_channels(int C) {
-        if (C % 8 != 0 || C > kMaxChannels)
-            fail("%d channels: LayerNorm handles multiples of 8 up to %d", C, kMaxChannels);
+        if (C % 8 != 0 || C > max_channels)
+            fail("%d channels: LayerNorm handles multiples of 8 up to %d", C, max_channels);
     }
 
     // Calls f with the number of packs of a row that each lane of a warp holds, as a compile-time constant.
@@ -658,7 +657,7 @@ private:
         else if (packs <= 5) f(std::integral_constant<int, 5>());  // 1280
         else if (packs <= 7) f(std::integral_constant<int, 7>());  // 1600
         else if (packs <= 16) f(std::integral_constant<int, 16>());
-        else f(std::integral_constant<int, kMaxChannels / kWarpSize / Pack<real>::size>());
+        else f(std::integral_constant<int, max_channels / kWarpSize / Pack<real>::size>());
     }
 
     // All resident at once: the kernel's 100 registers allow 600 threads on each multiprocessor.

@@ -75,7 +75,8 @@ inline ModelConfig checkpoint_config(const Checkpoint& checkpoint, const std::st
         return int(value);
     };
     const ModelConfig config = {size("layers"), size("heads"), size("channels"), size("seq_len"), size("vocab")};
-    if (config.channels % config.heads || config.channels % 8)
+    if (config.channels % config.heads || config.channels % 8 || config.channels > max_channels ||
+        config.channels / config.heads > max_head_size)
         fail("checkpoint %s says %d channels and %d heads: no such model", path.c_str(), config.channels, config.heads);
     return config;
 }
@@ -679,8 +680,8 @@ class Trainer {
         return {{"", optimizer.master}, {"adam_m/", optimizer.moment1}, {"adam_v/", optimizer.moment2}};
     }
 
-    // Calls fill(begin, count, host) for every run of the tensor's fp32 state in `arena` that this rank holds, and uploads
-    // the result.
+    // Calls fill(begin, count, host) for every run of the tensor's fp32 state in `arena` that this rank holds, and
+    // uploads the result.
     template <class Fill>
     void fill_state(int tensor, float* arena, Fill fill) {
         std::vector<float> host;

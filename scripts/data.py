@@ -22,6 +22,7 @@ import json
 import lzma
 import os
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -512,7 +513,7 @@ def main():
         return sum(shard_tokens(out / name) for name in files if name.startswith(split))
 
     say(f"{total('train'):,} tokens to train on, {total('val'):,} to validate on")
-    print(f"--train '{out}/train_*.bin'" + (f" --val '{out}/val_*.bin'" if total("val") else ""))
+    print(" ".join(f"--{split} {shlex.quote(f'{out}/{split}_*.bin')}" for split in ("train", "val") if total(split)))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ static std::string error_of(const std::function<void()>& body) {
         body();
     } catch (const Error& error) {
         const std::string message = error.what();
-        CHECK(message.find('\n') == std::string::npos); // one line
+        CHECK(message.find('\n') == std::string::npos);  // one line
         return std::to_string(error.exit_code) + ": " + message;
     }
     return "";
@@ -113,8 +113,9 @@ static std::string other_value(const Flag& flag) {
 
 // Under these flags every other one has an effect, so that none is refused for having none.
 static Args with_context(const std::string& name, const Args& more) {
-    Args args = words("--train t --val v --optimizer dmuon --ns_coefficients keller --schedule wsd --decay_frac 0 "
-                      "--out o --sample_every 7 --resume auto --print_plan --total_batch 0 --steps 1000000000000000");
+    Args args = words(
+        "--train t --val v --optimizer dmuon --ns_coefficients keller --schedule wsd --decay_frac 0 "
+        "--out o --sample_every 7 --resume auto --print_plan --total_batch 0 --steps 1000000000000000");
     if (name == "layers" || name == "heads" || name == "channels") {
         for (const char* flag : {"--layers", "--heads", "--channels"}) args.insert(args.end(), {flag, "64"});
     }
@@ -129,10 +130,10 @@ TEST_CASE("flags: the rows of the table are sound") {
         CHECK(names.insert(flag.name).second);
         const std::string value = flag_value(flag, Options());
         Options options;
-        if (!value.empty()) set_flag(options, flag, value); // the default is a legal value
+        if (!value.empty()) set_flag(options, flag, value);  // the default is a legal value
         CHECK(flag_value(flag, options) == value);
 
-        set_flag(options, flag, other_value(flag)); // two rows don't share a member
+        set_flag(options, flag, other_value(flag));  // two rows don't share a member
         for (const Flag& other : flag_table()) {
             const bool changed = flag_value(other, options) != flag_value(other, Options());
             CHECK(changed == (&other == &flag));
@@ -157,11 +158,11 @@ TEST_CASE("flags: every row takes its values in both forms, and the last wins") 
     for (const Flag& flag : flag_table()) {
         const std::string name = flag.name, dashed = "--" + name;
         CAPTURE(name);
-        if (name == "help") continue; // tested below
+        if (name == "help") continue;  // tested below
         Args values = {other_value(flag)};
         if (!flag_value(flag, Options()).empty()) values.push_back(flag_value(flag, Options()));
         if (name == "train" || name == "val" || name == "out") values.push_back("a=b c");
-        if (name == "print_plan") values = {"1"}; // the context needs it
+        if (name == "print_plan") values = {"1"};  // the context needs it
         if (name == "layers" || name == "heads" || name == "channels") values = {"64"};
         if (name == "steps") values = {"1000000"};
         if (name == "model" || name == "resume") values = {split_choices(flag.values)[0]};
@@ -201,9 +202,9 @@ TEST_CASE("flags: every row refuses what it can't take, with exit code 2 and its
     };
     for (const Flag& flag : flag_table()) {
         const std::string dashed = std::string("--") + flag.name;
-        const bool is_help = dashed == "--help"; // by itself it is obeyed, whatever follows
+        const bool is_help = dashed == "--help";  // by itself it is obeyed, whatever follows
         CAPTURE(dashed);
-        refused(flag, {dashed + "="}); // missing values
+        refused(flag, {dashed + "="});  // missing values
         if (!is_help) refused(flag, {dashed, ""});
         if (!is_bool(flag)) {
             refused(flag, {dashed});
@@ -247,7 +248,7 @@ TEST_CASE("flags: help is made of the table") {
     const std::string help(memory, size);
     free(memory);
     std::istringstream words_of(help);
-    std::string flat; // with single spaces, as lines are broken anywhere
+    std::string flat;  // with single spaces, as lines are broken anywhere
     for (std::string word; words_of >> word;) flat += word + " ";
     for (const Flag& flag : flag_table()) {
         CAPTURE(flag.name);
@@ -266,7 +267,7 @@ TEST_CASE("flags: help is made of the table") {
     }
     CHECK(parse({"--help"}).help);
     CHECK(parse({"-h"}).help);
-    CHECK(parse({"--nonsense", "--lr", "x", "--help"}).help); // whoever asks for help gets it
+    CHECK(parse({"--nonsense", "--lr", "x", "--help"}).help);  // whoever asks for help gets it
 }
 
 TEST_CASE("flags: unknown ones are named, with the nearest known one") {
@@ -278,12 +279,12 @@ TEST_CASE("flags: unknown ones are named, with the nearest known one") {
         CAPTURE(word);
         CHECK(parse_error({"--train", "t", word}).substr(0, 3) == "2: ");
     }
-    CHECK(mentions(parse_error({"--train", "a.bin", "b.bin"}), "'b.bin'")); // a glob that the shell expanded
+    CHECK(mentions(parse_error({"--train", "a.bin", "b.bin"}), "'b.bin'"));  // a glob that the shell expanded
 }
 
 TEST_CASE("flags: contradictions name the flags") {
     const struct {
-        const char *args, *named; // named: what the message must contain, with | between
+        const char *args, *named;  // named: what the message must contain, with | between
     } cases[] = {
         {"", "--train"},
         {"--val v", "--train"},
@@ -298,6 +299,7 @@ TEST_CASE("flags: contradictions name the flags") {
         {"--heads 2 --channels 16", "--layers"},
         {"--layers 2 --heads 3 --channels 16", "--channels 16|--heads 3"},
         {"--layers 2 --heads 2 --channels 12", "--channels 12|8"},
+        {"--layers 2 --heads 2 --channels 520", "--channels 520|--heads 2|256"},
         {"--batch 65536 --seq_len 65536", "--batch|--seq_len"},
         {"--batch 4 --seq_len 64 --total_batch 1000", "--total_batch 1000|--batch 4|--seq_len 64|1024"},
         {"--warmup 11 --steps 10", "--warmup 11|--steps 10"},
@@ -350,16 +352,16 @@ TEST_CASE("flags: what is no contradiction") {
              "--optimizer muon --ns_coefficients keller --ns_steps 20",
              "--optimizer muon --muon_weight_decay -1",
              "--optimizer dmuon --owner lpt",
-             "--print_plan --ranks 1000 --owner lpt --muon_qkv heads", // of any optimizer
-             "--resume some.ckpt",                                     // without --out nothing is written
+             "--print_plan --ranks 1000 --owner lpt --muon_qkv heads",  // of any optimizer
+             "--resume some.ckpt",                                      // without --out nothing is written
              "--out o --resume auto --save_every 5 --keep 9",
              "--gpus 0 --device cpu",
          }) {
         CAPTURE(args);
         CHECK(parse_error(words(args + std::string(" --train t"))) == "");
     }
-    CHECK(parse_error({"--train", "t", "--model", dir / "some.ckpt"}) == ""); // a file that is there
-    CHECK(parse_error({"--print_plan", "--ranks", "8"}) == ""); // needs no data
+    CHECK(parse_error({"--train", "t", "--model", dir / "some.ckpt"}) == "");  // a file that is there
+    CHECK(parse_error({"--print_plan", "--ranks", "8"}) == "");                // needs no data
     CHECK(find_preset("d12")->channels == 768);
     CHECK(find_preset("d13") == nullptr);
 }
@@ -385,7 +387,7 @@ static std::vector<uint16_t> counting(size_t n, uint16_t first) {
     return tokens;
 }
 
-static std::vector<std::unique_ptr<char[]>> allocations; // kept to the end: a loader's thread may still be writing
+static std::vector<std::unique_ptr<char[]>> allocations;  // kept to the end: a loader's thread may still be writing
 static void* test_alloc(size_t bytes) {
     allocations.emplace_back(new char[bytes]());
     return allocations.back().get();
@@ -401,7 +403,7 @@ struct SmallData {
         write_shard(dir / "x_train_001.bin", counting(11 * T + 3, 1000));
         write_shard(dir / "x_train_002.bin", counting(3, 2000));
         write_shard(dir / "x_train_003.bin", counting(T + 1, 3000));
-        write_shard(dir / "x_val_000.bin", counting(5 * T, 4000)); // not in the glob
+        write_shard(dir / "x_val_000.bin", counting(5 * T, 4000));  // not in the glob
         shards.reset(new Shards(dir / "x_train_*.bin", T));
     }
 };
@@ -431,7 +433,7 @@ TEST_CASE("loader: permute is one-to-one, and another shuffle under another key"
         first[permute(0, 10, mix(key))]++;
         neighbours += permute(0, 10, mix(key)) + 1 == permute(1, 10, mix(key));
     }
-    for (int times : first) CHECK(times == doctest::Approx(1000).epsilon(0.15)); // sigma is 3%
+    for (int times : first) CHECK(times == doctest::Approx(1000).epsilon(0.15));  // sigma is 3%
     CHECK(neighbours == doctest::Approx(1000).epsilon(0.15));                     // 9 of 90 pairs
 }
 
@@ -451,7 +453,7 @@ TEST_CASE("loader: an epoch is every window once, in a new order each time") {
             std::vector<int> order;
             for (uint64_t i = 0; i < windows; i++) {
                 const uint16_t* tokens = data.shards->sample(epoch * windows + i, seed);
-                for (int t = 1; t <= 4; t++) CHECK(tokens[t] == tokens[0] + t); // within one shard
+                for (int t = 1; t <= 4; t++) CHECK(tokens[t] == tokens[0] + t);  // within one shard
                 order.push_back(tokens[0]);
             }
             CHECK(std::set<int>(order.begin(), order.end()) == expected);
@@ -459,7 +461,7 @@ TEST_CASE("loader: an epoch is every window once, in a new order each time") {
         }
     }
     CHECK(orders.size() == 10);
-    CHECK(data.shards->sample(~uint64_t(0), 3) != nullptr); // no number is too large
+    CHECK(data.shards->sample(~uint64_t(0), 3) != nullptr);  // no number is too large
 }
 
 // The first tokens of the windows of each step, in the order of (micro-step, rank, row).
@@ -483,11 +485,11 @@ static std::vector<std::vector<int>> windows_by_step(const Shards& shards, int r
 
 TEST_CASE("loader: ranks and batch divide a step's windows, they don't choose them") {
     SmallData data;
-    const auto expected = windows_by_step(*data.shards, 1, 12, 1, 0, 9); // 108 windows: two epochs and a bit
+    const auto expected = windows_by_step(*data.shards, 1, 12, 1, 0, 9);  // 108 windows: two epochs and a bit
     std::vector<int> epoch;
     for (const auto& step : expected) epoch.insert(epoch.end(), step.begin(), step.end());
     epoch.resize(49);
-    CHECK(std::set<int>(epoch.begin(), epoch.end()).size() == 49); // disjoint, whoever reads them
+    CHECK(std::set<int>(epoch.begin(), epoch.end()).size() == 49);  // disjoint, whoever reads them
     const int splits[][3] = {{1, 1, 12}, {1, 4, 3}, {2, 3, 2}, {2, 6, 1}, {3, 2, 2}, {3, 4, 1}, {12, 1, 1}};
     for (const auto& split : splits) {
         CAPTURE(split[0]);
@@ -528,7 +530,7 @@ TEST_CASE("loader: targets, order, and how long a batch lasts") {
         std::stable_sort(order.begin(), order.end(), [&](int i, int j) { return batch.inputs[i] < batch.inputs[j]; });
         CHECK(std::vector<int>(batch.order, batch.order + B * T) == order);
 
-        if (number % 8 == 0) usleep(2000); // let the thread run ahead as far as it may
+        if (number % 8 == 0) usleep(2000);  // let the thread run ahead as far as it may
         if (number > 0) CHECK(std::vector<int>(before.inputs, before.inputs + B * T) == inputs_before);
         before = batch;
         inputs_before.assign(batch.inputs, batch.inputs + B * T);
@@ -577,7 +579,7 @@ TEST_CASE("loader: malformed shards are refused by name") {
         {"count of 2^31", shard_bytes(20240520, 1, 0x80000000u, good), "promises 2147483648 tokens"},
         {"count of -1", shard_bytes(20240520, 1, 0xffffffffu, good), "promises 4294967295 tokens"},
     };
-    write_shard(dir / "a.bin", good); // a good one beside it doesn't help
+    write_shard(dir / "a.bin", good);  // a good one beside it doesn't help
     for (const auto& c : cases) {
         CAPTURE(c.what);
         write_file(dir / "b.bin", c.content);
@@ -602,7 +604,7 @@ TEST_CASE("loader: malformed shards are refused by name") {
 
 TEST_CASE("loader: every token is looked at") {
     TempDir dir;
-    const size_t n = 3 * 4096 + 17; // whole blocks and a rest
+    const size_t n = 3 * 4096 + 17;  // whole blocks and a rest
     write_shard(dir / "a.bin", counting(100, 0));
     for (size_t at : {size_t(0), size_t(1), size_t(4095), size_t(4096), size_t(9000), n - 18, n - 1}) {
         std::vector<uint16_t> tokens(n, 255);
@@ -626,21 +628,21 @@ TEST_CASE("loader: a shard cut short under a running loader is an error, not a c
     DataLoader loader(shards, 1, 4, 0, 1, 1, 0, test_alloc);
     loader.next();
     fs::resize_file(dir / "a.bin", 2048);
-    std::string message; // a batch or two were prepared before
+    std::string message;  // a batch or two were prepared before
     for (int i = 0; i < 4 && message.empty(); i++) message = error_of([&] { loader.next(); });
     CHECK(mentions(message, "cut short"));
-    CHECK(error_of([&] { loader.next(); }) == message); // and it stays one
+    CHECK(error_of([&] { loader.next(); }) == message);  // and it stays one
 }
 
 TEST_CASE("loader: a shard of 5 GB") {
     TempDir dir;
-    const uint64_t n = 2500000000; // tokens, beyond 2^31; a sparse file takes no room on the disk
+    const uint64_t n = 2500000000;  // tokens, beyond 2^31; a sparse file takes no room on the disk
     const std::string path = dir / "big.bin";
     write_file(path, shard_bytes(20240520, 1, (uint32_t)n, {}));
     fs::resize_file(path, 1024 + 2 * n);
     const int T = 1000;
-    const uint64_t last = (n - 1) / T - 1;            // window
-    const uint64_t marks[] = {0, 2147484, last};      // the middle one is the first that begins beyond token 2^31
+    const uint64_t last = (n - 1) / T - 1;        // window
+    const uint64_t marks[] = {0, 2147484, last};  // the middle one is the first that begins beyond token 2^31
     std::fstream file(path, std::ios::binary | std::ios::in | std::ios::out);
     for (uint64_t mark : marks) {
         const std::vector<uint16_t> tokens = counting(T, (uint16_t)(1 + mark % 1009));
@@ -657,7 +659,7 @@ TEST_CASE("loader: a shard of 5 GB") {
         const uint16_t* tokens = shards.in_order(mark);
         for (int t = 0; t < T; t++) REQUIRE(tokens[t] == 1 + mark % 1009 + (uint64_t)t);
     }
-    int marked = 0; // the loader finds the three marked windows among 2.5 million, and zeros elsewhere
+    int marked = 0;  // the loader finds the three marked windows among 2.5 million, and zeros elsewhere
     for (uint64_t g = 0; g < shards.windows(); g++) {
         const uint64_t w = permute(g, shards.windows(), mix(mix(mix(5)) + 1));
         for (uint64_t mark : marks) {
@@ -672,7 +674,7 @@ TEST_CASE("loader: a shard of 5 GB") {
     CHECK(marked == 3);
     struct statfs system;
     REQUIRE(statfs(path.c_str(), &system) == 0);
-    if (system.f_type == 0x01021994) { // tmpfs: reading a hole would fill the memory
+    if (system.f_type == 0x01021994) {  // tmpfs: reading a hole would fill the memory
         MESSAGE("check_tokens skipped: the temporary directory is in memory");
         return;
     }
@@ -751,7 +753,7 @@ static Tensors make_tensors(const std::vector<std::vector<int64_t>>& shapes, uns
         TensorInfo info = {strprintf("blocks.%zu.weight", tensors.size()), shape};
         std::vector<float> values(info.elements());
         for (float& value : values) {
-            const uint32_t bits = (uint32_t)random(); // NaNs, infinities and denormals are values like any other
+            const uint32_t bits = (uint32_t)random();  // NaNs, infinities and denormals are values like any other
             memcpy(&value, &bits, 4);
         }
         tensors.emplace_back(info, values);
@@ -809,7 +811,7 @@ TEST_CASE("checksum: any change within 32 bytes of anything shows, and pieces do
     std::string data(1000, '\0');
     for (size_t size : {size_t(0), size_t(1), size_t(31), size_t(32), size_t(33), size_t(1000)}) {
         const uint64_t sum = Checksum::of(data.data(), size);
-        CHECK(sum != Checksum::of(data.data(), size + 1 > 1000 ? 0 : size + 1)); // zeros count
+        CHECK(sum != Checksum::of(data.data(), size + 1 > 1000 ? 0 : size + 1));  // zeros count
         for (size_t bit = 0; bit < size * 8; bit++) {
             std::string other = data;
             other[bit / 8] = (char)(other[bit / 8] ^ (1 << bit % 8));
@@ -826,15 +828,15 @@ TEST_CASE("checksum: any change within 32 bytes of anything shows, and pieces do
 
 TEST_CASE("checkpoint: round trip, and equal content makes equal files") {
     TempDir dir;
-    const Tensors tensors = make_tensors({{300, 1001}, {1}, {64}, {}, {3, 5, 7}, {262144}}, 1); // the last is 1 MiB
-    save(dir / "run/a", 100, tensors);                                                         // makes the directories
+    const Tensors tensors = make_tensors({{300, 1001}, {1}, {64}, {}, {3, 5, 7}, {262144}}, 1);  // the last is 1 MiB
+    save(dir / "run/a", 100, tensors);  // makes the directories
     check_equal(dir / "run/a/step_00000100.ckpt", tensors);
     for (unsigned chunks : {1, 2, 3}) {
         save(dir / "b", 100, tensors, 100, chunks);
         CHECK(read_file(dir / "b/step_00000100.ckpt") == read_file(dir / "run/a/step_00000100.ckpt"));
     }
     CHECK(names_in(dir / "b") == std::set<std::string>{"step_00000100.ckpt"});
-    save(dir / "b", 7, {}); // no tensors at all
+    save(dir / "b", 7, {});  // no tensors at all
     check_equal(dir / "b/step_00000007.ckpt", {});
 
     const Checkpoint checkpoint(dir / "run/a/step_00000100.ckpt");
@@ -849,14 +851,14 @@ TEST_CASE("checkpoint: too many or too few bytes make no file") {
     const std::vector<TensorInfo> infos = {{"a", {4}}, {"b", {2}}};
     const float values[7] = {};
     CHECK(error_of([&] {
-        CheckpointWriter writer(dir.path, 1, {}, infos);
-        writer.append(values, 28);
-    }) != "");
+              CheckpointWriter writer(dir.path, 1, {}, infos);
+              writer.append(values, 28);
+          }) != "");
     CHECK(error_of([&] {
-        CheckpointWriter writer(dir.path, 1, {}, infos);
-        writer.append(values, 23);
-        writer.finish(1);
-    }) != "");
+              CheckpointWriter writer(dir.path, 1, {}, infos);
+              writer.append(values, 23);
+              writer.finish(1);
+          }) != "");
     { CheckpointWriter abandoned(dir.path, 1, {}, infos); }
     for (const Meta& meta : {Meta{{"two words", "x"}}, Meta{{"key", "two\nlines"}}}) {
         CHECK(error_of([&] { CheckpointWriter writer(dir.path, 1, meta, infos); }) != "");
@@ -871,7 +873,7 @@ TEST_CASE("checkpoint: cut anywhere, it is refused") {
     const std::string path = dir / "step_00000001.ckpt", whole = read_file(path);
     uint64_t table;
     memcpy(&table, whole.data() + 8, 8);
-    std::set<size_t> cuts = {0, 1, 8, 16, 24}; // the header's fields, then the sections, then each checksum
+    std::set<size_t> cuts = {0, 1, 8, 16, 24};  // the header's fields, then the sections, then each checksum
     size_t at = 24 + table;
     cuts.insert(at);
     for (const auto& [info, values] : tensors) {
@@ -889,7 +891,7 @@ TEST_CASE("checkpoint: cut anywhere, it is refused") {
     for (size_t cut : cuts) {
         if (cut == whole.size()) continue;
         std::string content = whole.substr(0, cut);
-        content.resize(cut, 'x'); // one cut is beyond the end: a byte too many
+        content.resize(cut, 'x');  // one cut is beyond the end: a byte too many
         write_file(path, content);
         const std::string message = open_error(path);
         CAPTURE(cut);
@@ -975,8 +977,8 @@ TEST_CASE("checkpoint: a table that makes no sense is refused even under a right
 TEST_CASE("checkpoint: the newest stay, others' files too") {
     TempDir dir;
     const Tensors tensors = make_tensors({{3}}, 1);
-    const Args others = {"log.jsonl",           "step_1.ckpt.bak",    "step_x.ckpt", "my_step_00000001.ckpt",
-                         "step_0000000a.ckpt", "step_.ckpt", "step_1.ckpt"};
+    const Args others = {"log.jsonl",          "step_1.ckpt.bak", "step_x.ckpt", "my_step_00000001.ckpt",
+                         "step_0000000a.ckpt", "step_.ckpt",      "step_1.ckpt"};
     for (const std::string& other : others) write_file(dir / other, "x");
     auto expect = [&](const Args& names) {
         std::set<std::string> expected(others.begin(), others.end());
@@ -987,12 +989,12 @@ TEST_CASE("checkpoint: the newest stay, others' files too") {
     expect({"step_00000015.ckpt", "step_00000020.ckpt"});
     save(dir.path, 25, tensors, 3);
     expect({"step_00000015.ckpt", "step_00000020.ckpt", "step_00000025.ckpt"});
-    save(dir.path, 17, tensors, 3); // resumed at 15: what came later then is no longer part of this run
+    save(dir.path, 17, tensors, 3);  // resumed at 15: what came later then is no longer part of this run
     expect({"step_00000015.ckpt", "step_00000017.ckpt"});
-    save(dir.path, 17, tensors, 1); // the same step again
+    save(dir.path, 17, tensors, 1);  // the same step again
     expect({"step_00000017.ckpt"});
     save(dir.path, 99999999, tensors, 2);
-    save(dir.path, 100000000, tensors, 2); // ordered as numbers, not as words
+    save(dir.path, 100000000, tensors, 2);  // ordered as numbers, not as words
     save(dir.path, 123456789012, tensors, 3);
     CHECK(list_checkpoints(dir.path) ==
           Args{dir / "step_123456789012.ckpt", dir / "step_100000000.ckpt", dir / "step_99999999.ckpt"});
@@ -1038,7 +1040,7 @@ TEST_CASE("checkpoint: a directory that can't be written is one clear line") {
     }
     save(dir / "out", 1, tensors);
     fs::permissions(dir / "out", fs::perms(0555));
-    const bool root = geteuid() == 0; // to whom permissions mean nothing: be nobody for a moment
+    const bool root = geteuid() == 0;  // to whom permissions mean nothing: be nobody for a moment
     if (root) {
         fs::permissions(dir.path, fs::perms(0755));
         REQUIRE(seteuid(65534) == 0);
@@ -1091,17 +1093,17 @@ TEST_CASE("checkpoint: no room, and the older one stays") {
     const Tensors tensors = make_tensors({{3}}, 1);
     SUBCASE("a limit on the size of files") {
         save(dir.path, 1, tensors);
-        for (rlim_t limit : {0, 100, 1000000, 2000100}) { // in the table, in the tensor, in the checksums
+        for (rlim_t limit : {0, 100, 1000000, 2000100}) {  // in the table, in the tensor, in the checksums
             CHECK(wait_for(start_child([&] {
-                signal(SIGXFSZ, SIG_IGN);
-                const rlimit size = {limit, limit};
-                setrlimit(RLIMIT_FSIZE, &size);
-                return save_without_room(dir.path, "File too large");
-            })) == 0);
+                      signal(SIGXFSZ, SIG_IGN);
+                      const rlimit size = {limit, limit};
+                      setrlimit(RLIMIT_FSIZE, &size);
+                      return save_without_room(dir.path, "File too large");
+                  })) == 0);
         }
     }
     SUBCASE("a file system that is full") {
-        const int result = wait_for(start_child([&] { // mounted in the child's own view: gone when it ends
+        const int result = wait_for(start_child([&] {  // mounted in the child's own view: gone when it ends
             if (unshare(CLONE_NEWNS) != 0) return 77;
             if (mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0) return 77;
             if (mount("tmpfs", dir.path.c_str(), "tmpfs", 0, "size=1m") != 0) return 77;
@@ -1119,13 +1121,13 @@ TEST_CASE("checkpoint: killed while writing, the older one stays") {
     save(dir.path, 1, tensors);
     SUBCASE("in the middle of a tensor") {
         CHECK(wait_for(start_child([&] {
-            CheckpointWriter writer(dir.path, 2, {}, {tensors[0].first});
-            writer.append(tensors[0].second.data(), 3000000);
-            return raise(SIGKILL);
-        })) == 128 + SIGKILL);
+                  CheckpointWriter writer(dir.path, 2, {}, {tensors[0].first});
+                  writer.append(tensors[0].second.data(), 3000000);
+                  return raise(SIGKILL);
+              })) == 128 + SIGKILL);
         CHECK(names_in(dir.path) == std::set<std::string>{"step_00000001.ckpt", "step_00000002.ckpt.tmp"});
         CHECK(newest_good_checkpoint(dir.path, stderr) == dir / "step_00000001.ckpt");
-        save(dir.path, 3, tensors); // sweeps what was left
+        save(dir.path, 3, tensors);  // sweeps what was left
         CHECK(names_in(dir.path) == std::set<std::string>{"step_00000001.ckpt", "step_00000003.ckpt"});
     }
     SUBCASE("at any moment") {
@@ -1146,7 +1148,7 @@ TEST_CASE("checkpoint: killed while writing, the older one stays") {
             newest = now;
         }
         MESSAGE("saved " << newest - 1 << " times in 30 lives");
-        save(dir.path, newest + 1, tensors, 2); // and one that lives on tidies up
+        save(dir.path, newest + 1, tensors, 2);  // and one that lives on tidies up
         CHECK(names_in(dir.path).size() == 2);
     }
 }
