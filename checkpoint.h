@@ -30,10 +30,10 @@
 
 #include "common.h"
 
-using Meta = std::map<std::string, std::string>; // keys without spaces, values on one line
+using Meta = std::map<std::string, std::string>;  // keys without spaces, values on one line
 
 struct TensorInfo {
-    std::string name; // without spaces
+    std::string name;  // without spaces
     std::vector<int64_t> shape;
 
     uint64_t elements() const {
@@ -48,7 +48,7 @@ struct TensorInfo {
 // step is one-to-one in the lane and in the word, hence damage within any one word always shows; other damage goes
 // unseen with a chance of about 2^-64. Every update but the last takes a multiple of 32 bytes.
 class Checksum {
-public:
+  public:
     void update(const void* data, size_t bytes) {
         const char* at = (const char*)data;
         for (size_t blocks = bytes / 32; blocks > 0; blocks--, at += 32) {
@@ -70,18 +70,18 @@ public:
         return checksum.value();
     }
 
-private:
+  private:
     uint64_t lanes_[4] = {1, 2, 3, 4};
     uint64_t length_ = 0;
 
     static uint64_t step(uint64_t sum, uint64_t word) {
-        sum = (sum ^ word) * 0x9fb21c651e98df25u; // odd: can be undone
-        return sum << 27 | sum >> 37;             // products carry upwards only; the turn brings high bits down
+        sum = (sum ^ word) * 0x9fb21c651e98df25u;  // odd: can be undone
+        return sum << 27 | sum >> 37;              // products carry upwards only; the turn brings high bits down
     }
 };
 
 namespace ckpt {
-constexpr char magic[] = "TRAINGPT"; // 8 bytes, without the final zero
+constexpr char magic[] = "TRAINGPT";  // 8 bytes, without the final zero
 constexpr uint64_t header_bytes = 24, alignment = 64;
 constexpr char suffix[] = ".ckpt", unfinished[] = ".ckpt.tmp";
 
@@ -106,19 +106,21 @@ inline std::vector<std::pair<int64_t, std::string>> files(const std::string& dir
     std::sort(found.rbegin(), found.rend());
     return found;
 }
-} // namespace ckpt
+}  // namespace ckpt
 
 // Writes under a temporary name, and gives the file its own name only when all of it is on the disk: a crash at any
 // moment leaves the older checkpoints as they were. Use: construct, append() the tensors in table order, finish().
 class CheckpointWriter {
-public:
+  public:
     CheckpointWriter(const std::string& dir, int64_t step, const Meta& meta, const std::vector<TensorInfo>& tensors)
-        : dir_(dir), step_(step), path_(strprintf("%s/step_%08lld%s", dir.c_str(), (long long)step, ckpt::suffix)),
+        : dir_(dir),
+          step_(step),
+          path_(strprintf("%s/step_%08lld%s", dir.c_str(), (long long)step, ckpt::suffix)),
           tensors_(tensors) {
         std::error_code error;
         std::filesystem::create_directories(dir, error);
         if (error) give_up(error.value());
-        for (const auto& left : ckpt::files(dir, ckpt::unfinished)) unlink(left.second.c_str()); // by a crash
+        for (const auto& left : ckpt::files(dir, ckpt::unfinished)) unlink(left.second.c_str());  // by a crash
         file_.path = strprintf("%s/step_%08lld%s", dir.c_str(), (long long)step, ckpt::unfinished);
         file_.fd = open(file_.path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
         if (file_.fd < 0) give_up(errno);
@@ -166,7 +168,7 @@ public:
         if (fsync(file_.fd) != 0) give_up(errno);
         if (rename(file_.path.c_str(), path_.c_str()) != 0) give_up(errno);
         file_.close();
-        const int dir = open(dir_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); // the new name must reach the disk too
+        const int dir = open(dir_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);  // the new name must reach the disk too
         const bool synced = dir >= 0 && fsync(dir) == 0;
         const int error = errno;
         if (dir >= 0) close(dir);
@@ -176,7 +178,7 @@ public:
         }
     }
 
-private:
+  private:
     // Closes the file and removes it, also when the constructor above throws. After the rename nothing has that name.
     struct Temporary {
         std::string path;
@@ -190,17 +192,17 @@ private:
         ~Temporary() { close(); }
     };
 
-    static constexpr size_t buffer_bytes = 1 << 20; // a multiple of ckpt::alignment, as Checksum::update asks
+    static constexpr size_t buffer_bytes = 1 << 20;  // a multiple of ckpt::alignment, as Checksum::update asks
 
     const std::string dir_;
     const int64_t step_;
     const std::string path_;
     const std::vector<TensorInfo> tensors_;
     Temporary file_;
-    std::string buffer_;         // what is not in the file yet
-    Checksum checksum_;          // of the current section so far, without buffer_
-    std::vector<uint64_t> sums_; // of the tensors written
-    uint64_t tensor_done_ = 0;   // bytes of the current one
+    std::string buffer_;          // what is not in the file yet
+    Checksum checksum_;           // of the current section so far, without buffer_
+    std::vector<uint64_t> sums_;  // of the tensors written
+    uint64_t tensor_done_ = 0;    // bytes of the current one
 
     [[noreturn]] void give_up(int error) const {
         fail("cannot write checkpoint %s: %s. Older checkpoints are untouched; make room or give another --out",
@@ -236,14 +238,14 @@ private:
 
 // A checkpoint that has been verified from the first byte to the last; the tensors are read in place (mapped).
 class Checkpoint {
-public:
+  public:
     Meta meta;
     std::vector<TensorInfo> tensors;
 
     explicit Checkpoint(const std::string& path) : path_(path) {
         map_file();
         const char* table = map_.data + ckpt::header_bytes;
-        uint64_t header[2] = {}; // bytes of the table, its checksum
+        uint64_t header[2] = {};  // bytes of the table, its checksum
         if (map_.bytes < ckpt::header_bytes || memcmp(map_.data, ckpt::magic, 8) != 0) {
             fail("%s is not a checkpoint of train_gpt", path_.c_str());
         }
@@ -252,8 +254,8 @@ public:
         if (Checksum::of(table, header[0]) != header[1]) damaged("its table has changed");
         parse_table(std::string(table, header[0]));
 
-        uint64_t end = ckpt::header_bytes + header[0]; // of what is known so far
-        std::vector<Range> sections;                   // bytes of each tensor, with its zeros
+        uint64_t end = ckpt::header_bytes + header[0];  // of what is known so far
+        std::vector<Range> sections;                    // bytes of each tensor, with its zeros
         for (const TensorInfo& tensor : tensors) {
             sections.push_back({end, round_up(tensor.bytes(), ckpt::alignment)});
             end += sections.back().count;
@@ -289,7 +291,7 @@ public:
         return values;
     }
 
-private:
+  private:
     struct Mapping {
         char* data = nullptr;
         size_t bytes = 0;
@@ -302,7 +304,7 @@ private:
 
     const std::string path_;
     Mapping map_;
-    std::map<std::string, std::pair<const float*, uint64_t>> data_; // name -> values, how many
+    std::map<std::string, std::pair<const float*, uint64_t>> data_;  // name -> values, how many
 
     [[noreturn]] void damaged(const std::string& fault) const {
         fail("checkpoint %s is damaged: %s. Resume from an older one", path_.c_str(), fault.c_str());
@@ -336,7 +338,7 @@ private:
             } else if (kind == "tensor") {
                 TensorInfo tensor = {name, {}};
                 words >> type;
-                uint64_t left = map_.bytes / sizeof(float); // a tensor has no more elements than the file has room for
+                uint64_t left = map_.bytes / sizeof(float);  // a tensor has no more elements than the file has room for
                 for (int64_t size; words >> size;) {
                     if (size < 1 || (uint64_t)size > left) damaged("tensor " + name + " has an impossible shape");
                     left /= (uint64_t)size;
@@ -351,7 +353,7 @@ private:
     }
 };
 
-inline std::vector<std::string> list_checkpoints(const std::string& dir) { // newest first
+inline std::vector<std::string> list_checkpoints(const std::string& dir) {  // newest first
     std::vector<std::string> paths;
     for (const auto& [step, path] : ckpt::files(dir, ckpt::suffix)) paths.push_back(path);
     return paths;

@@ -32,7 +32,7 @@
 // one uint16 a token. The count is read as unsigned, so a shard may hold 2^32 - 1 tokens (8 GiB).
 struct Shard {
     std::string path;
-    const uint16_t* tokens = nullptr; // (count), mapped: the page cache is shared by all ranks of a machine
+    const uint16_t* tokens = nullptr;  // (count), mapped: the page cache is shared by all ranks of a machine
     uint64_t count = 0;
 
     static constexpr size_t header_bytes = 256 * sizeof(int32_t);
@@ -46,7 +46,7 @@ struct Shard {
         const size_t bytes = regular ? (size_t)info.st_size : 0;
         void* memory = bytes > 0 ? mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fd, 0) : nullptr;
         const int error = errno;
-        close(fd); // the mapping stays
+        close(fd);  // the mapping stays
         if (S_ISDIR(info.st_mode)) fail("%s is a directory: name its files, as in '%s/train_*.bin'", name, name);
         if (!regular) fail("token shard %s is not a file", name);
         if (bytes == 0) broken("is empty");
@@ -66,8 +66,8 @@ struct Shard {
         if (same_file && (uint64_t)info.st_size < map_.bytes) broken("was cut short while it was being read");
     }
 
-private:
-    struct Mapping { // of its own, so that it is undone when the constructor above throws as well
+  private:
+    struct Mapping {  // of its own, so that it is undone when the constructor above throws as well
         void* memory = nullptr;
         size_t bytes = 0;
         Mapping() = default;
@@ -116,7 +116,7 @@ inline uint64_t permute(uint64_t i, uint64_t n, uint64_t key) {
     do {
         uint64_t left = i >> half, right = i & mask;
         for (uint64_t round = 1; round <= 6; round++) {
-            left ^= mix(key + (right << 3) + round) & mask; // undone by the same line, as right is still there
+            left ^= mix(key + (right << 3) + round) & mask;  // undone by the same line, as right is still there
             std::swap(left, right);
         }
         i = left << half | right;
@@ -128,7 +128,7 @@ inline uint64_t permute(uint64_t i, uint64_t n, uint64_t key) {
 // begins on the last token of the one before, which is a target there and an input here. What is left at the end of a
 // shard is not used.
 class Shards {
-public:
+  public:
     const int seq_len;
 
     Shards(const std::string& pattern, int seq_len) : seq_len(seq_len) {
@@ -137,7 +137,7 @@ public:
         if (any) paths_.assign(found.gl_pathv, found.gl_pathv + found.gl_pathc);
         globfree(&found);
         if (paths_.empty()) fail("no file matches '%s': make token shards with scripts/data.py", pattern.c_str());
-        std::sort(paths_.begin(), paths_.end()); // the same order in every locale
+        std::sort(paths_.begin(), paths_.end());  // the same order in every locale
         for (const std::string& path : paths_) {
             shards_.emplace_back(path);
             tokens_ += shards_.back().count;
@@ -150,7 +150,7 @@ public:
     }
 
     uint64_t tokens() const { return tokens_; }
-    uint64_t windows() const { return windows_; } // also the samples of an epoch
+    uint64_t windows() const { return windows_; }  // also the samples of an epoch
     const std::vector<std::string>& paths() const { return paths_; }
 
     // A token outside the vocabulary would read outside the embedding, so all of them are looked at once, at start: one
@@ -163,12 +163,12 @@ public:
                 for (size_t k = t; k < shards_.size(); k += threads) check_shard(shards_[k], vocab);
             }));
         }
-        for (std::future<void>& part : parts) part.get(); // throws what its thread threw
+        for (std::future<void>& part : parts) part.get();  // throws what its thread threw
     }
 
     // Sample g: windows in an order that is new in each epoch. Shards are shuffled, and windows within a shard, so that
     // at any time one shard is being read and the others need not be in memory.
-    const uint16_t* sample(uint64_t g, uint64_t seed) const { // -> (seq_len + 1)
+    const uint16_t* sample(uint64_t g, uint64_t seed) const {  // -> (seq_len + 1)
         const uint64_t epoch_key = mix(mix(seed) + g / windows_);
         uint64_t i = g % windows_;
         for (uint64_t k = 0;; k++) {
@@ -180,18 +180,18 @@ public:
     }
 
     // Window g in the order of the files, from the first again after the last: evaluation.
-    const uint16_t* in_order(uint64_t g) const { // -> (seq_len + 1)
+    const uint16_t* in_order(uint64_t g) const {  // -> (seq_len + 1)
         uint64_t i = g % windows_;
         for (const Shard& shard : shards_) {
             if (i < windows_in(shard)) return window(shard, i);
             i -= windows_in(shard);
         }
-        fail("window %llu does not exist", (unsigned long long)g); // not reached: i < windows_, their sum
+        fail("window %llu does not exist", (unsigned long long)g);  // not reached: i < windows_, their sum
     }
 
-private:
+  private:
     std::vector<std::string> paths_;
-    std::deque<Shard> shards_; // a deque, because a Shard owns its mapping and doesn't move
+    std::deque<Shard> shards_;  // a deque, because a Shard owns its mapping and doesn't move
     uint64_t tokens_ = 0, windows_ = 0;
 
     uint64_t windows_in(const Shard& shard) const { return (shard.count - 1) / (uint64_t)seq_len; }
@@ -202,7 +202,7 @@ private:
     }
 
     static void check_shard(const Shard& shard, int vocab) {
-        constexpr uint64_t block = 4096; // a constant trip count lets the compiler use vector instructions at -O2 too
+        constexpr uint64_t block = 4096;  // a constant trip count lets the compiler use vector instructions at -O2 too
         for (uint64_t begin = 0; begin < shard.count; begin += block) {
             uint16_t highest = 0;
             if (shard.count - begin >= block) {
@@ -213,9 +213,10 @@ private:
             if (highest < vocab) continue;
             uint64_t where = begin;
             while (shard.tokens[where] < vocab) where++;
-            fail("token shard %s has token %d at position %llu, outside the vocabulary of %d: was it made with another "
-                 "tokenizer? Give --vocab, or make it again with scripts/data.py",
-                 shard.path.c_str(), (int)shard.tokens[where], (unsigned long long)where, vocab);
+            fail(
+                "token shard %s has token %d at position %llu, outside the vocabulary of %d: was it made with another "
+                "tokenizer? Give --vocab, or make it again with scripts/data.py",
+                shard.path.c_str(), (int)shard.tokens[where], (unsigned long long)where, vocab);
         }
     }
 };
@@ -224,15 +225,15 @@ private:
 // input token, equal tokens in the order of their positions: embedding_backward adds up each token's rows in that
 // order, without atomics and with the same bits every time.
 struct Batch {
-    int* inputs;  // (B, T)
-    int* targets; // (B, T)
-    int* order;   // (B*T)
+    int* inputs;   // (B, T)
+    int* targets;  // (B, T)
+    int* order;    // (B*T)
 };
 
 // Step s, micro-step m, rank r, row b reads sample s * samples_per_step + (m * ranks + r) * batch + b. Ranks and batch
 // only divide a step's samples: which ones it reads depends on the step alone. Steps count from 0 here.
 class DataLoader {
-public:
+  public:
     // Order::in_order is for evaluation: each step reads windows 0, 1, 2, ... of the files again, unshuffled.
     enum class Order { shuffled, in_order };
 
@@ -240,8 +241,15 @@ public:
     // here. The shards must outlive the loader.
     DataLoader(const Shards& shards, uint64_t seed, int batch, int rank, int ranks, int accumulation,
                uint64_t first_step, void* (*alloc)(size_t), Order order = Order::shuffled)
-        : shards_(shards), seed_(seed), order_(order), batch_(batch), rank_(rank), ranks_(ranks),
-          accumulation_(accumulation), step_(first_step), positions_((size_t)batch * shards.seq_len) {
+        : shards_(shards),
+          seed_(seed),
+          order_(order),
+          batch_(batch),
+          rank_(rank),
+          ranks_(ranks),
+          accumulation_(accumulation),
+          step_(first_step),
+          positions_((size_t)batch * shards.seq_len) {
         if (positions_ > INT_MAX) fail("--batch %d x --seq_len %d: too large, lower --batch", batch, shards.seq_len);
         buffer_ = (int*)alloc(kSlots * 3 * positions_ * sizeof(int));
         thread_ = std::thread([this] { prefetch(); });
@@ -269,24 +277,24 @@ public:
         return slot(taken_ - 1);
     }
 
-private:
-    static constexpr uint64_t kSlots = 3; // two that the caller may still read, one being filled
+  private:
+    static constexpr uint64_t kSlots = 3;  // two that the caller may still read, one being filled
 
     const Shards& shards_;
     const uint64_t seed_;
     const Order order_;
     const int batch_, rank_, ranks_, accumulation_;
-    uint64_t step_;         // of the batch being prepared; only the thread reads and writes step_ and micro_step_
+    uint64_t step_;  // of the batch being prepared; only the thread reads and writes step_ and micro_step_
     int micro_step_ = 0;
-    const size_t positions_; // B * T
-    int* buffer_;            // (kSlots, 3, B*T): inputs, targets, order
+    const size_t positions_;  // B * T
+    int* buffer_;             // (kSlots, 3, B*T): inputs, targets, order
 
-    std::mutex mutex_; // guards what follows
+    std::mutex mutex_;  // guards what follows
     std::condition_variable changed_;
-    uint64_t filled_ = 0, taken_ = 0; // batches so far
+    uint64_t filled_ = 0, taken_ = 0;  // batches so far
     bool stop_ = false;
     std::exception_ptr error_;
-    std::thread thread_; // last: it starts when all else is there
+    std::thread thread_;  // last: it starts when all else is there
 
     Batch slot(uint64_t number) const {
         int* begin = buffer_ + (number % kSlots) * 3 * positions_;
@@ -319,7 +327,7 @@ private:
         const uint64_t ranks = (uint64_t)ranks_, batch = (uint64_t)batch_;
         uint64_t first = ((uint64_t)micro_step_ * ranks + (uint64_t)rank_) * batch;
         if (order_ == Order::shuffled) first += step_ * (uint64_t)accumulation_ * ranks * batch;
-        std::vector<int> begins(65537, 0); // where each token's positions begin in order; any uint16 is in range
+        std::vector<int> begins(65537, 0);  // where each token's positions begin in order; any uint16 is in range
         for (uint64_t b = 0; b < batch; b++) {
             const uint16_t* tokens =
                 order_ == Order::shuffled ? shards_.sample(first + b, seed_) : shards_.in_order(first + b);
@@ -330,7 +338,7 @@ private:
             }
         }
         for (size_t token = 1; token < begins.size(); token++) begins[token] += begins[token - 1];
-        for (size_t i = 0; i < positions_; i++) out.order[begins[out.inputs[i]]++] = (int)i; // a counting sort, stable
+        for (size_t i = 0; i < positions_; i++) out.order[begins[out.inputs[i]]++] = (int)i;  // a counting sort, stable
 
         if (++micro_step_ == accumulation_) micro_step_ = 0, step_++;
     }
@@ -341,7 +349,7 @@ private:
 struct Tokenizer {
     int vocab = 0;
     int end_of_text = 0;
-    std::string identity; // a hash of the file: a checkpoint keeps it, lest a run go on with tokens of another meaning
+    std::string identity;  // a hash of the file: a checkpoint keeps it, lest a run go on with tokens of another meaning
 
     explicit Tokenizer(const std::string& path) {
         const char* name = path.c_str();
@@ -381,6 +389,6 @@ struct Tokenizer {
         return texts_[(size_t)token];
     }
 
-private:
-    std::vector<std::string> texts_; // (vocab)
+  private:
+    std::vector<std::string> texts_;  // (vocab)
 };

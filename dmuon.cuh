@@ -16,8 +16,9 @@
 //
 // DMuon (arXiv 2606.27153) makes this cheap on many ranks: each matrix has one owner, which alone reduces its gradient,
 // keeps its fp32 weights and momentum, and runs Newton-Schulz; the updated weights are gathered by everyone. Against
-// vanilla Muon, where every rank repeats all the work, arithmetic and state fall by the number of ranks, and while owners
-// balance the traffic (fp32 gradients one way, bf16 weights back) stays below that of an all-reduce of the gradients.
+// vanilla Muon, where every rank repeats all the work, arithmetic and state fall by the number of ranks, and while
+// owners balance the traffic (fp32 gradients one way, bf16 weights back) stays below that of an all-reduce of the
+// gradients.
 #pragma once
 #include <algorithm>
 #include <cmath>

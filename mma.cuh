@@ -18,7 +18,9 @@ __device__ inline void ldmatrix_x4(uint32_t r[4], const void* row) {
     fiber::ldmatrix<4, false>(r, row);
 #else
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
 #endif
 }
 __device__ inline void ldmatrix_x4_trans(uint32_t r[4], const void* row) {
@@ -26,7 +28,9 @@ __device__ inline void ldmatrix_x4_trans(uint32_t r[4], const void* row) {
     fiber::ldmatrix<4, true>(r, row);
 #else
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
 #endif
 }
 __device__ inline void ldmatrix_x2(uint32_t r[2], const void* row) {
@@ -34,7 +38,9 @@ __device__ inline void ldmatrix_x2(uint32_t r[2], const void* row) {
     fiber::ldmatrix<2, false>(r, row);
 #else
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory");
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(shared_address(row))
+                 : "memory");
 #endif
 }
 __device__ inline void ldmatrix_x2_trans(uint32_t r[2], const void* row) {
@@ -42,7 +48,9 @@ __device__ inline void ldmatrix_x2_trans(uint32_t r[2], const void* row) {
     fiber::ldmatrix<2, true>(r, row);
 #else
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory");
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(shared_address(row))
+                 : "memory");
 #endif
 }
 
@@ -50,36 +58,43 @@ __device__ inline void ldmatrix_x2_trans(uint32_t r[2], const void* row) {
 // a[0] = (g, 2t), (g, 2t+1)   a[1] = row g+8   a[2] = columns +8   a[3] = row g+8, columns +8     (low half first)
 // b[0] = (2t, g), (2t+1, g)   b[1] = rows +8;   d[0], d[1] = (g, 2t), (g, 2t+1)   d[2], d[3] = row g+8
 // So ldmatrix_x4 on row-major a gives a; ldmatrix_x2 on b stored as (n, k) rows, or _trans on (k, n) rows, gives b.
-template <class T> __device__ void mma_m16n8k16(float d[4], const uint32_t a[4], const uint32_t b[2]);
+template <class T>
+__device__ void mma_m16n8k16(float d[4], const uint32_t a[4], const uint32_t b[2]);
 
 #ifdef FIBER
-template <class T> void mma_m16n8k16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+template <class T>
+void mma_m16n8k16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
     fiber::mma_m16n8k16<T>(d, a, b);
 }
 #else
 template <>
 __device__ inline void mma_m16n8k16<__nv_bfloat16>(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 template <>
 __device__ inline void mma_m16n8k16<__half>(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 #endif
 
 // Two floats, each rounded to T, as one register of a fragment (low half first).
-template <class T> __device__ uint32_t pack_pair(float low, float high);
-template <> __device__ inline uint32_t pack_pair<__nv_bfloat16>(float low, float high) {
+template <class T>
+__device__ uint32_t pack_pair(float low, float high);
+template <>
+__device__ inline uint32_t pack_pair<__nv_bfloat16>(float low, float high) {
     __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<uint32_t*>(&pair);
 }
-template <> __device__ inline uint32_t pack_pair<__half>(float low, float high) {
+template <>
+__device__ inline uint32_t pack_pair<__half>(float low, float high) {
     __half2 pair = __floats2half2_rn(low, high);
     return *reinterpret_cast<uint32_t*>(&pair);
 }
@@ -90,8 +105,9 @@ __device__ inline void cp_async_16(void* shared, const void* global, bool valid)
 #ifdef FIBER
     fiber::cp_async_16(shared, global, valid);
 #else
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :: "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+                 "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)
+                 : "memory");
 #endif
 }
 __device__ inline void cp_async_commit() {
@@ -101,10 +117,11 @@ __device__ inline void cp_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
-template <int newest> __device__ void cp_async_wait() {
+template <int newest>
+__device__ void cp_async_wait() {
 #ifdef FIBER
     fiber::cp_async_wait(newest);
 #else
-    asm volatile("cp.async.wait_group %0;" :: "n"(newest) : "memory");
+    asm volatile("cp.async.wait_group %0;" ::"n"(newest) : "memory");
 #endif
 }

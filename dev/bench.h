@@ -10,8 +10,9 @@
 #include "../cuda_common.cuh"
 
 // An array in device memory.
-template <class T> class DeviceArray {
-public:
+template <class T>
+class DeviceArray {
+  public:
     explicit DeviceArray(size_t count) : count_(count) { CUDA_CHECK(cudaMalloc(&data_, count * sizeof(T))); }
     explicit DeviceArray(const std::vector<T>& values) : DeviceArray(values.size()) {
         CUDA_CHECK(cudaMemcpy(data_, values.data(), count_ * sizeof(T), cudaMemcpyHostToDevice));
@@ -20,7 +21,10 @@ public:
     DeviceArray(const DeviceArray&) = delete;
     DeviceArray& operator=(const DeviceArray&) = delete;
     operator T*() const { return data_; }
-    template <class U> U* as() const { return reinterpret_cast<U*>(data_); }   // bf16, which the host keeps as uint16_t
+    template <class U>
+    U* as() const {
+        return reinterpret_cast<U*>(data_);
+    }  // bf16, which the host keeps as uint16_t
     size_t bytes() const { return count_ * sizeof(T); }
 
     // The first `count` elements.
@@ -30,7 +34,7 @@ public:
         return values;
     }
 
-private:
+  private:
     T* data_ = nullptr;
     size_t count_;
 };
@@ -60,7 +64,8 @@ inline std::vector<float> from_bf16(const std::vector<uint16_t>& bits) {
 
 // Median time in milliseconds of run(i), i = 0, 1, 2, ...; run uses i to walk over inputs that do not all fit into the
 // L2 cache, as they never do in training.
-template <class Run> float median_ms(Run run) {
+template <class Run>
+float median_ms(Run run) {
     const int warm_up = 3, repetitions = 21;
     cudaEvent_t begin, end;
     CUDA_CHECK(cudaEventCreate(&begin));
@@ -85,23 +90,23 @@ template <class Run> float median_ms(Run run) {
 inline double copy_bandwidth() {
     DeviceArray<char> from(size_t(1) << 30), to(size_t(1) << 30);
     CUDA_CHECK(cudaMemset(from, 1, from.bytes()));
-    float ms = median_ms([&](int) {
-        CUDA_CHECK(cudaMemcpyAsync(to, from, from.bytes(), cudaMemcpyDeviceToDevice, cuda_stream));
-    });
+    float ms = median_ms(
+        [&](int) { CUDA_CHECK(cudaMemcpyAsync(to, from, from.bytes(), cudaMemcpyDeviceToDevice, cuda_stream)); });
     return 2.0 * from.bytes() / ms * 1e-6;
 }
 
 // One rung. work / ms in `unit` (GB/s: work = bytes, TFLOP/s: work = operations); error against the truth, which must
 // be below limit. Returns whether it is.
 inline bool print_rung(const char* name, float ms, double work, const char* unit, double error, double limit) {
-    bool right = error <= limit;   // false for NaN
+    bool right = error <= limit;  // false for NaN
     double rate = work / ms * (unit[0] == 'G' ? 1e-6 : 1e-9);
     printf("%-60s %9.3f ms %8.1f %s   error %.1e %s\n", name, ms, rate, unit, error, right ? "ok" : "WRONG");
     return right;
 }
 
 // The body of main: runs the ladder on the first GPU. The exit code is 0 if every rung gave the right answer.
-template <class Ladder> int run_ladder(Ladder ladder) {
+template <class Ladder>
+int run_ladder(Ladder ladder) {
     try {
         cudaDeviceProp device;
         CUDA_CHECK(cudaGetDeviceProperties(&device, 0));

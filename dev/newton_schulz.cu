@@ -26,7 +26,7 @@ __global__ void xxt_1(bf16* A, const bf16* X, int m, int n) {
 //    used 32 times.
 //    Here and below m and n are multiples of the tile: the tails are in the trainer's version.
 __global__ void xxt_2(bf16* A, const bf16* X, int m, int n) {
-    __shared__ float a[32][33], b[32][33];   // 33: the 32 rows of a column in 32 different banks
+    __shared__ float a[32][33], b[32][33];  // 33: the 32 rows of a column in 32 different banks
     int row0 = blockIdx.y * 32, col0 = blockIdx.x * 32, i = threadIdx.y, j = threadIdx.x;
     float sum = 0;
     for (int k0 = 0; k0 < n; k0 += 32) {
@@ -43,13 +43,13 @@ __global__ void xxt_2(bf16* A, const bf16* X, int m, int n) {
 //    b in registers make
 //    eight mma.sync, each worth 2048 multiplications and additions.
 __global__ void xxt_3(bf16* A, const bf16* X, int m, int n) {
-    constexpr int pitch = 32 + 8;   // 80 bytes from row to row: eight rows of 16 bytes in 32 different banks
+    constexpr int pitch = 32 + 8;  // 80 bytes from row to row: eight rows of 16 bytes in 32 different banks
     __shared__ __align__(16) bf16 a[64 * pitch], b[64 * pitch];
     int row0 = blockIdx.y * 64, col0 = blockIdx.x * 64, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int warp_row = warp / 2 * 32, warp_col = warp % 2 * 32;
     float sum[2][4][4] = {};
     for (int k0 = 0; k0 < n; k0 += 32) {
-        for (int i = threadIdx.x; i < 64 * 4; i += 128) {   // 64 rows of four 16-byte chunks
+        for (int i = threadIdx.x; i < 64 * 4; i += 128) {  // 64 rows of four 16-byte chunks
             int row = i / 4, chunk = i % 4 * 8;
             *(uint4*)&a[row * pitch + chunk] = *(const uint4*)&X[size_t(row0 + row) * n + k0 + chunk];
             *(uint4*)&b[row * pitch + chunk] = *(const uint4*)&X[size_t(col0 + row) * n + k0 + chunk];
@@ -91,10 +91,10 @@ static cublasHandle_t blas;
 static void cublas_product(bf16* D, const bf16* A, const bf16* B, int batch, int M, int N, int K, NsProduct kind) {
     bool nt = kind == NsProduct::symmetric_nt;
     float one = 1, zero = 0;
-    cublasStatus_t status = cublasGemmStridedBatchedEx(
-        blas, nt ? CUBLAS_OP_T : CUBLAS_OP_N, CUBLAS_OP_N, N, M, K, &one, B, CUDA_R_16BF, nt ? K : N, (long long)N * K,
-        A, CUDA_R_16BF, K, (long long)M * K, &zero, D, CUDA_R_16BF, N, (long long)M * N, batch, CUBLAS_COMPUTE_32F,
-        CUBLAS_GEMM_DEFAULT);
+    cublasStatus_t status =
+        cublasGemmStridedBatchedEx(blas, nt ? CUBLAS_OP_T : CUBLAS_OP_N, CUBLAS_OP_N, N, M, K, &one, B, CUDA_R_16BF,
+                                   nt ? K : N, (long long)N * K, A, CUDA_R_16BF, K, (long long)M * K, &zero, D,
+                                   CUDA_R_16BF, N, (long long)M * N, batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
     if (status != CUBLAS_STATUS_SUCCESS) fail("cuBLAS: %s", cublasGetStatusString(status));
 }
 
@@ -112,7 +112,7 @@ static double product_error(const std::vector<uint16_t>& D, const std::vector<ui
         }
         double e = std::fabs(CpuOps::from_bf16(D[(matrix * M + row) * N + col]) - exact);
         largest = std::max(largest, std::fabs(exact));
-        error = e <= error ? error : e;   // keeps a NaN
+        error = e <= error ? error : e;  // keeps a NaN
     }
     return error / largest;
 }
@@ -139,36 +139,41 @@ static bool ladder() {
         right &= print_rung(name, ms, flops, "TFLOP/s", error, kLimit);
     };
     auto one_by_one = [&](auto run) {
-        return [=] { for (int b = 0; b < batch; b++) run(A + b * square, X + b * matrix, XT + b * matrix); };
+        return [=] {
+            for (int b = 0; b < batch; b++) run(A + b * square, X + b * matrix, XT + b * matrix);
+        };
     };
     rung("1  one thread per element", one_by_one([=](bf16* A, const bf16* X, const bf16*) {
-        LAUNCH(xxt_1, dim3(m / 32, m / 8), dim3(32, 8), 0, A, X, m, n);
-    }));
+             LAUNCH(xxt_1, dim3(m / 32, m / 8), dim3(32, 8), 0, A, X, m, n);
+         }));
     rung("2  shared memory", one_by_one([=](bf16* A, const bf16* X, const bf16*) {
-        LAUNCH(xxt_2, dim3(m / 32, m / 32), dim3(32, 32), 0, A, X, m, n);
-    }));
+             LAUNCH(xxt_2, dim3(m / 32, m / 32), dim3(32, 32), 0, A, X, m, n);
+         }));
     rung("3  tensor cores: mma.sync", one_by_one([=](bf16* A, const bf16* X, const bf16*) {
-        LAUNCH(xxt_3, dim3(m / 64, m / 64), 128, 0, A, X, m, n);
-    }));
+             LAUNCH(xxt_3, dim3(m / 64, m / 64), 128, 0, A, X, m, n);
+         }));
     rung("4  128 x 128 tiles, the next under way: cp.async", one_by_one([=](bf16* A, const bf16* X, const bf16* XT) {
-        NsKernels::ns_product(A, X, XT, nullptr, 1, 0, 0, 1, m, m, n, NsProduct::nn, NsType::bf16);
-    }));
+             NsKernels::ns_product(A, X, XT, nullptr, 1, 0, 0, 1, m, m, n, NsProduct::nn, NsType::bf16);
+         }));
     rung("5  lower tiles, mirrored", one_by_one([=](bf16* A, const bf16* X, const bf16*) {
-        NsKernels::ns_product(A, X, X, nullptr, 1, 0, 0, 1, m, m, n, NsProduct::symmetric_nt, NsType::bf16);
-    }));
+             NsKernels::ns_product(A, X, X, nullptr, 1, 0, 0, 1, m, m, n, NsProduct::symmetric_nt, NsType::bf16);
+         }));
     rung("6  batched: the trainer's", [=] {
         NsKernels::ns_product(A, X, X, nullptr, 1, 0, 0, batch, m, m, n, NsProduct::symmetric_nt, NsType::bf16);
     });
     rung("   cuBLAS, one by one", one_by_one([=](bf16* A, const bf16* X, const bf16*) {
-        cublas_product(A, X, X, 1, m, m, n, NsProduct::symmetric_nt);
-    }));
+             cublas_product(A, X, X, 1, m, m, n, NsProduct::symmetric_nt);
+         }));
     rung("   cuBLAS, batched", [=] { cublas_product(A, X, X, batch, m, m, n, NsProduct::symmetric_nt); });
     return right;
 }
 
 // Each product of the iteration at the sizes of three models, ours beside cuBLAS's (which always computes all tiles).
 static bool products() {
-    struct Case { NsProduct kind; int batch, M, N, K; };
+    struct Case {
+        NsProduct kind;
+        int batch, M, N, K;
+    };
     const NsProduct nt = NsProduct::symmetric_nt, nn = NsProduct::nn;
     const Case cases[] = {{nn, 48, 768, 768, 768},    {nt, 24, 768, 768, 3072},   {nn, 24, 768, 3072, 768},
                           {nt, 96, 1024, 1024, 1024}, {nn, 96, 1024, 1024, 1024}, {nt, 48, 1024, 1024, 4096},
@@ -190,9 +195,8 @@ static bool products() {
             std::string name = strprintf("%s %2d x (%d, %d, %d), %s", kind, c.batch, c.M, c.N, c.K, by);
             right &= print_rung(name.c_str(), ms, 2.0 * c.batch * c.M * c.N * c.K, "TFLOP/s", error, kLimit);
         };
-        rung("ours", [&] {
-            NsKernels::ns_product(D, A, B, nullptr, 1, 0, 0, c.batch, c.M, c.N, c.K, c.kind, NsType::bf16);
-        });
+        rung("ours",
+             [&] { NsKernels::ns_product(D, A, B, nullptr, 1, 0, 0, c.batch, c.M, c.N, c.K, c.kind, NsType::bf16); });
         rung("cuBLAS", [&] { cublas_product(D, A, B, c.batch, c.M, c.N, c.K, c.kind); });
     }
     return right;
@@ -208,13 +212,15 @@ struct HiddenMatrices {
         int m() const { return std::min(rows, cols); }
         int n() const { return std::max(rows, cols); }
         Shape(int count_, int rows_, int cols_, size_t offset)
-            : count(count_), rows(rows_), cols(cols_), refs(make_refs(count_, rows_, cols_, offset)),
+            : count(count_),
+              rows(rows_),
+              cols(cols_),
+              refs(make_refs(count_, rows_, cols_, offset)),
               memory(NsWorkspace::bytes(count, m(), n(), NsType::bf16)),
               scratch(NsKernels::ns_scratch_doubles(count)) {}
         static std::vector<MatrixRef> make_refs(int count, int rows, int cols, size_t offset) {
             std::vector<MatrixRef> all;
-            for (int i = 0; i < count; i++, offset += size_t(rows) * cols)
-                all.push_back({offset, offset, cols});
+            for (int i = 0; i < count; i++, offset += size_t(rows) * cols) all.push_back({offset, offset, cols});
             return all;
         }
     };
@@ -222,9 +228,13 @@ struct HiddenMatrices {
     DeviceArray<float> grads, master, clip;
     DeviceArray<real> params;
     HiddenMatrices(int layers, size_t C)
-        : squares(4 * layers, C, C, 0), tall(layers, 4 * C, C, 4 * layers * C * C),
-          wide(layers, C, 4 * C, 8 * layers * C * C), grads(normal(12 * layers * C * C, 1)),
-          master(normal(12 * layers * C * C, 2)), clip(std::vector<float>{1, 1}), params(12 * layers * C * C) {}
+        : squares(4 * layers, C, C, 0),
+          tall(layers, 4 * C, C, 4 * layers * C * C),
+          wide(layers, C, 4 * C, 8 * layers * C * C),
+          grads(normal(12 * layers * C * C, 1)),
+          master(normal(12 * layers * C * C, 2)),
+          clip(std::vector<float>{1, 1}),
+          params(12 * layers * C * C) {}
 
     // What the optimizer does with them, up to and including `last`.
     enum Stage { normalize, iterate, update };
@@ -243,7 +253,10 @@ struct HiddenMatrices {
 static void whole_iterations() {
     printf("\nAll hidden matrices, five steps: milliseconds\n%-22s %10s %14s %10s %16s\n", "", "normalize",
            "Newton-Schulz", "update", "TFLOP/s (NS)");
-    struct Model { const char* name; int layers, C; };
+    struct Model {
+        const char* name;
+        int layers, C;
+    };
     for (Model model : {Model{"124M", 12, 768}, Model{"350M", 24, 1024}}) {
         HiddenMatrices matrices(model.layers, model.C);
         for (bool gram : {false, true}) {

@@ -9,8 +9,8 @@
 
 #include "../cuda_common.cuh"
 
-// Large sizes are for a GPU at full speed: not for fibers, and not for compute-sanitizer, which slows a kernel down a hundred times
-// (TEST_SMALL=1).
+// Large sizes are for a GPU at full speed: not for fibers, and not for compute-sanitizer, which slows a kernel down a
+// hundred times (TEST_SMALL=1).
 inline bool large_sizes() {
 #ifdef FIBER
     return false;
@@ -19,8 +19,9 @@ inline bool large_sizes() {
 #endif
 }
 
-template <class T> class DeviceBuffer {
-public:
+template <class T>
+class DeviceBuffer {
+  public:
     explicit DeviceBuffer(size_t count) : count_(count) {
         CUDA_CHECK(cudaMalloc(reinterpret_cast<void**>(&memory_), kGuard + bytes() + kGuard));
         CUDA_CHECK(cudaMemsetAsync(memory_, kPattern, kGuard + bytes() + kGuard, cuda_stream));
@@ -68,7 +69,7 @@ public:
         return true;
     }
 
-private:
+  private:
     static constexpr size_t kGuard = 1024;  // keeps data() 256-byte aligned
     static constexpr unsigned char kPattern = 0xa5;
     size_t bytes() const { return count_ * sizeof(T); }

@@ -196,8 +196,8 @@ inline bool complete_collective(int t) {
     for (int l = 0; l < kWarp; l++) {
         const Collective& other = lanes[l].collective;
         if ((expected >> l & 1) && (std::strcmp(other.name, collective.name) != 0 || other.mask != collective.mask))
-            die("two lanes should meet: lane %d is at %s (mask %08x), lane %d at %s (mask %08x)",
-                l, other.name, other.mask, t % kWarp, collective.name, collective.mask);
+            die("two lanes should meet: lane %d is at %s (mask %08x), lane %d at %s (mask %08x)", l, other.name,
+                other.mask, t % kWarp, collective.name, collective.mask);
     }
     collective.run(lanes, expected);
     warp.arrived &= ~expected;
@@ -234,7 +234,10 @@ inline void thread_main() {
     }
 }
 
-template <class T> T& argument(Thread& lane) { return *static_cast<T*>(lane.collective.arguments); }
+template <class T>
+T& argument(Thread& lane) {
+    return *static_cast<T*>(lane.collective.arguments);
+}
 
 inline void check_aligned(const void* pointer, size_t bytes, const char* what) {
     if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0)
@@ -301,11 +304,13 @@ inline void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_byte
 // ---------------------------------------------------------------------------------------------------------------------
 // Shuffles and votes
 
-template <class T> struct Shuffle {
+template <class T>
+struct Shuffle {
     T value, result;
     int source;
 };
-template <class T> T shuffle(const char* name, unsigned mask, T value, int source) {
+template <class T>
+T shuffle(const char* name, unsigned mask, T value, int source) {
     Shuffle<T> mine{value, value, source};
     warp_collective(name, mask, &mine, [](Thread* lanes, unsigned active) {
         for (int l = 0; l < kWarp; l++) {
@@ -320,7 +325,10 @@ template <class T> T shuffle(const char* name, unsigned mask, T value, int sourc
 inline int lane() { return machine.current % kWarp; }
 
 inline unsigned ballot(const char* name, unsigned mask, bool predicate) {
-    struct Vote { bool predicate; unsigned result; } mine{predicate, 0};
+    struct Vote {
+        bool predicate;
+        unsigned result;
+    } mine{predicate, 0};
     warp_collective(name, mask, &mine, [](Thread* lanes, unsigned active) {
         unsigned result = 0;
         for (int l = 0; l < kWarp; l++)
@@ -347,27 +355,40 @@ inline void __syncthreads() { fiber::block_barrier(); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
     fiber::warp_collective("__syncwarp", mask, nullptr, [](fiber::Thread*, unsigned) {});
 }
-template <class T> T __shfl_sync(unsigned mask, T value, int source, int width = warpSize) {
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = warpSize) {
     int lane = fiber::lane();
     return fiber::shuffle("__shfl_sync", mask, value, (lane & ~(width - 1)) | (source & (width - 1)));
 }
-template <class T> T __shfl_xor_sync(unsigned mask, T value, int bits, int width = warpSize) {
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = warpSize) {
     int lane = fiber::lane(), source = lane ^ bits;
     return fiber::shuffle("__shfl_xor_sync", mask, value, source > (lane | (width - 1)) ? lane : source);
 }
-template <class T> T __shfl_down_sync(unsigned mask, T value, int delta, int width = warpSize) {
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, int delta, int width = warpSize) {
     int lane = fiber::lane(), source = lane + delta;
     return fiber::shuffle("__shfl_down_sync", mask, value, source > (lane | (width - 1)) ? lane : source);
 }
-template <class T> T __shfl_up_sync(unsigned mask, T value, int delta, int width = warpSize) {
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, int delta, int width = warpSize) {
     int lane = fiber::lane(), source = lane - delta;
     return fiber::shuffle("__shfl_up_sync", mask, value, source < (lane & ~(width - 1)) ? lane : source);
 }
 inline unsigned __ballot_sync(unsigned mask, bool p) { return fiber::ballot("__ballot_sync", mask, p); }
 
-template <class T> T __ldg(const T* p) { return *p; }
-template <class T> T __ldcs(const T* p) { return *p; }
-template <class T> void __stcs(T* p, T value) { *p = value; }
+template <class T>
+T __ldg(const T* p) {
+    return *p;
+}
+template <class T>
+T __ldcs(const T* p) {
+    return *p;
+}
+template <class T>
+void __stcs(T* p, T value) {
+    *p = value;
+}
 
 using std::isfinite;
 using std::isnan;
@@ -385,7 +406,10 @@ inline cudaError_t cudaMalloc(void** p, size_t bytes) {
     *p = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
     return *p ? cudaSuccess : cudaErrorMemoryAllocation;
 }
-inline cudaError_t cudaFree(void* p) { std::free(p); return cudaSuccess; }
+inline cudaError_t cudaFree(void* p) {
+    std::free(p);
+    return cudaSuccess;
+}
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
     std::memmove(to, from, bytes);
     return cudaSuccess;
@@ -411,7 +435,8 @@ struct LoadMatrix {
     const void* row;
     uint32_t* registers;
 };
-template <int matrices, bool transposed> void ldmatrix(uint32_t* registers, const void* row) {
+template <int matrices, bool transposed>
+void ldmatrix(uint32_t* registers, const void* row) {
     LoadMatrix mine{row, registers};
     if (lane() < 8 * matrices) check_aligned(row, 16, "ldmatrix: row");
     warp_collective(transposed ? "ldmatrix.trans" : "ldmatrix", 0xffffffffu, &mine, [](Thread* lanes, unsigned active) {
@@ -436,13 +461,15 @@ struct MatrixMultiply {
     float* d;
     const uint32_t *a, *b;
 };
-template <class T> float element(uint32_t pair, int half) {
+template <class T>
+float element(uint32_t pair, int half) {
     uint16_t bits = uint16_t(pair >> 16 * half);
     T value;
     std::memcpy(static_cast<void*>(&value), &bits, 2);
     return float(value);
 }
-template <class T> void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b) {
+template <class T>
+void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b) {
     MatrixMultiply mine{d, a, b};
     const char* name = std::is_same<T, __half>::value ? "mma.f16" : "mma.bf16";
     warp_collective(name, 0xffffffffu, &mine, [](Thread* lanes, unsigned active) {

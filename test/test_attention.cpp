@@ -54,12 +54,16 @@ constexpr double kUnit32 = 1.0 / (1 << 23);
 //   dS = p (dp - delta)    off by e_p |dS| + p * (errors of delta and of dp = dO . v)
 //   dV, dQ, dK             sums of these errors, and rounded to `real`
 struct Truth {
-    Doubles out, lse, dqkv;                 // (B,T,C), (B,H,T), (B,T,3C)
+    Doubles out, lse, dqkv;  // (B,T,C), (B,H,T), (B,T,3C)
     Doubles out_bound, lse_bound, dqkv_bound;
 
     Truth(const Reals& qkv_values, const Reals& dout_values, int B, int T, int C, int H)
-        : out(size_t(B) * T * C), lse(size_t(B) * H * T), dqkv(3 * out.size()), out_bound(out.size()),
-          lse_bound(lse.size()), dqkv_bound(dqkv.size()) {
+        : out(size_t(B) * T * C),
+          lse(size_t(B) * H * T),
+          dqkv(3 * out.size()),
+          out_bound(out.size()),
+          lse_bound(lse.size()),
+          dqkv_bound(dqkv.size()) {
         const int hd = C / H;
         const double scale = 1 / std::sqrt(double(hd)), tiny = 1e-30;
         const Doubles qkv = widen(qkv_values), dout = widen(dout_values);
@@ -120,7 +124,8 @@ struct Truth {
         for (size_t i = 0; i < dqkv.size(); i++) dqkv_bound[i] += kUnit * (std::fabs(dqkv[i]) + dqkv_bound[i]) + tiny;
     }
 
-    template <class T> static Doubles widen(const std::vector<T>& x) {
+    template <class T>
+    static Doubles widen(const std::vector<T>& x) {
         Doubles y(x.size());
         for (size_t i = 0; i < x.size(); i++) y[i] = to_float(x[i]);
         return y;
@@ -148,13 +153,19 @@ void check(const char* what, const std::vector<T>& values, const Doubles& want, 
     if (relative > 0) CHECK(error <= relative);
 }
 
-template <class T> bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+template <class T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
     return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
 }
 
 // Q and K are normal with standard deviation `amplitude`, V and dO with 1.
 void test(int B, int T, int H, int hd, double amplitude = 1) {
-    CAPTURE(B); CAPTURE(T); CAPTURE(H); CAPTURE(hd); CAPTURE(amplitude); CAPTURE(seed());
+    CAPTURE(B);
+    CAPTURE(T);
+    CAPTURE(H);
+    CAPTURE(hd);
+    CAPTURE(amplitude);
+    CAPTURE(seed());
     const int C = H * hd;
     const size_t N = size_t(B) * T;
     Reals qkv = normal(N * 3 * C, 1), dout = normal(N * C, 2);

@@ -43,7 +43,8 @@ static Reals narrow(const Floats& x) {
     for (size_t i = 0; i < x.size(); i++) y[i] = from_float<real>(x[i]);
     return y;
 }
-template <class T> static Floats widen(const std::vector<T>& x) {
+template <class T>
+static Floats widen(const std::vector<T>& x) {
     Floats y(x.size());
     for (size_t i = 0; i < x.size(); i++) y[i] = to_float(x[i]);
     return y;
@@ -53,7 +54,8 @@ static Floats random_reals(size_t n, float scale = 1.0f, float offset = 0.0f) {
 }
 
 // Relative error of one rounding to T; that to float is part of the fp32 bound.
-template <class T> constexpr double rounding = sizeof(T) == 2 ? 1.0 / 256 : 0;
+template <class T>
+constexpr double rounding = sizeof(T) == 2 ? 1.0 / 256 : 0;
 
 // got against want, row by row (`columns` elements each): |difference| <= rounding*|want| + relative*rms(row of want).
 // least_rms: for a few sums of terms of that size, which may cancel.
@@ -77,11 +79,14 @@ static void check_close(const std::vector<T>& got_values, const Floats& want, si
                << ": " << got[first] << ", should be " << want[first]);
     CHECK(wrong == 0);
 }
-template <class T> static bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+template <class T>
+static bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
     return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
 }
 
-struct Shape { int B, T, C; };
+struct Shape {
+    int B, T, C;
+};
 static std::vector<Shape> shapes() {
     std::vector<Shape> all = {{1, 1, 8},   {3, 77, 72},  {1, 77, 8},   {2, 5, 768},
                               {1, 9, 776}, {9, 1, 1600}, {1, 3, 2056}, {1, 2, 8192}};
@@ -145,8 +150,8 @@ TEST_CASE("embedding_backward") {
     }
     for (int C : {8, 264}) {
         CAPTURE(C);
-        test_embedding_backward(3, 400, C, Ints(1200, 7), 9, true);            // one run, three rounds of 16 pieces
-        test_embedding_backward(3, 400, C, integers(1200, 3), 3, false);       // runs of about 400
+        test_embedding_backward(3, 400, C, Ints(1200, 7), 9, true);       // one run, three rounds of 16 pieces
+        test_embedding_backward(3, 400, C, integers(1200, 3), 3, false);  // runs of about 400
         test_embedding_backward(2, 300, C, integers(600, 20), 20, true);  // of about 30: around the limit of one warp
         for (int length : {31, 32, 33, 512, 513}) {  // one run at the limits, among single tokens or at the end
             for (int N : {600, 10 + length}) {
@@ -282,7 +287,7 @@ static void test_classifier(int N, int V, int Vp, float scale, float offset) {
     Ints targets = integers(N, V);
     targets[N - 1] = V - 1;
     logits[targets[0]] = to_float(from_float<real>(offset + 6 * scale + 20));  // a sure prediction
-    for (int row = 0; row < N; row++)  // masked, whatever is there
+    for (int row = 0; row < N; row++)                                          // masked, whatever is there
         for (int c = V; c < Vp; c++) logits[size_t(row) * Vp + c] = NAN;
     Floats want = logits;
     CpuOps::classifier(losses.data(), want.data(), targets.data(), dloss, N, V, Vp, true);
@@ -370,7 +375,9 @@ TEST_CASE("sum_losses") {
 }
 
 TEST_CASE("bias_backward") {
-    struct Size { int N, OC; };
+    struct Size {
+        int N, OC;
+    };
     std::vector<Size> sizes = {{1, 8},    {77, 8},     {1, 776},  {77, 72},    {300, 264},
                                {9, 2304}, {1000, 256}, {3, 6400}, {130, 33792}};
     if (large_sizes())
@@ -519,7 +526,8 @@ __global__ void mma_kernel(float* d, const T* a, const T* bt, const T* b) {
     for (int i = 0; i < 4; i++) d[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sum[i];
 }
 
-template <class T> static void test_mma() {
+template <class T>
+static void test_mma() {
     for (int repetition = 0; repetition < 4; repetition++) {
         std::vector<T> a(16 * 16), b(16 * 8), bt(8 * 16);
         for (T& value : a) value = from_float<T>(normal(1)[0]);

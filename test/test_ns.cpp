@@ -71,7 +71,7 @@ cublasHandle_t blas() {
 struct Product {
     NsProduct kind;
     int M, N, K;
-    float alpha, beta, diag;   // beta 0: called without C
+    float alpha, beta, diag;  // beta 0: called without C
 };
 
 constexpr int kBatch = 3;
@@ -165,11 +165,11 @@ void check_product(const Product& p, NsType type) {
 TEST_CASE("ns_product against sums in double, alone and in a batch") {
     const NsProduct nt = NsProduct::symmetric_nt, nn = NsProduct::nn;
     const Product products[] = {
-        {nt, 8, 8, 8, 1, 0, 0},          {nt, 64, 64, 64, 1, 0, 0},           {nt, 80, 80, 136, 1, 0, 0},
-        {nt, 136, 136, 264, 1, 0, 0},    {nt, 136, 136, 136, 2.5f, -1.5f, 0}, {nt, 264, 264, 24, 0.5f, 2, 3},
+        {nt, 8, 8, 8, 1, 0, 0},         {nt, 64, 64, 64, 1, 0, 0},           {nt, 80, 80, 136, 1, 0, 0},
+        {nt, 136, 136, 264, 1, 0, 0},   {nt, 136, 136, 136, 2.5f, -1.5f, 0}, {nt, 264, 264, 24, 0.5f, 2, 3},
         {nt, 136, 136, 0, 0, 1, 0.75f},  // no inner dimension: the ends alone
-        {nn, 8, 8, 8, 1, 0, 0},          {nn, 64, 64, 64, 1, 0, 0},           {nn, 80, 136, 80, 1, 1.5f, 0},
-        {nn, 136, 264, 136, 1, -2, 0},   {nn, 136, 8, 200, -1.5f, 0, 0},      {nn, 24, 392, 16, 1, 0.5f, 1.25f},
+        {nn, 8, 8, 8, 1, 0, 0},         {nn, 64, 64, 64, 1, 0, 0},           {nn, 80, 136, 80, 1, 1.5f, 0},
+        {nn, 136, 264, 136, 1, -2, 0},  {nn, 136, 8, 200, -1.5f, 0, 0},      {nn, 24, 392, 16, 1, 0.5f, 1.25f},
     };
     for (const Product& p : products)
         for (NsType type : kTypes) check_product(p, type);
@@ -331,7 +331,7 @@ TEST_CASE("muon_update: master = master * decay - step * U, transposed back, not
                 return std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0;
             };
 
-            update(skip, 0, kBatch);   // a clip scale of 0: the gradients were not finite
+            update(skip, 0, kBatch);  // a clip scale of 0: the gradients were not finite
             CHECK(same_bits(master.download(), before));
             CHECK(same_bits(params.download(), params_before));
 
@@ -475,11 +475,10 @@ TEST_CASE("Newton-Schulz against the exact map of the same polynomial, polar_exp
             dominated[i] = i == 0 ? 1.0 : 0.01 * gaussian[i] / gaussian[m - 1];
             log_uniform[i] = std::pow(10.0, -4.0 * i / (m - 1));
         }
-        const std::pair<const char*, Doubles> spectra[] = {
-            {"gaussian", gaussian},
-            {"power law", power},
-            {"rank-1-dominated", dominated},
-            {"log-uniform 1..1e-4", log_uniform}};
+        const std::pair<const char*, Doubles> spectra[] = {{"gaussian", gaussian},
+                                                           {"power law", power},
+                                                           {"rank-1-dominated", dominated},
+                                                           {"log-uniform 1..1e-4", log_uniform}};
         for (const auto& [spectrum, values] : spectra) {
             Doubles X = assemble(P, values, Q, rows, cols), mapped = values;
             double norm = 0, largest = 0;
