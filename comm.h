@@ -3,6 +3,7 @@
 //   Ranks, launched_ranks         who am I, of how many; read from the environment that the launcher left
 //   abort_ranks .. wait_until     ending a run with one clear line; deadlines
 //   start_by_mpi, start_children  the two ways to be many: mpirun or srun, and --gpus N (this program starts itself)
+//   broadcast_host, ..            what rank 0 knows or does alone, before and between the collectives
 //   CpuComm, CudaComm             the collectives of the two backends: MPI on host memory, NCCL on cuda_stream
 // A single process touches neither MPI nor NCCL. USE_MPI and USE_NCCL come from the Makefile.
 #pragma once
@@ -21,6 +22,8 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <future>
+#include <memory>
 #include <vector>
 
 #include "common.h"
@@ -123,6 +126,7 @@ inline int turn_to_speak() { return std::min(2 * ranks.rank, 10); }  // seconds
 
 // Prints the reason as one line and ends the run.
 [[noreturn]] inline void fail_ranks(const char* message, int code) {
+    alarm(0);  // of a BlockingCall: the reason is known
     sleep_seconds(turn_to_speak());
     if (ranks.size > 1) fprintf(stderr, "train_gpt: rank %d: %s\n", ranks.rank, message);
     else fprintf(stderr, "train_gpt: %s\n", message);
@@ -137,10 +141,14 @@ inline std::string deadline_message(double seconds, const char* what) {
         seconds, what);
 }
 
-// For calls of MPI and NCCL that block and cannot be polled: if the call has not returned in time, an alarm prints the
-// line and ends the process.
+// For calls that block and cannot be polled: if they have not returned in time, an alarm prints the line and ends the
+// process. They nest: the time of the outer one starts anew when an inner one, or a wait_until, is over.
 class BlockingCall {
+    static inline BlockingCall* innermost = nullptr;
     static inline char line[256];
+    BlockingCall* const outer;
+    const char* const what;
+    const double seconds;
     static void expired(int) {
         ssize_t written = write(STDERR_FILENO, line, strlen(line));
         (void)written;  // nothing is left to be done about a closed stderr
@@ -148,14 +156,28 @@ class BlockingCall {
         _exit(1);
     }
 
-  public:
-    BlockingCall(const char* what, double seconds = ranks.timeout) {
+    void set_alarm() const {
+        alarm(0);  // not while the line is half written
         snprintf(line, sizeof line, "train_gpt: rank %d: %s\n", ranks.rank, deadline_message(seconds, what).c_str());
-        signal(SIGALRM, expired);
         alarm(unsigned(seconds) + 1 + turn_to_speak());
     }
-    ~BlockingCall() { alarm(0); }
+
+  public:
+    BlockingCall(const char* what_, double seconds_ = ranks.timeout)
+        : outer(innermost), what(what_), seconds(seconds_) {
+        innermost = this;
+        signal(SIGALRM, expired);
+        set_alarm();
+    }
+    ~BlockingCall() {
+        innermost = outer;
+        alarm(0);
+        got_on();
+    }
     BlockingCall(const BlockingCall&) = delete;
+    static void got_on() {
+        if (innermost) innermost->set_alarm();
+    }
 };
 inline double startup_timeout() { return std::max(ranks.timeout, 60.0); }  // starting is slower than a step
 
@@ -176,6 +198,7 @@ void wait_until(Done done, const char* what) {
             sleep_seconds(20e-6);
         }
     }
+    BlockingCall::got_on();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -335,7 +358,7 @@ inline void start_by_self() {
 // Start, stop, and a broadcast that needs no backend
 
 // Called first thing after the flags are read, before any CUDA call. With gpus > 1 it does not return in the parent.
-inline void start_ranks(int /*argc*/, char** argv, int gpus, double rank_timeout) {
+inline void start_ranks(char** argv, int gpus, double rank_timeout) {
     ranks.timeout = rank_timeout;
     if (ranks.launcher == Launcher::self) return start_by_self();
     if (ranks.launcher == Launcher::mpi && gpus > 0)
@@ -380,6 +403,20 @@ inline void broadcast_host(void* x, size_t bytes) {
     }
 }
 
+// Calls work() on rank 0 alone, in a thread of its own, and returns everywhere when it is over. However long a disk
+// takes, the others do not give rank 0 up: it tells them every second that it is still there.
+template <class Work>
+void while_others_wait(Work work) {
+    if (ranks.size == 1) return work();
+    std::future<void> done;
+    if (ranks.rank == 0) done = std::async(std::launch::async, work);
+    for (bool over = false; !over;) {
+        if (ranks.rank == 0) over = done.wait_for(std::chrono::seconds(1)) == std::future_status::ready;
+        broadcast_host(&over, sizeof over);
+    }
+    if (ranks.rank == 0) done.get();  // throws what work() threw
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Collectives on host memory. Sums are taken in rank order, ((x0 + x1) + x2) + ..., whichever rank takes them: so they
 // do not depend on who owns what, and all_reduce gives the bits of reduce_scatter followed by all_gather.
@@ -387,10 +424,13 @@ inline void broadcast_host(void* x, size_t bytes) {
 struct CpuComm {
     static void start() {}
     static void stop() {}
-    // chunks is (ranks, chunk): row r of rank r becomes the sum of row r over the ranks.
     struct Group {
         Group() {}  // nothing to gain by waiting
     };
+    struct Enqueueing {
+        Enqueueing() {}  // nothing is enqueued: every wait for a peer polls
+    };
+    // chunks is (ranks, chunk): row r of rank r becomes the sum of row r over the ranks.
     static void reduce_scatter(float* chunks, size_t chunk) { reduce_parts(chunks, chunk * ranks.size, chunk); }
     // chunks is (ranks, chunk): row r becomes that of rank r.
     static void all_gather(float* chunks, size_t chunk) { gather_parts(chunks, chunk * ranks.size, chunk); }
@@ -542,6 +582,13 @@ struct CudaComm {
         comm = nullptr;
     }
 
+    // Behind a collective that hangs, the queue of the device fills up (with about a thousand launches), and the next
+    // launch blocks. While an Enqueueing lives, that has a deadline too.
+    struct Enqueueing {
+        std::unique_ptr<BlockingCall> limit;
+        Enqueueing() : limit(comm ? new BlockingCall("the device to take more work") : nullptr) {}
+    };
+
     // The collectives called while a Group lives start together when it ends, as one launch.
     struct Group {
         Group() {
@@ -600,6 +647,9 @@ struct CudaComm {
     static void stop() {}
     struct Group {
         Group() {}
+    };
+    struct Enqueueing {
+        Enqueueing() {}
     };
     static void reduce_scatter(float*, size_t) {}
     static void all_gather(real*, size_t) {}

@@ -23,7 +23,7 @@
             fail("%s:%d: %s: %s", __FILE__, __LINE__, #call, cublasLtGetStatusString(status_)); \
     } while (0)
 
-// ----------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Memory, events, the device
 
 struct CudaRuntime {
@@ -90,7 +90,6 @@ struct CudaRuntime {
         zero(memory, bytes);
         return memory;
     }
-    static void release(void* memory) { CUDA_CHECK(cudaFree(memory)); }
 
     static void* alloc_host(size_t bytes) {
         void* memory = nullptr;
@@ -133,7 +132,7 @@ struct CudaRuntime {
     };
 };
 
-// ----------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // The model's matrix products, cuBLASLt. It thinks in column-major matrices: a row-major (R,S) tensor is its (S,R)
 // matrix, so every product below is written for the transposed tensors. A plan (layouts and algorithm) is made at the
 // first use of a shape and kept.
@@ -180,15 +179,15 @@ struct CudaMatmul {
             return {trans_a, trans_b, m, n, k, lda, ldb, ldd, float_output, with_bias};
         }
     };
-    struct Plan {
+    struct MatmulPlan {
         cublasLtMatmulDesc_t operation;
         cublasLtMatrixLayout_t a, b, d;
         cublasLtMatmulAlgo_t algorithm;
     };
     static constexpr size_t workspace_bytes = 32 << 20;  // what NVIDIA recommends for Hopper
 
-    static std::map<Key, Plan>& plans() {
-        static std::map<Key, Plan> all;
+    static std::map<Key, MatmulPlan>& plans() {
+        static std::map<Key, MatmulPlan> all;
         return all;
     }
     static cublasLtHandle_t handle() {
@@ -204,10 +203,10 @@ struct CudaMatmul {
         return memory;
     }
 
-    static Plan make_plan(const Key& key) {
+    static MatmulPlan make_plan(const Key& key) {
         const cudaDataType_t real_type = sizeof(real) == 4 ? CUDA_R_32F : CUDA_R_16BF;
         const cudaDataType_t output_type = key.float_output ? CUDA_R_32F : real_type;
-        Plan plan;
+        MatmulPlan plan;
         CUBLAS_CHECK(cublasLtMatmulDescCreate(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
         auto set = [&](cublasLtMatmulDescAttributes_t attribute, auto value) {
             CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(plan.operation, attribute, &value, sizeof(value)));
@@ -249,7 +248,7 @@ struct CudaMatmul {
     static void product(const Key& key, void* d, const real* a, const real* b, const real* bias, float beta) {
         auto found = plans().find(key);
         if (found == plans().end()) found = plans().emplace(key, make_plan(key)).first;
-        Plan& plan = found->second;
+        MatmulPlan& plan = found->second;
         if (bias)
             CUBLAS_CHECK(
                 cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));

@@ -23,7 +23,6 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
-#include <memory>
 #include <numeric>
 #include <string>
 #include <vector>
@@ -32,7 +31,7 @@
 #include "common.h"
 #include "flags.h"
 
-// ----------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // 1. Plan: tensors, pieces, buckets
 //
 // A tensor of the model is cut into pieces; a piece belongs to one rank. Parameters (real) and gradients (float) live
@@ -85,8 +84,9 @@ struct Bucket {
     bool replicated;
 };
 
-// The clip norm is summed over blocks of this many elements, cut at positions that depend on the tensors alone: no
-// number of ranks and no owner changes a bit of it. Chunks of the flat bucket are whole blocks.
+// The clip norm is summed over blocks of this many elements, cut at positions that depend on the tensors alone: the
+// same gradients give the same norm, bit for bit, whatever the ranks and owners. Chunks of the flat bucket are whole
+// blocks.
 constexpr size_t norm_block = 16384;
 
 // Calls f(row, col, rows, cols) for every part of a matrix that is orthogonalised by itself: the whole, its heads under
@@ -269,12 +269,12 @@ struct Plan {
     }
 };
 
-// ----------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // 2. Newton-Schulz
 //
 // An odd polynomial p(X) = aX + b(XX^T)X + c(XX^T)^2 X acts on the singular values of X and leaves its singular vectors
-// alone. Five of them, chosen well, take values in (0, 1] close to 1: an orthogonal matrix by products alone, which is
-// what a GPU does best.
+// alone. Five of them, chosen well, take all but the smallest values in (0, 1] close to 1: nearly an orthogonal matrix,
+// by products alone, which is what a GPU does best.
 
 struct Coefficients {
     double a, b, c;
@@ -413,7 +413,7 @@ inline double ns_flops(const Options& options, const Piece& piece, const TensorS
     return FlopCounter::flops();
 }
 
-// ----------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // 3. Optimizer
 
 // The factor between an orthogonal update and its step, rows = outputs, cols = inputs. keller: sqrt(max(1, rows/cols)).
@@ -514,7 +514,7 @@ class Optimizer {
         auto adamw = [&](size_t from, size_t to, double weight_decay) {
             if (from < to)
                 Backend::adamw(params + from, master + (from - mine), moment1 + (from - mine), moment2 + (from - mine),
-                               grads + from, to - from, lr, float(options.beta1), float(options.beta2), 1e-8f,
+                               grads + from, to - from, lr, float(options.beta1), float(options.beta2), adamw_epsilon,
                                float(weight_decay), correction1, correction2, clip);
         };
         adamw(mine, border, options.weight_decay);
@@ -656,7 +656,7 @@ class Optimizer {
     }
 };
 
-// ----------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // 4. The plan as numbers
 
 // Rates for predictions, stated with every prediction: what hand-written bf16 products, device memory and NVLink reach

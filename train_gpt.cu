@@ -16,10 +16,11 @@
 #include "dataloader.h"
 // defines: Checkpoint, CheckpointWriter, newest_good_checkpoint
 #include "checkpoint.h"
-// defines: ranks, start_ranks, stop_ranks, fail_ranks, wait_until, CpuComm, CudaComm
+// defines: LAUNCH, from_float, to_float, sums over warps and blocks
 #ifdef __CUDACC__
 #include "cuda_common.cuh"
 #endif
+// defines: ranks, start_ranks, stop_ranks, fail_ranks, wait_until, CpuComm, CudaComm
 #include "comm.h"
 // defines: CpuOps
 #include "cpu_backend.h"
@@ -39,6 +40,7 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <limits>
 
 struct Cpu : CpuOps, CpuComm {
     static constexpr const char* backend_name = "cpu fp32";
@@ -50,7 +52,7 @@ struct Cpu : CpuOps, CpuComm {
     static void stop() { CpuComm::stop(); }
 };
 
-// ----------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // 1. Model config
 
 struct ModelConfig {
@@ -162,7 +164,7 @@ struct Tensors {
     }
 };
 
-// ----------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // 2. Model
 
 // One allocation cut into named tensors.
@@ -362,7 +364,7 @@ class Model {
     }
 };
 
-// ----------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // 3. Trainer
 
 // A normal deviate that is a function of (seed, tensor, element) alone, by Box-Muller on hashed counters: every backend
@@ -557,6 +559,7 @@ class Trainer {
                           uint64_t(first_step), Backend::alloc_host);
         Event uploaded[3];  // as many batches as the loader keeps: a batch is refilled only after its upload
         int64_t micro_steps = 0;
+        typename Backend::Enqueueing limit;
         for (int64_t step = first_step + 1; step <= options.steps; step++) {
             Slot& slot = slots[step % 2];
             const size_t tokens = size_t(options.batch) * options.seq_len;
@@ -564,6 +567,7 @@ class Trainer {
             Backend::zero(optimizer.grads, optimizer.plan.arena * sizeof(float));
             Backend::zero(sums, 2 * sizeof(double));
             for (int m = 0; m < accumulation; m++, micro_steps++) {
+                // The host stays at most two micro-steps ahead; the device never waits for it.
                 if (micro_steps >= 2)
                     wait_until([&] { return uploaded[(micro_steps - 2) % 3].done(); }, "the device to take a batch");
                 const Batch batch = loader.next();
@@ -603,7 +607,12 @@ class Trainer {
             report(slots[(step - 1) % 2]);  // the previous step, while this one runs
             if (val && due(options.eval_every)) report(slot, evaluate());
             if (options.sample_every > 0 && due(options.sample_every)) report(slot), sample(step);
-            if (!options.out.empty() && due(options.save_every)) report(slot), save(step);
+            if (!options.out.empty() && due(options.save_every)) {
+                report(slot);
+                // A step that was skipped changed nothing, and must not push out what was saved before the trouble.
+                if (skipped == 0 || last) save(step);
+                else say("not saved: the update was skipped\n");
+            }
             if (last) report(slot);
         }
     }
@@ -618,7 +627,7 @@ class Trainer {
         fflush(stdout);
     }
 
-    // ------------------------------------------------------------------------------------------------------------------
+    // -----------------------------------------------------------------------------------------------------------------
     // What the run is made of
 
     std::unique_ptr<Tokenizer> find_tokenizer() const {
@@ -667,7 +676,7 @@ class Trainer {
         say("| %-12s | %s\n", "flags", join(non_default_flags(options)).c_str());
     }
 
-    // ------------------------------------------------------------------------------------------------------------------
+    // -----------------------------------------------------------------------------------------------------------------
     // Weights and checkpoints. A checkpoint holds whole tensors by name, so it knows neither ranks nor owners: fp32
     // weights as "h.0.mlp.c_fc.weight", the optimizer's state with a prefix.
 
@@ -731,7 +740,8 @@ class Trainer {
         // Going on from a checkpoint of another directory would cut this one's run off.
         std::error_code error;
         const bool goes_on =
-            options.resume == "auto" || std::filesystem::equivalent(directory_of(options.resume), options.out, error);
+            options.resume == "auto" ||
+            (!options.resume.empty() && std::filesystem::equivalent(directory_of(options.resume), options.out, error));
         if (exists && !goes_on)
             fail("--out %s holds a run already: go on with --resume auto, or choose another directory",
                  options.out.c_str());
@@ -743,12 +753,12 @@ class Trainer {
         std::string path = options.resume;
         if (path == "auto") {
             char chosen[4096] = "";
-            if (ranks.rank == 0) {
+            while_others_wait([&] {
                 snprintf(chosen, sizeof chosen, "%s", newest_good_checkpoint(options.out, stderr).c_str());
                 if (!chosen[0] && !list_checkpoints(options.out).empty())
                     fail("--resume auto: no checkpoint in %s is good; move them away to start from step 1",
                          options.out.c_str());
-            }
+            });
             broadcast_host(chosen, sizeof chosen);
             path = chosen;
             if (path.empty())
@@ -843,8 +853,8 @@ class Trainer {
                            {"total_batch", std::to_string(total_batch)},
                            {"train_windows", std::to_string(train->windows())},
                            {"tokenizer", tokenizer ? tokenizer->identity : ""}};
-        std::unique_ptr<CheckpointWriter> writer;
-        if (ranks.rank == 0) writer.reset(new CheckpointWriter(options.out, step, meta, table));
+        std::unique_ptr<CheckpointWriter> writer;  // rank 0's
+        while_others_wait([&] { writer.reset(new CheckpointWriter(options.out, step, meta, table)); });
         // Each part goes from its owner through `staging` to rank 0 and to the file: no rank ever holds the whole.
         for (int t = 0; t < int(tensors.size()); t++)
             for (const StateKind& kind : state_of(t)) {
@@ -855,17 +865,17 @@ class Trainer {
                         if (ranks.rank == part.owner)
                             Backend::copy(staging, kind.arena + part.state + at, count * sizeof(float));
                         if (part.owner != 0) Backend::broadcast(staging, count * sizeof(float), part.owner);
-                        if (!writer) continue;
-                        Backend::download(staging_host, staging, count * sizeof(float));
+                        if (writer) Backend::download(staging_host, staging, count * sizeof(float));
                         finish("a checkpoint");
-                        writer->append(staging_host, count * sizeof(float));
+                        while_others_wait([&] { writer->append(staging_host, count * sizeof(float)); });
                     }
             }
-        if (writer) writer->finish(int(options.keep));
+        // What was saved before a step that was skipped stays.
+        while_others_wait([&] { writer->finish(skipped == 0 ? options.keep : std::numeric_limits<int64_t>::max()); });
         say("saved %s/step_%08" PRId64 ".ckpt\n", options.out.c_str(), step);
     }
 
-    // ------------------------------------------------------------------------------------------------------------------
+    // -----------------------------------------------------------------------------------------------------------------
     // Evaluation, samples, the step line
 
     // The mean loss over the first --eval_batches batches of every rank, in the order of the files.
@@ -979,7 +989,7 @@ class Trainer {
     }
 };
 
-// ----------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // 4. main
 
 #ifndef TRAIN_GPT_NO_MAIN
@@ -1040,7 +1050,7 @@ int main(int argc, char** argv) {
             if (ranks.rank == 0) print_plan(plan, options, 2, stdout);
             return 0;
         }
-        start_ranks(argc, argv, options.gpus, options.rank_timeout);
+        start_ranks(argv, options.gpus, options.rank_timeout);
 #ifdef __CUDACC__
         const bool cuda = use_cuda(options);
         bool first_rank = cuda;

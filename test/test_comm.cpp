@@ -198,6 +198,13 @@ static void work(const std::string& job) {
         return;
     }
     if (job == "updates") return check_updates();
+    if (job == "slow_disk") {  // longer than the others would wait for a collective
+        bool done = false;
+        while_others_wait([&] { sleep_seconds(2.5 * ranks.timeout), done = true; });
+        expect(done == (ranks.rank == 0), "rank 0 alone has done the work");
+        if (ranks.rank == 0) printf("the disk was slow\n");
+        while_others_wait([] { fail("the disk is full"); });
+    }
     keep_busy(100);  // under way
     if (job == "pids") {
         printf("pid %d\n", int(getpid()));
@@ -208,8 +215,12 @@ static void work(const std::string& job) {
     if (chosen && job == "exit") _exit(3);
     if (chosen && job == "error") fail("the disk is full");
     if (job == "all_error") fail("no such file");
-    if (job == "blocked") {
+    if (job == "blocked" || job == "blocked_later") {
         BlockingCall limit("a call that never returns");
+        if (job == "blocked_later") {
+            BlockingCall("a call that returns");
+            keep_busy(100);
+        }
         for (;;) pause();
     }
     keep_busy(100000);  // until one of the tests ends it
@@ -348,6 +359,14 @@ TEST_CASE("mpirun: an error of one rank ends the run, one that all meet is said 
     CHECK(o.count("no such file") == 1);
 }
 
+TEST_CASE("mpirun: rank 0 may take long over a disk") {
+    const Outcome o = mpirun(3, "slow_disk", 2);
+    INFO(o.output);
+    CHECK(o.says("the disk was slow"));
+    CHECK(o.says("train_gpt: rank 0: the disk is full"));
+    CHECK(o.count("train_gpt: ") == 1);
+}
+
 TEST_CASE("--gpus under mpirun is refused") {
     const Outcome o = shell(
         strprintf("timeout 100 mpirun --allow-run-as-root --oversubscribe -n 2 %s worker page 2 60", self().c_str()));
@@ -404,11 +423,23 @@ TEST_CASE("--gpus: a stopped rank ends the run at the deadline, and is ended its
     CHECK(o.seconds < 30);
 }
 
-TEST_CASE("--gpus: a call that blocks for ever is ended by the alarm") {
-    const Outcome o = gpus(2, "blocked", 2);
+TEST_CASE("--gpus: a call that blocks for ever is ended by the alarm, whatever is inside it") {
+    for (const char* job : {"blocked", "blocked_later"}) {
+        const Outcome o = gpus(2, job, 2);
+        INFO(o.output);
+        CHECK(o.code == 1);
+        CHECK(o.says("train_gpt: rank 0: waited 2 s for a call that never returns"));
+        CHECK(o.seconds < 30);
+    }
+}
+
+TEST_CASE("--gpus: rank 0 may take long over a disk") {
+    const Outcome o = gpus(3, "slow_disk", 2);
+    INFO(o.output);
     CHECK(o.code == 1);
-    CHECK(o.says("train_gpt: rank 0: waited 2 s for a call that never returns"));
-    CHECK(o.seconds < 30);
+    CHECK(o.says("the disk was slow\n"));
+    CHECK(o.says("train_gpt: rank 0: the disk is full\n"));
+    CHECK(o.count("train_gpt: ") == 1);
 }
 
 // Processes of the group that are still there, not counting ones that have ended and wait to be reaped.
@@ -446,7 +477,7 @@ TEST_CASE("--gpus: the ranks end with their parent") {
 int main(int argc, char** argv) {
     if (argc == 5 && argv[1] == std::string("worker")) {  // worker JOB GPUS TIMEOUT
         try {
-            start_ranks(argc, argv, atoi(argv[3]), atof(argv[4]));
+            start_ranks(argv, atoi(argv[3]), atof(argv[4]));
             work(argv[2]);
             stop_ranks();
             return 0;

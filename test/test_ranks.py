@@ -317,13 +317,16 @@ def running(pid):
         return False
 
 
-def fault(number, rank, launcher):
+WAITS_EVERYWHERE = [*MODEL, "--batch", 2, "--optimizer", "dmuon", "--val", WORK + "/source_train.bin", "--eval_every", 2,
+                    "--eval_batches", 1, "--save_every", 3]
+
+
+def fault(number, rank, launcher, flags=WAITS_EVERYWHERE):
     """Sends a signal to one rank of a run that is under way: (output, exit code, seconds until the run was over)."""
     ranks = min(3, MANY)
     rank = min(rank, ranks - 1)
     out = tempfile.mkdtemp(dir=WORK)
-    flags = [*MODEL, "--batch", 2, "--optimizer", "dmuon", "--steps", 1000000, "--rank_timeout", 5, "--out", out,
-             "--val", WORK + "/source_train.bin", "--eval_every", 2, "--eval_batches", 1, "--save_every", 3]  # waits there too
+    flags = [*flags, "--steps", 1000000, "--rank_timeout", 5, "--out", out]
     with open(out + "/said", "w+") as said:
         run = subprocess.Popen(command(ranks, *flags, launcher=launcher), stdout=said, stderr=said, env=ENV)
         try:
@@ -375,6 +378,17 @@ def test_stopped_rank():
             expect(len(lines) == 1, "%s: not one line about the deadline: %s" % (launcher, said))
             expect(int(lines[0]) != rank, "%s: the stopped rank spoke" % launcher)
             expect(4 < seconds < 40, "%s: the run ended after %.0f s" % (launcher, seconds))
+
+
+def test_stopped_rank_behind_many_launches():
+    """A GPU takes about a thousand launches behind a collective that hangs; then launching blocks as well."""
+    if DEVICE == "cpu" or MANY == 1:
+        raise Skipped("needs two GPUs")
+    shared = ["--train", WORK + "/source_train.bin", "--vocab", 256, "--seq_len", 128, "--batch", 1]
+    for model, optimizer in (("d12", "muon"), ("d36", "adamw")):
+        said, code, seconds = fault(signal.SIGSTOP, 1, "gpus", [*shared, "--model", model, "--optimizer", optimizer])
+        expect(re.search(r"^train_gpt: rank 0: waited 5 s for .*--rank_timeout", said, re.M), "%s: %s" % (model, said))
+        expect(seconds < 40, "%s, %s: the run ended after %.0f s" % (model, optimizer, seconds))
 
 
 def test_both_launchers_agree():

@@ -160,9 +160,27 @@ class Train(unittest.TestCase):
         before = (out / "log.jsonl").read_bytes(), checkpoints(out)
         self.refused(1, ["--out", "holds a run", "--resume"], *TINY, "--steps", 20, "--out", out)
         self.assertEqual(((out / "log.jsonl").read_bytes(), checkpoints(out)), before)
+        # The same from inside: "." is the directory of no --resume.
+        inside = subprocess.run(command(*TINY, "--steps", 20, "--out", "."), cwd=out, capture_output=True, text=True,
+                                env=environment())
+        self.assertEqual((inside.returncode, "holds a run" in inside.stderr), (1, True), inside.stderr)
+        self.assertEqual(((out / "log.jsonl").read_bytes(), checkpoints(out)), before)
         # From an earlier checkpoint by name: the log is cut back to it.
         self.trained(*TINY, "--steps", 12, "--out", out, "--resume", out / "step_00000010.ckpt")
         self.assertEqual([entry["step"] for entry in log(out)], list(range(1, 13)))
+
+    def test_diverged_run_keeps_what_was_saved_before(self):
+        out = work / "diverged"  # a weight decay that multiplies the weights by -99 in each step
+        flags = [*TINY, "--schedule", "constant", "--grad_clip", 0, "--lr", 10, "--weight_decay", 10]
+        result = run(*flags, "--steps", 100, "--save_every", 1, "--out", out)
+        self.assertEqual(result.returncode, 1, result.stdout[-2000:])
+        self.assertIn("10 steps in a row", result.stderr)
+        finite = [entry["step"] for entry in log(out) if entry["grad_norm"] is not None]
+        self.assertEqual(sorted(checkpoints(out)), [f"step_{step:08}.ckpt" for step in finite[-2:]])
+        # The last step is saved in any case, and adds to what is there.
+        last = finite[-1] + 2
+        self.trained(*flags, "--steps", last, "--save_every", 1, "--out", out, "--resume", "auto")
+        self.assertEqual(sorted(checkpoints(out)), [f"step_{step:08}.ckpt" for step in (*finite[-2:], last)])
 
     def test_bad_checkpoints(self):
         out = work / "bad_checkpoints"
