@@ -116,11 +116,10 @@ __global__ void token_backward_kernel(float* dwte /*(Vp,C) +=*/, const real* __r
 // ---------------------------------------------------------------------------------------------------------------------
 // LayerNorm and residual
 
-constexpr float kLayerNormEpsilon = 1e-5f;
 constexpr int kLayerNormWarps = 4;
 
-// One warp per row, the row in registers (above 4096 channels a little spills), `packs` of them in each lane. With add, x = a + b, also written to residual;
-// else x = a. Mean and variance take two passes over the registers: no cancellation.
+// One warp per row, the row in registers (above 4096 channels a little spills), `packs` of them in each lane. With add,
+// x = a + b, also written to residual; else x = a. Mean and variance take two passes over the registers: no cancellation.
 template <int packs, bool add>
 __global__ void layernorm_forward_kernel(real* residual /*(N,C)*/, real* out /*(N,C)*/, float* mean /*(N)*/,
                                          float* rstd /*(N)*/, const real* a /*(N,C)*/, const real* b /*(N,C)*/,
@@ -156,7 +155,7 @@ __global__ void layernorm_forward_kernel(real* residual /*(N,C)*/, real* out /*(
             squares += d * d;
         }
     }
-    float s = rsqrtf(warp_sum(squares) / C + kLayerNormEpsilon);
+    float s = rsqrtf(warp_sum(squares) / C + layernorm_epsilon);
 
 #pragma unroll
     for (int p = 0; p < packs; p++) {
@@ -257,15 +256,6 @@ __global__ void __launch_bounds__(kLayerNormThreads, packs == 1 ? 2 : 1)
             partial[C + c + k] = dbias[p][k];
         }
     }
-}
-
-__global__ void residual_forward_kernel(real* out, const real* a, const real* b, size_t n) {
-    typedef Pack<real> P;
-    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * P::size;
-    if (i >= n) return;
-    P x = P::load_once(a + i), y = P::load_once(b + i), sum;
-    for (int k = 0; k < P::size; k++) sum[k] = from_float<real>(to_float(x[k]) + to_float(y[k]));
-    sum.store(out + i);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -554,10 +544,6 @@ struct GptKernels {
             LAUNCH((layernorm_forward_kernel<packs, true>), ceil_div(N, kLayerNormWarps), kLayerNormWarps * kWarpSize,
                    0, residual, out, mean, rstd, a, b, weight, bias, N, C);
         });
-    }
-
-    static void residual_forward(real* out, const real* a, const real* b, size_t n) {
-        LAUNCH(residual_forward_kernel, pack_blocks(n), kThreads, 0, out, a, b, n);
     }
 
     static size_t layernorm_scratch_floats(int C) { return size_t(layernorm_backward_blocks(C)) * 2 * C; }
