@@ -275,8 +275,6 @@ class Checkpoint {
         }
     }
 
-    bool has(const std::string& name) const { return data_.count(name) > 0; }
-
     // The values of a tensor that must have this many.
     const float* data(const std::string& name, uint64_t elements) const {
         const auto found = data_.find(name);

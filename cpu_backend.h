@@ -94,7 +94,6 @@ struct CpuOps {
         memset(memory, 0, rounded);
         return memory;
     }
-    static void release(void* memory) { free(memory); }
     static void* alloc_host(size_t bytes) { return alloc(bytes, "a host buffer"); }
     static void upload(void* dst, const void* src, size_t bytes) { memcpy(dst, src, bytes); }
     static void download(void* dst, const void* src, size_t bytes) { memcpy(dst, src, bytes); }
@@ -319,7 +318,7 @@ struct CpuOps {
             const real* row = x + (size_t)n * C;
             const float m = sum(C, [&](size_t i) { return row[i]; }) / C;
             const float variance = sum(C, [&](size_t i) { return (row[i] - m) * (row[i] - m); }) / C;
-            const float r = 1.0f / std::sqrt(variance + 1e-5f);
+            const float r = 1.0f / std::sqrt(variance + layernorm_epsilon);
             real* o = out + (size_t)n * C;
 #pragma omp simd
             for (int i = 0; i < C; i++) o[i] = (row[i] - m) * r * weight[i] + bias[i];

@@ -142,8 +142,8 @@ inline const std::vector<Flag>& flag_table() {
          "orthogonalise T x T tiles, each by itself (Hierarchical Muon); 0: whole matrices", 0, 65536},
         {"muon", "ns", &O::ns, "standard|gram|auto",
          "Newton-Schulz on the matrix; on its small Gram matrix, fewer FLOPs if one side is longer, best in fp16 (in "
-         "bf16 nearly "
-         "low-rank matrices can blow up); or by a fixed table of shapes"},
+         "bf16 nearly low-rank matrices can blow up); auto: gram where one side is at least four times the other and "
+         "--ns_dtype is fp16 or fp32, else standard"},
         {"muon", "ns_coefficients", &O::ns_coefficients, "keller|polar_express|you", "polynomials of the steps"},
         {"muon", "ns_steps", &O::ns_steps, "N", "Newton-Schulz steps; polar_express and you have 5 at most", 1, 20},
         {"muon", "ns_dtype", &O::ns_dtype, "bf16|fp16|fp32", "type of Newton-Schulz's operands (sums are fp32)"},
@@ -346,7 +346,8 @@ inline void check_contradictions(const Options& o, const std::set<std::string>& 
         usage_fail("--warmup %lld is longer than --steps %lld", (long long)o.warmup, (long long)o.steps);
     }
     only_with("decay_frac", o.schedule == "wsd", "--schedule wsd");
-    only_with("final_lr_frac", o.schedule != "constant", "a --schedule that falls");
+    const bool falls = o.schedule == "wsd" ? o.decay_frac > 0 : o.schedule != "constant";
+    only_with("final_lr_frac", falls, "a --schedule that falls");
     if (o.schedule == "wsd" && (double)o.warmup > (double)o.steps - o.decay_frac * (double)o.steps + 1e-6) {
         usage_fail("--warmup %lld reaches into the last --decay_frac %g of --steps %lld", (long long)o.warmup,
                    o.decay_frac, (long long)o.steps);

@@ -1,7 +1,7 @@
 // Tests of cpu_backend.h, the truth that the CUDA kernels are tested against; so it needs a truth of its own:
 //   1. forward operations against the definition, written as plain loops in double;
-//   2. backward operations against central differences of those double loops (error about 1e-9: the bounds below are
-//   fp32's);
+//   2. backward operations against central differences of those loops (error about 1e-9: the bounds below are fp32's),
+//      the linear ones (embedding, products, bias) against sums written out in double;
 //   3. the optimizer against a transcription in double, Newton-Schulz against a singular value decomposition;
 //   4. the same bits on 1, 2 and 3 threads.
 // At the end the whole program, on this backend, against PyTorch: test_golden.cpp.
@@ -163,7 +163,7 @@ TEST_CASE("memory: zero-filled, aligned, and a refusal in words") {
     char* memory = (char*)CpuOps::alloc(1000, "a test");
     CHECK((uintptr_t)memory % 256 == 0);
     CHECK(std::all_of(memory, memory + 1000, [](char c) { return c == 0; }));
-    CpuOps::release(memory);
+    free(memory);
     CHECK_THROWS_WITH_AS(CpuOps::alloc(1ull << 50, "the moon"), doctest::Contains("the moon needs 1073741824.0 MiB"),
                          Error);
 }
