@@ -10,11 +10,8 @@
 #include "../gpt_kernels.cuh"
 #include "bench.h"
 
-constexpr float kEpsilon = 1e-5f;
-
 // 1. One thread per row, the definition as it stands: three walks over the row. Neighbouring threads are a whole row
-//    apart, so
-//    each of a warp's loads touches 32 different cache lines for 2 bytes each.
+//    apart, so each of a warp's loads touches 32 different cache lines for 2 bytes each.
 __global__ void layernorm_1(real* out, float* mean, float* rstd, const real* x, const real* weight, const real* bias,
                             int N, int C) {
     int row = blockIdx.x * blockDim.x + threadIdx.x;
@@ -25,7 +22,7 @@ __global__ void layernorm_1(real* out, float* mean, float* rstd, const real* x, 
     for (int c = 0; c < C; c++) m += to_float(x[c]);
     m /= C;
     for (int c = 0; c < C; c++) v += (to_float(x[c]) - m) * (to_float(x[c]) - m);
-    float s = rsqrtf(v / C + kEpsilon);
+    float s = rsqrtf(v / C + layernorm_epsilon);
     for (int c = 0; c < C; c++)
         out[c] = from_float<real>((to_float(x[c]) - m) * s * to_float(weight[c]) + to_float(bias[c]));
     mean[row] = m;
@@ -33,8 +30,8 @@ __global__ void layernorm_1(real* out, float* mean, float* rstd, const real* x, 
 }
 
 // 2. One warp per row: lane l takes channels l, l + 32, ...: the lanes of a load are neighbours (coalescing). Sums go
-//    over the warp by
-//    shuffles. The row is still walked over three times, but the second and third time it comes from the L1 cache.
+//    over the warp by shuffles. The row is still walked over three times, but the second and third time it comes from
+//    the L1 cache.
 __global__ void layernorm_2(real* out, float* mean, float* rstd, const real* x, const real* weight, const real* bias,
                             int N, int C) {
     int row = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
@@ -45,7 +42,7 @@ __global__ void layernorm_2(real* out, float* mean, float* rstd, const real* x, 
     for (int c = lane; c < C; c += 32) m += to_float(x[c]);
     m = warp_sum(m) / C;
     for (int c = lane; c < C; c += 32) v += (to_float(x[c]) - m) * (to_float(x[c]) - m);
-    float s = rsqrtf(warp_sum(v) / C + kEpsilon);
+    float s = rsqrtf(warp_sum(v) / C + layernorm_epsilon);
     for (int c = lane; c < C; c += 32)
         out[c] = from_float<real>((to_float(x[c]) - m) * s * to_float(weight[c]) + to_float(bias[c]));
     if (lane == 0) mean[row] = m, rstd[row] = s;
@@ -70,7 +67,7 @@ __global__ void layernorm_3(real* out, float* mean, float* rstd, const real* x, 
         P values = P::load(x + c);
         for (int k = 0; k < P::size; k++) v += (to_float(values[k]) - m) * (to_float(values[k]) - m);
     }
-    float s = rsqrtf(warp_sum(v) / C + kEpsilon);
+    float s = rsqrtf(warp_sum(v) / C + layernorm_epsilon);
     for (int c = lane * P::size; c < C; c += 32 * P::size) {
         P values = P::load(x + c), w = P::load(weight + c), b = P::load(bias + c);
         for (int k = 0; k < P::size; k++)
@@ -81,8 +78,7 @@ __global__ void layernorm_3(real* out, float* mean, float* rstd, const real* x, 
 }
 
 // 4. The row stays in registers: one walk. The number of packs per lane must be a constant, or the array would lie in
-//    local memory; and
-//    as all loads are known before the first is used, they are all under way at once.
+//    local memory; and as all loads are known before the first is used, they are all under way at once.
 template <int packs>
 __global__ void layernorm_4(real* out, float* mean, float* rstd, const real* x, const real* weight, const real* bias,
                             int N, int C) {
@@ -102,7 +98,7 @@ __global__ void layernorm_4(real* out, float* mean, float* rstd, const real* x, 
     #pragma unroll
     for (int p = 0; p < packs; p++)
         for (int k = 0; k < P::size; k++) v += (to_float(values[p][k]) - m) * (to_float(values[p][k]) - m);
-    float s = rsqrtf(warp_sum(v) / C + kEpsilon);
+    float s = rsqrtf(warp_sum(v) / C + layernorm_epsilon);
     #pragma unroll
     for (int p = 0; p < packs; p++) {
         int c = (p * 32 + lane) * P::size;
@@ -115,8 +111,8 @@ __global__ void layernorm_4(real* out, float* mean, float* rstd, const real* x, 
 }
 
 // 5. The trainer's, in ../gpt_kernels.cuh: as 4, for any C that is a multiple of 8, with the residual addition fused in
-//    where there is
-//    one; x is loaded with the hint that it is not needed again, so that it pushes nothing else out of the cache.
+//    where there is one; x is loaded with the hint that it is not needed again, so that it pushes nothing else out of
+//    the cache.
 
 static bool ladder() {
     // 64 sequences of GPT-2 124M: 96 MiB in, 96 MiB out, each twice an H100's L2; and x alternates between two buffers.

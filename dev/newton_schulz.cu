@@ -23,8 +23,7 @@ __global__ void xxt_1(bf16* A, const bf16* X, int m, int n) {
 }
 
 // 2. Shared memory: a block computes 32 x 32 elements of A from 32 columns of X at a time. Each number that it loads is
-//    used 32 times.
-//    Here and below m and n are multiples of the tile: the tails are in the trainer's version.
+//    used 32 times. Here and below m and n are multiples of the tile: the tails are in the trainer's version.
 __global__ void xxt_2(bf16* A, const bf16* X, int m, int n) {
     __shared__ float a[32][33], b[32][33];  // 33: the 32 rows of a column in 32 different banks
     int row0 = blockIdx.y * 32, col0 = blockIdx.x * 32, i = threadIdx.y, j = threadIdx.x;
@@ -40,8 +39,7 @@ __global__ void xxt_2(bf16* A, const bf16* X, int m, int n) {
 }
 
 // 3. Tensor cores. Four warps compute 64 x 64, each 32 x 32 of it: two (16, 16) blocks of a and four (16, 8) blocks of
-//    b in registers make
-//    eight mma.sync, each worth 2048 multiplications and additions.
+//    b in registers make eight mma.sync, each worth 2048 multiplications and additions.
 __global__ void xxt_3(bf16* A, const bf16* X, int m, int n) {
     constexpr int pitch = 32 + 8;  // 80 bytes from row to row: eight rows of 16 bytes in 32 different banks
     __shared__ __align__(16) bf16 a[64 * pitch], b[64 * pitch];
@@ -236,10 +234,10 @@ struct HiddenMatrices {
           clip(std::vector<float>{1, 1}),
           params(12 * layers * C * C) {}
 
-    // What the optimizer does with them, up to and including `last`.
+    // What the optimizer does with those of some shapes, up to and including `last`.
     enum Stage { normalize, iterate, update };
-    void run(Stage last, bool gram, NsType type) {
-        for (Shape* s : {&squares, &tall, &wide}) {
+    void run(const std::vector<Shape*>& shapes, Stage last, bool gram, NsType type) {
+        for (Shape* s : shapes) {
             NsWorkspace w((char*)s->memory, s->count, s->m(), s->n(), type);
             NsKernels::ns_normalize(w.X, s->scratch, grads, s->refs, s->count, s->rows, s->cols, type);
             if (last >= iterate)
@@ -251,7 +249,7 @@ struct HiddenMatrices {
 };
 
 static void whole_iterations() {
-    printf("\nAll hidden matrices, five steps: milliseconds\n%-22s %10s %14s %10s %16s\n", "", "normalize",
+    printf("\nFive steps over the hidden matrices: milliseconds\n%-42s %10s %14s %10s %16s\n", "", "normalize",
            "Newton-Schulz", "update", "TFLOP/s (NS)");
     struct Model {
         const char* name;
@@ -259,17 +257,28 @@ static void whole_iterations() {
     };
     for (Model model : {Model{"124M", 12, 768}, Model{"350M", 24, 1024}}) {
         HiddenMatrices matrices(model.layers, model.C);
-        for (bool gram : {false, true}) {
+        struct Part {
+            std::string name;
+            std::vector<HiddenMatrices::Shape*> shapes;
+            int flops;  // of a standard step with half of each symmetric product, (2 * 1.5 r + 1) m^3, in layers C^3
+        };
+        const std::vector<Part> parts = {
+            {strprintf("%d of %d x %d", 4 * model.layers, model.C, model.C), {&matrices.squares}, 4 * 4},
+            {strprintf("%d of %d x %d", 2 * model.layers, model.C, 4 * model.C),
+             {&matrices.tall, &matrices.wide},
+             2 * 13},
+            {"all", {&matrices.squares, &matrices.tall, &matrices.wide}, 4 * 4 + 2 * 13}};
+        for (const Part& part : parts) {
             for (NsType type : {NsType::bf16, NsType::fp16}) {
-                float ms[3];
-                for (auto stage : {HiddenMatrices::normalize, HiddenMatrices::iterate, HiddenMatrices::update})
-                    ms[stage] = median_ms([&](int) { matrices.run(stage, gram, type); });
-                // Counted for both forms: five standard steps with half of each symmetric product, (2 * 1.5 r + 1) m^3
-                // each
-                double flops = 5.0 * model.layers * std::pow(model.C, 3) * (4 * (3 * 1 + 1) + 2 * (3 * 4 + 1));
-                printf("%-5s %-9s %-6s %10.3f %14.3f %10.3f %16.1f\n", model.name, gram ? "gram" : "standard",
-                       type == NsType::bf16 ? "bf16" : "fp16", ms[0], ms[1] - ms[0], ms[2] - ms[1],
-                       flops / (ms[1] - ms[0]) * 1e-9);
+                for (bool gram : {false, true}) {
+                    float ms[3];
+                    for (auto stage : {HiddenMatrices::normalize, HiddenMatrices::iterate, HiddenMatrices::update})
+                        ms[stage] = median_ms([&](int) { matrices.run(part.shapes, stage, gram, type); });
+                    double flops = 5.0 * part.flops * model.layers * std::pow(model.C, 3);
+                    printf("%-5s %-19s %s %-8s %13.3f %14.3f %10.3f %16.1f\n", model.name, part.name.c_str(),
+                           type == NsType::bf16 ? "bf16" : "fp16", gram ? "gram" : "standard", ms[0], ms[1] - ms[0],
+                           ms[2] - ms[1], flops / (ms[1] - ms[0]) * 1e-9);
+                }
             }
         }
     }
