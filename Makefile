@@ -104,9 +104,9 @@ $(BUILD)/test_cuda_%: test/test_cuda.cu train_gpt.cu $(TEST_HEADERS)
 	$(NVCC) $(NVCC_FLAGS) $($*_define) $< -o $@ $(NVCC_LIBS) -lcublas
 
 test:
-	./scripts/test.sh
+	./scripts/test.sh --no_setup
 demo:
-	./scripts/demo.sh
+	./scripts/compare.sh adamw dmuon --no_setup
 
 # --- Kernel ladders ---------------------------------------------------------------------------------------------------------------
 

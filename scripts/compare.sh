@@ -55,7 +55,7 @@ else
     runs=runs/small_cpu
     steps=1000
     flags=(--layers 4 --heads 4 --channels 128 --seq_len 128 --batch 16 --warmup 50 --eval_every 50 --device cpu)
-    say "no GPU in use ($(command -v nvidia-smi > /dev/null && echo "this build has no CUDA" || echo "none found")): the CPU"
+    say "no GPU in use ($(./train_gpt --version | grep -q cuda && echo "none found" || echo "this build has no CUDA")): the CPU"
     echo "training 4 layers of 128 channels, 0.8 M parameters on the bytes of ${data#data/}, $steps steps with each of:" \
         "${optimizers[*]}"
 fi

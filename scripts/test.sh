@@ -62,9 +62,9 @@ echo "== tests"
 have_nvcc=$(make info | sed -n '/^CUDA .*nvcc/s/.*/yes/p')
 complete() { # with nvcc: CUDA in it; in CI: NCCL and MPI as well
     ./train_gpt --version
-    [[ ! $have_nvcc ]] || ./train_gpt --version | grep -q cuda
-    [[ ${CI:-} != true || ! $have_nvcc ]] || ./train_gpt --version | grep -q nccl
-    [[ ${CI:-} != true ]] || ./train_gpt --version | grep -q mpi
+    [[ ! $have_nvcc ]] || ./train_gpt --version | grep cuda || return 1 # each by itself: -e is off inside an if
+    [[ ${CI:-} != true || ! $have_nvcc ]] || ./train_gpt --version | grep nccl || return 1
+    [[ ${CI:-} != true ]] || ./train_gpt --version | grep mpi || return 1
 }
 check complete_build complete
 
