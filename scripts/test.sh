@@ -33,28 +33,41 @@ check() { # name command...
     fi
 }
 
-# A test program or script: its own last counts, doctest's or "N passed, N failed, N skipped". One that ends badly without
-# a failed test, or that ran none, has failed.
+# A test program or script. With eight cores for each, several run side by side.
+at_once=$(($(nproc) / 8 > 1 ? $(nproc) / 8 : 1))
+((at_once == 1)) || export OMP_NUM_THREADS=$(($(nproc) / at_once))
+running=() # "name pid start", the oldest first
+trap 'kill $(jobs -p) 2> /dev/null; exit 130' INT TERM # what runs in the background does not hear Ctrl-C
 program() { # name command...
-    local name=$1 start=$SECONDS status=0 counts p f s
+    local name=$1
     shift
-    timeout --kill-after=10 1500 "$@" > "$log/$name.txt" 2>&1 < /dev/null || status=$?
+    ((${#running[@]} < at_once)) || collect
+    timeout --kill-after=10 1500 "$@" > "$log/$name.txt" 2>&1 < /dev/null &
+    running+=("$name $! $(date +%s)")
+}
+
+# Its own last counts, doctest's or "N passed, N failed, N skipped". One that ends badly without a failed test, or that ran
+# none, has failed.
+collect() {
+    local name pid start status=0 counts p f s
+    read -r name pid start <<< "${running[0]}"
+    running=("${running[@]:1}")
+    wait "$pid" || status=$?
     counts=$(sed -nE -e 's/^\[doctest\] test cases: *[0-9]+ \| *([0-9]+) passed \| *([0-9]+) failed \| *([0-9]+) skipped.*/\1 \2 \3/p' \
         -e 's/^([0-9]+) passed, ([0-9]+) failed, ([0-9]+) skipped$/\1 \2 \3/p' "$log/$name.txt" | tail -n 1)
     read -r p f s <<< "${counts:-0 1 0}"
     ((status == 0 || f > 0)) || f=1
     ((p + f + s > 0)) || f=1
     ((status == 0)) || echo "exit status $status" >> "$log/$name.txt"
-    count "$name" "$p" "$f" "$s" $((SECONDS - start))
+    count "$name" "$p" "$f" "$s" $(($(date -r "$log/$name.txt" +%s) - start)) # its last words are its counts
 }
 
 [[ ${1:-} == --no_setup ]] || scripts/setup.sh
 
 echo "== build"
 make info
-check make make
-check make_tests make --keep-going --jobs="$(nproc)" tests
-no_warnings() { ! grep -h 'warning' $log/make.txt $log/make_tests.txt; }
+check make make --keep-going --jobs="$(nproc)" train_gpt tests
+no_warnings() { ! grep -h 'warning' $log/make.txt; }
 check no_warnings no_warnings
 
 echo "== tests"
@@ -71,6 +84,22 @@ check complete_build complete
 static_count() { # cases in the sources that a test program includes, where it can't be built
     sed -n 's|^#include "\(test_.*\)"|test/\1|p' "$1" | xargs cat | grep -c '^TEST_CASE'
 }
+gpus=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true)
+if [[ $have_nvcc ]] && ((gpus > 1)); then # the longest first
+    program test_ranks_cuda python3 test/test_ranks.py ./train_gpt cuda
+else
+    count "test_ranks_cuda (no two GPUs)" 0 0 "$(grep '^def test_' test/test_ranks.py | grep -vc plan)" 0
+fi
+for name in test_cuda_fp32 test_cuda_bf16; do
+    if [[ ! $have_nvcc ]]; then
+        count "$name (no CUDA toolkit)" 0 0 "$(static_count test/test_cuda.cu)" 0
+    elif ((gpus > 0)); then
+        program $name build/$name
+    else # built and counted, not run
+        cases=$(build/$name --count 2>&1 | grep -oE '[0-9]+$' | tail -n 1 || true)
+        if [[ $cases ]]; then count "$name (no GPU)" 0 0 "$cases" 0; else count "$name" 0 1 0 0; fi
+    fi
+done
 for name in test_host test_cpu test_comm; do
     program $name build/$name
 done
@@ -81,25 +110,10 @@ for name in test_fiber_fp32 test_fiber_bf16; do # fiber.h takes bf16 and half fr
         count "$name (no CUDA toolkit)" 0 0 "$(static_count test/test_fiber.cpp)" 0
     fi
 done
-for name in test_cuda_fp32 test_cuda_bf16; do
-    if [[ ! $have_nvcc ]]; then
-        count "$name (no CUDA toolkit)" 0 0 "$(static_count test/test_cuda.cu)" 0
-    elif nvidia-smi -L > /dev/null 2>&1; then
-        program $name build/$name
-    else # built and counted, not run
-        cases=$(build/$name --count 2>&1 | grep -oE '[0-9]+$' | tail -n 1 || true)
-        if [[ $cases ]]; then count "$name (no GPU)" 0 0 "$cases" 0; else count "$name" 0 1 0 0; fi
-    fi
-done
 program test_ranks python3 test/test_ranks.py ./train_gpt
-gpus=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true)
-if [[ $have_nvcc ]] && ((gpus > 1)); then
-    program test_ranks_cuda python3 test/test_ranks.py ./train_gpt cuda
-else
-    count "test_ranks_cuda (no two GPUs)" 0 0 "$(grep '^def test_' test/test_ranks.py | grep -vc plan)" 0
-fi
 program test_train python3 test/test_train.py ./train_gpt
 program test_data python3 test/test_data.py
+while ((${#running[@]})); do collect; done
 
 echo
 ((${#broken[@]} == 0)) || echo "failed: ${broken[*]}"
