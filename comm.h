@@ -146,10 +146,22 @@ inline std::string deadline_message(double seconds, const char* what) {
 class BlockingCall {
     static inline BlockingCall* innermost = nullptr;
     static inline char line[256];
+    static inline unsigned granted;  // seconds
+    static inline time_t due;
     BlockingCall* const outer;
     const char* const what;
     const double seconds;
+    static time_t now() {
+        timespec time;
+        clock_gettime(CLOCK_MONOTONIC, &time);
+        return time.tv_sec;
+    }
+    static void start_clock() {
+        due = now() + granted;
+        alarm(granted);
+    }
     static void expired(int) {
+        if (now() > due + 1) return start_clock();  // so late: it is this process that had been stopped
         ssize_t written = write(STDERR_FILENO, line, strlen(line));
         (void)written;  // nothing is left to be done about a closed stderr
         if (shared_page) shared_page->explained = true;
@@ -159,7 +171,8 @@ class BlockingCall {
     void set_alarm() const {
         alarm(0);  // not while the line is half written
         snprintf(line, sizeof line, "train_gpt: rank %d: %s\n", ranks.rank, deadline_message(seconds, what).c_str());
-        alarm(unsigned(seconds) + 1 + turn_to_speak());
+        granted = unsigned(seconds) + 1 + turn_to_speak();
+        start_clock();
     }
 
   public:

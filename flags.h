@@ -392,7 +392,8 @@ inline Options parse_flags(int argc, char** argv) {
         if (argument.compare(0, 2, "--") != 0)
             usage_fail("'%s' is no flag: they look like --name value (and a GLOB wants quotes)", argv[i]);
         const size_t equals = argument.find('=');
-        const Flag& flag = find_flag(argument.substr(2, equals == std::string::npos ? equals : equals - 2));
+        const std::string name = argument.substr(2, equals == std::string::npos ? equals : equals - 2);
+        const Flag& flag = find_flag(name);
         const bool value_follows = i + 1 < argc && strncmp(argv[i + 1], "--", 2) != 0;
         std::string value;
         if (equals != std::string::npos) value = argument.substr(equals + 1);

@@ -47,7 +47,7 @@ done
 # GPT-2 tokens would know so short a text by heart after a hundred steps; the README says how to train one on FineWeb.)
 if ./train_gpt --version | grep -q cuda && nvidia-smi -L > /dev/null 2>&1; then
     runs=runs/small_gpu
-    steps=1500
+    steps=1000
     flags=(--model d6 --seq_len 256 --batch 64 --warmup 100 --eval_every 100)
     say "a GPU: $(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)"
     echo "training d6, 11 M parameters on the bytes of ${data#data/}, $steps steps with each of: ${optimizers[*]}"

@@ -6,12 +6,12 @@
 #   ladders    the ladders of dev/
 #   sanitize   compute-sanitizer over the kernel tests, at reduced sizes: memcheck, racecheck, initcheck
 #   demo       what scripts/demo.sh does on a GPU, with the text that it has fetched before or can fetch
-#   train      124M (GPT-2 small) for --steps steps [600] on the GPT-2 shards in --data, with adamw, muon and dmuon, and
-#              PyTorch with AdamW and Muon where it is installed
+#   train      124M (GPT-2 small) for --steps steps [600] on the GPT-2 shards in --data, with adamw, muon and dmuon
+#   train_pytorch   the same in PyTorch, with AdamW and Muon
 #   bench      124M and 350M, T=1024, random tokens: step and optimizer time with adamw, muon and dmuon on 1..all GPUs, and
 #              PyTorch where it is installed
 #   ranks      several GPUs: the same 100 steps of 124M on the shards in --data, on one GPU and on all, started both ways
-#   all        tests, sanitize, train and bench, in this order
+#   all        tests, sanitize, train, train_pytorch and bench, in this order
 # Writes dev/results/NAME.log [gpu_check]; train adds the curves, NAME.png and NAME_OPTIMIZER.jsonl. Each program gets --limit [1800] s.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,8 +21,8 @@ line="scripts/gpu_check.sh $*"
 parts=() data="" steps=600 name=gpu_check results=dev/results limit=1800
 while (($#)); do
     case $1 in
-        tests | kernels_bf16 | kernels_fp32 | ladders | sanitize | demo | train | bench | ranks) parts+=("$1") ;;
-        all) parts=(tests sanitize train bench) ;;
+        tests | kernels_bf16 | kernels_fp32 | ladders | sanitize | demo | train | train_pytorch | bench | ranks) parts+=("$1") ;;
+        all) parts=(tests sanitize train train_pytorch bench) ;;
         --data | --steps | --name | --results | --limit)
             [[ ${2:-} ]] || fail "$1 needs a value"
             declare "${1#--}=$2"
@@ -33,8 +33,8 @@ while (($#)); do
     shift
 done
 ((${#parts[@]})) || fail "which part? see the head of this file"
-[[ " ${parts[*]} " != *" train "* && " ${parts[*]} " != *" ranks "* ]] || ls "$data"/train_*.bin "$data"/val_*.bin > /dev/null 2>&1 ||
-    fail "train and ranks need --data DIR with train_*.bin and val_*.bin: scripts/data.py --tokenizer gpt2 makes them"
+[[ ! " ${parts[*]} " =~ \ (train|train_pytorch|ranks)\  ]] || ls "$data"/train_*.bin "$data"/val_*.bin > /dev/null 2>&1 ||
+    fail "${parts[*]}: needs --data DIR with train_*.bin and val_*.bin: scripts/data.py --tokenizer gpt2 makes them"
 nvidia-smi -L > /dev/null 2>&1 || fail "no GPU here"
 
 mkdir -p "$results" build
@@ -125,9 +125,11 @@ train() {
         cp "$runs/$optimizer/log.jsonl" "$results/${name}_$optimizer.jsonl"
     done
     part "loss" python3 scripts/compare.py "$runs/"{adamw,muon,dmuon} --png "$results/$name.png"
-    if have_torch; then
-        part "PyTorch, the same settings" python3 dev/peer_pytorch.py --data "$data" --steps "$steps"
-    fi
+}
+
+train_pytorch() {
+    have_torch || fail "train_pytorch: python3 has no torch"
+    part "PyTorch, 124M on $(basename "$data")" python3 dev/peer_pytorch.py --data "$data" --steps "$steps"
 }
 
 # As the figures of others were measured: uniform tokens below 2^15, one shard of 4M.

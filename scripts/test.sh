@@ -33,9 +33,8 @@ check() { # name command...
     fi
 }
 
-# A test program or script. With eight cores for each, several run side by side.
-at_once=$(($(nproc) / 8 > 1 ? $(nproc) / 8 : 1))
-((at_once == 1)) || export OMP_NUM_THREADS=$(($(nproc) / at_once))
+# A test program or script. With four cores for each, several run side by side.
+at_once=$(($(nproc) / 4 > 1 ? $(nproc) / 4 : 1))
 running=() # "name pid start", the oldest first
 trap 'kill $(jobs -p) 2> /dev/null; exit 130' INT TERM # what runs in the background does not hear Ctrl-C
 program() { # name command...

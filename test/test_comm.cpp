@@ -215,12 +215,13 @@ static void work(const std::string& job) {
     if (chosen && job == "exit") _exit(3);
     if (chosen && job == "error") fail("the disk is full");
     if (job == "all_error") fail("no such file");
-    if (job == "blocked" || job == "blocked_later") {
+    if (job == "blocked" || job == "blocked_later" || job == "blocked_and_stopped") {
         BlockingCall limit("a call that never returns");
         if (job == "blocked_later") {
             BlockingCall("a call that returns");
             keep_busy(100);
         }
+        if (chosen && job == "blocked_and_stopped") raise(SIGSTOP);
         for (;;) pause();
     }
     keep_busy(100000);  // until one of the tests ends it
@@ -424,11 +425,12 @@ TEST_CASE("--gpus: a stopped rank ends the run at the deadline, and is ended its
 }
 
 TEST_CASE("--gpus: a call that blocks for ever is ended by the alarm, whatever is inside it") {
-    for (const char* job : {"blocked", "blocked_later"}) {
+    for (const char* job : {"blocked", "blocked_later", "blocked_and_stopped"}) {
         const Outcome o = gpus(2, job, 2);
         INFO(o.output);
         CHECK(o.code == 1);
         CHECK(o.says("train_gpt: rank 0: waited 2 s for a call that never returns"));
+        CHECK(o.count("waited") == 1);
         CHECK(o.seconds < 30);
     }
 }
