@@ -134,6 +134,15 @@ inline int turn_to_speak() { return std::min(2 * ranks.rank, 10); }  // seconds
     abort_ranks(code);
 }
 
+inline double seconds_now() {
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return double(time.tv_sec) + 1e-9 * double(time.tv_nsec);
+}
+// A process that comes so late to its own clock had been stopped itself (SIGSTOP, ctrl-Z). That says nothing about the
+// others: its time starts anew.
+constexpr double stopped_for = 0.5;  // seconds
+
 inline std::string deadline_message(double seconds, const char* what) {
     return strprintf(
         "waited %.0f s for %s: another rank has stopped or hangs; ending the run "
@@ -147,21 +156,16 @@ class BlockingCall {
     static inline BlockingCall* innermost = nullptr;
     static inline char line[256];
     static inline unsigned granted;  // seconds
-    static inline time_t due;
+    static inline double due;
     BlockingCall* const outer;
     const char* const what;
     const double seconds;
-    static time_t now() {
-        timespec time;
-        clock_gettime(CLOCK_MONOTONIC, &time);
-        return time.tv_sec;
-    }
     static void start_clock() {
-        due = now() + granted;
+        due = seconds_now() + granted;
         alarm(granted);
     }
     static void expired(int) {
-        if (now() > due + 1) return start_clock();  // so late: it is this process that had been stopped
+        if (seconds_now() > due + stopped_for) return start_clock();
         ssize_t written = write(STDERR_FILENO, line, strlen(line));
         (void)written;  // nothing is left to be done about a closed stderr
         if (shared_page) shared_page->explained = true;
@@ -171,7 +175,7 @@ class BlockingCall {
     void set_alarm() const {
         alarm(0);  // not while the line is half written
         snprintf(line, sizeof line, "train_gpt: rank %d: %s\n", ranks.rank, deadline_message(seconds, what).c_str());
-        granted = unsigned(seconds) + 1 + turn_to_speak();
+        granted = unsigned(seconds) + 3 + turn_to_speak();  // later than a wait_until that has the same limit
         start_clock();
     }
 
@@ -199,10 +203,12 @@ inline void (*check_peers)() = nullptr;  // fails if a peer is known to be lost;
 // Polls done() until it is true. No rank ever blocks in a wait for its peers: past the deadline the run ends here.
 template <class Done>
 void wait_until(Done done, const char* what) {
-    using clock = std::chrono::steady_clock;
-    const clock::time_point begin = clock::now();
+    double begin = seconds_now(), last = begin;
     while (!done()) {
-        const double seconds = std::chrono::duration<double>(clock::now() - begin).count();
+        const double now = seconds_now();
+        if (now > last + stopped_for) begin = now;
+        last = now;
+        const double seconds = now - begin;
         if (ranks.size > 1 && seconds > ranks.timeout) fail_ranks(deadline_message(seconds, what).c_str(), 1);
         if (seconds < 200e-6) {
             sched_yield();  // where ranks share a core, the one that we wait for may need it

@@ -33,8 +33,8 @@ check() { # name command...
     fi
 }
 
-# A test program or script. With four cores for each, several run side by side.
-at_once=$(($(nproc) / 4 > 1 ? $(nproc) / 4 : 1))
+# A test program or script. On more than two cores several run side by side, so the longest come first.
+at_once=$((($(nproc) + 1) / 2))
 running=() # "name pid start", the oldest first
 trap 'kill $(jobs -p) 2> /dev/null; exit 130' INT TERM # what runs in the background does not hear Ctrl-C
 program() { # name command...
@@ -84,7 +84,7 @@ static_count() { # cases in the sources that a test program includes, where it c
     sed -n 's|^#include "\(test_.*\)"|test/\1|p' "$1" | xargs cat | grep -c '^TEST_CASE'
 }
 gpus=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true)
-if [[ $have_nvcc ]] && ((gpus > 1)); then # the longest first
+if [[ $have_nvcc ]] && ((gpus > 1)); then
     program test_ranks_cuda python3 test/test_ranks.py ./train_gpt cuda
 else
     count "test_ranks_cuda (no two GPUs)" 0 0 "$(grep '^def test_' test/test_ranks.py | grep -vc plan)" 0
@@ -99,7 +99,9 @@ for name in test_cuda_fp32 test_cuda_bf16; do
         if [[ $cases ]]; then count "$name (no GPU)" 0 0 "$cases" 0; else count "$name" 0 1 0 0; fi
     fi
 done
-for name in test_host test_cpu test_comm; do
+program test_ranks python3 test/test_ranks.py ./train_gpt
+program test_train python3 test/test_train.py ./train_gpt
+for name in test_comm test_host test_cpu; do
     program $name build/$name
 done
 for name in test_fiber_fp32 test_fiber_bf16; do # fiber.h takes bf16 and half from the toolkit's headers
@@ -109,8 +111,6 @@ for name in test_fiber_fp32 test_fiber_bf16; do # fiber.h takes bf16 and half fr
         count "$name (no CUDA toolkit)" 0 0 "$(static_count test/test_fiber.cpp)" 0
     fi
 done
-program test_ranks python3 test/test_ranks.py ./train_gpt
-program test_train python3 test/test_train.py ./train_gpt
 program test_data python3 test/test_data.py
 while ((${#running[@]})); do collect; done
 

@@ -215,13 +215,17 @@ static void work(const std::string& job) {
     if (chosen && job == "exit") _exit(3);
     if (chosen && job == "error") fail("the disk is full");
     if (job == "all_error") fail("no such file");
-    if (job == "blocked" || job == "blocked_later" || job == "blocked_and_stopped") {
+    if (job == "blocked" || job == "blocked_later" || job == "blocked_and_stopped" || job == "stopped_rank_0") {
         BlockingCall limit("a call that never returns");
         if (job == "blocked_later") {
             BlockingCall("a call that returns");
             keep_busy(100);
         }
         if (chosen && job == "blocked_and_stopped") raise(SIGSTOP);
+        if (job == "stopped_rank_0") {
+            if (ranks.rank == 0) raise(SIGSTOP);
+            keep_busy(100000);
+        }
         for (;;) pause();
     }
     keep_busy(100000);  // until one of the tests ends it
@@ -339,6 +343,17 @@ TEST_CASE("mpirun: a stopped rank ends the run at the deadline, with one line") 
     CHECK(o.says("train_gpt: rank 0: waited 2 s for reduce_scatter: another rank has stopped or hangs"));
     CHECK(o.count("waited") == 1);
     CHECK(o.seconds < 30);
+}
+
+TEST_CASE("a stopped rank 0 has no word about the others when it is continued to be ended") {
+    for (bool by_mpirun : {true, false}) {
+        const Outcome o = by_mpirun ? mpirun(3, "stopped_rank_0", 2) : gpus(3, "stopped_rank_0", 2);
+        INFO(o.output);
+        CHECK(o.code != 0);
+        CHECK(o.says("train_gpt: rank 1: waited 2 s for"));
+        CHECK(o.count("waited") == 1);
+        CHECK(o.seconds < 30);
+    }
 }
 
 TEST_CASE("mpirun: a killed rank ends the run") {
