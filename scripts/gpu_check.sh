@@ -10,7 +10,7 @@
 #   train_pytorch   the same in PyTorch, with AdamW and Muon
 #   bench      124M and 350M, T=1024, random tokens: step and optimizer time with adamw, muon and dmuon on 1..all GPUs, and
 #              PyTorch where it is installed
-#   ranks      several GPUs: the same 100 steps of 124M on the shards in --data, on one GPU and on all, started both ways
+#   ranks      several GPUs: the same 100 steps of 124M, random tokens, on one GPU and on all, started both ways
 #   all        tests, sanitize, train, train_pytorch and bench, in this order
 # Writes dev/results/NAME.log [gpu_check]; train adds the curves, NAME.png and NAME_OPTIMIZER.jsonl. Each program gets --limit [1800] s.
 set -euo pipefail
@@ -33,7 +33,7 @@ while (($#)); do
     shift
 done
 ((${#parts[@]})) || fail "which part? see the head of this file"
-[[ ! " ${parts[*]} " =~ \ (train|train_pytorch|ranks)\  ]] || ls "$data"/train_*.bin "$data"/val_*.bin > /dev/null 2>&1 ||
+[[ ! " ${parts[*]} " =~ \ (train|train_pytorch)\  ]] || ls "$data"/train_*.bin "$data"/val_*.bin > /dev/null 2>&1 ||
     fail "${parts[*]}: needs --data DIR with train_*.bin and val_*.bin: scripts/data.py --tokenizer gpt2 makes them"
 nvidia-smi -L > /dev/null 2>&1 || fail "no GPU here"
 
@@ -164,23 +164,25 @@ bench() {
 }
 
 ranks() {
-    local gpus same=(--model d12 --batch 16 --total_batch 32768 --train "$data/train_*.bin" --optimizer dmuon --steps 100 --warmup 20)
+    local gpus same=(--model d12 --batch 16 --total_batch 32768 --train "$random/train_*.bin" --optimizer dmuon --steps 100 --warmup 20)
     gpus=$(nvidia-smi -L | wc -l)
     ((gpus > 1)) || fail "ranks needs two GPUs"
+    random_tokens
     rm -rf build/gpu_check_ranks
     mkdir -p build/gpu_check_ranks
     part "1 rank" ./train_gpt "${same[@]}" --out build/gpu_check_ranks/one
     part "--gpus $gpus" ./train_gpt "${same[@]}" --gpus "$gpus" --out build/gpu_check_ranks/gpus
     part "mpirun -n $gpus" mpirun --allow-run-as-root -n "$gpus" ./train_gpt "${same[@]}" --out build/gpu_check_ranks/mpirun
-    # The micro-batches are the same and their fp32 sums differ in the last bit; bf16 and 100 steps enlarge that. An optimizer
-    # that goes wrong shows: from adamw to dmuon the loss changes by tenths of a nat within these steps.
+    # The micro-batches are the same and their fp32 sums differ in the last bit; bf16 and 100 steps enlarge that, by how much the
+    # data decide: on random tokens (nothing to learn but their frequencies) to 0.00007 nats where this was written, while adamw
+    # and muon differ by up to 0.035. On text any last bit grows to 0.04 while the gradient's norm still jumps (dev/results).
     part "losses of one rank and of $gpus" python3 -c 'import json
 def losses(run): return [json.loads(line)["loss"] for line in open(f"build/gpu_check_ranks/{run}/log.jsonl")]
 one = losses("one")
 for run in ("gpus", "mpirun"):
     worst = max(abs(a - b) for a, b in zip(one, losses(run), strict=True))
     print(f"{run}: largest difference over {len(one)} steps {worst:.6f} nats, last losses {one[-1]:.4f} {losses(run)[-1]:.4f}")
-    assert worst < 0.02'
+    assert worst < 0.001'
     rm -rf build/gpu_check_ranks/*/*.ckpt
 }
 
