@@ -69,7 +69,7 @@ template <int HD, int WARPS> struct FlashTiles {
     template <int rows> __device__ static void load(real* tile, const real* matrix, int stride, int first, int T) {
         constexpr int chunks = HD / 8, rows_at_once = threads / chunks;
         int chunk = threadIdx.x % chunks;
-#pragma unroll
+        #pragma unroll
         for (int i = 0; i < rows / rows_at_once; i++) {
             int row = i * rows_at_once + threadIdx.x / chunks;
             bool valid = first + row < T;
@@ -119,9 +119,9 @@ template <int HD, int WARPS> struct FlashTiles {
     template <int blocks>
     __device__ static void product_transposed(float (&result)[blocks][4], const uint32_t (&own)[HD / 16][4],
                                               const real* tile, int row) {
-#pragma unroll
+        #pragma unroll
         for (int k = 0; k < HD / 16; k++) {
-#pragma unroll
+            #pragma unroll
             for (int n = 0; n < blocks; n += 2) {
                 uint32_t b[4];
                 right_transposed(b, tile, row + 8 * n, k);
@@ -134,12 +134,12 @@ template <int HD, int WARPS> struct FlashTiles {
     template <int blocks>
     __device__ static void add_product(float (&sum)[HD / 8][4], const float (&weights)[blocks][4], const real* tile,
                                        int row) {
-#pragma unroll
+        #pragma unroll
         for (int k = 0; k < blocks; k += 2) {
             const float *w0 = weights[k], *w1 = weights[k + 1];
             const uint32_t a[4] = {pack_pair<real>(w0[0], w0[1]), pack_pair<real>(w0[2], w0[3]),
                                    pack_pair<real>(w1[0], w1[1]), pack_pair<real>(w1[2], w1[3])};
-#pragma unroll
+            #pragma unroll
             for (int n = 0; n < HD / 16; n++) {
                 uint32_t b[4];
                 right(b, tile, row + 8 * k, n);
@@ -158,14 +158,14 @@ template <int HD, int WARPS> struct FlashTiles {
             *reinterpret_cast<uint32_t*>(staging + place(row, n) + 2 * t) = pack_pair<real>(low, high);
         };
         __syncwarp();
-#pragma unroll
+        #pragma unroll
         for (int n = 0; n < HD / 8; n++) {
             stage(g, n, sum[n][0] * factor0, sum[n][1] * factor0);
             stage(g + 8, n, sum[n][2] * factor1, sum[n][3] * factor1);
         }
         __syncwarp();
         constexpr int chunks = HD / 8, rows_at_once = 32 / chunks;
-#pragma unroll
+        #pragma unroll
         for (int i = 0; i < 16 / rows_at_once; i++) {
             int row = i * rows_at_once + lane / chunks, chunk = lane % chunks;
             if (first + row >= T) break;
@@ -218,7 +218,7 @@ flash_forward_kernel(real* out, float* lse, const real* qkv, int T, int C, float
     cp_async_wait<0>();
     __syncthreads();
     uint32_t own_q[HD / 16][4];
-#pragma unroll
+    #pragma unroll
     for (int i = 0; i < HD / 16; i++) Tiles::left(own_q[i], q_tile, 16 * warp, i);
 
     float o[HD / 8][4] = {};
@@ -233,31 +233,31 @@ flash_forward_kernel(real* out, float* lse, const real* qkv, int T, int C, float
             float s[blocks][4] = {};
             Tiles::product_transposed(s, own_q, keys.x_tile(tile), 0);
             if (key + Tiles::passing_rows > warp_first) {      // on the diagonal
-#pragma unroll
+                #pragma unroll
                 for (int n = 0; n < blocks; n++)
-#pragma unroll
+                    #pragma unroll
                     for (int e = 0; e < 4; e++)
                         if (key + 8 * n + lane % 4 * 2 + e % 2 > row0 + e / 2 * 8) s[n][e] = -INFINITY;
             }
             // The first tile has key 0, which every query sees, so m is finite from then on.
-#pragma unroll
+            #pragma unroll
             for (int r = 0; r < 2; r++) {
                 float m_new = m[r];
-#pragma unroll
+                #pragma unroll
                 for (int n = 0; n < blocks; n++) m_new = fmaxf(m_new, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
                 m_new = row_max(m_new);
                 const float correction = fast_exp2((m[r] - m_new) * scale_log2);
                 const float shift = m_new * scale_log2;
                 m[r] = m_new;
                 l[r] *= correction;
-#pragma unroll
+                #pragma unroll
                 for (int n = 0; n < blocks; n++)
-#pragma unroll
+                    #pragma unroll
                     for (int e = 2 * r; e < 2 * r + 2; e++) {
                         s[n][e] = fast_exp2(s[n][e] * scale_log2 - shift);  // from here on s is P, up to exp(m - lse)
                         l[r] += s[n][e];
                     }
-#pragma unroll
+                #pragma unroll
                 for (int n = 0; n < HD / 8; n++) o[n][2 * r] *= correction, o[n][2 * r + 1] *= correction;
             }
             Tiles::add_product(o, s, keys.y_tile(tile), 0);
@@ -314,14 +314,14 @@ flash_dq_kernel(real* dqkv, float* delta, const real* dout, const real* qkv, con
     cp_async_wait<0>();
     __syncthreads();
     uint32_t own_q[HD / 16][4], own_dout[HD / 16][4];
-#pragma unroll
+    #pragma unroll
     for (int i = 0; i < HD / 16; i++) {
         Tiles::left(own_q[i], q_tile, 16 * warp, i);
         Tiles::left(own_dout[i], dout_tile, 16 * warp, i);
     }
 
     // delta = dO . O. Of the four lanes that share a row, lane t takes the chunks t, t + 4, ..
-#pragma unroll
+    #pragma unroll
     for (int r = 0; r < 2; r++) {
         const int row = row0 + 8 * r;
         if (row < T) {
@@ -339,7 +339,7 @@ flash_dq_kernel(real* dqkv, float* delta, const real* dout, const real* qkv, con
     const float scale_log2 = scale * kLog2e;
     for (int tile = 0; tile < tiles; tile++) {
         if (tile + 1 < tiles) keys.load_tile(tile + 1);
-#pragma unroll
+        #pragma unroll
         for (int chunk = 0; chunk < Tiles::passing_rows; chunk += kChunk) {
             const int key = tile * Tiles::passing_rows + chunk;
             if (key > warp_first) break;                  // later than the warp's queries
@@ -347,15 +347,15 @@ flash_dq_kernel(real* dqkv, float* delta, const real* dout, const real* qkv, con
             Tiles::product_transposed(s, own_q, keys.x_tile(tile), chunk);
             Tiles::product_transposed(dp, own_dout, keys.y_tile(tile), chunk);
             if (key == warp_first) {                      // on the diagonal
-#pragma unroll
+                #pragma unroll
                 for (int n = 0; n < kChunk / 8; n++)
-#pragma unroll
+                    #pragma unroll
                     for (int e = 0; e < 4; e++)
                         if (8 * n + lane % 4 * 2 + e % 2 > lane / 4 + e / 2 * 8) s[n][e] = -INFINITY;
             }
-#pragma unroll
+            #pragma unroll
             for (int n = 0; n < kChunk / 8; n++)
-#pragma unroll
+                #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     const float p = fast_exp2(s[n][e] * scale_log2 - row_lse[e / 2]);
                     s[n][e] = p * (dp[n][e] - row_delta[e / 2]);  // dS
@@ -408,7 +408,7 @@ flash_dkv_kernel(real* dqkv, const float* delta, const real* dout, const real* q
     cp_async_wait<0>();
     __syncthreads();
     uint32_t own_k[HD / 16][4], own_v[HD / 16][4];
-#pragma unroll
+    #pragma unroll
     for (int i = 0; i < HD / 16; i++) {
         Tiles::left(own_k[i], k_tile, 16 * warp, i);
         Tiles::left(own_v[i], v_tile, 16 * warp, i);
@@ -422,7 +422,7 @@ flash_dkv_kernel(real* dqkv, const float* delta, const real* dout, const real* q
             queries.load_tile(tile + 1);
             next_terms = load_terms(tile + 1);            // under way in a register while this tile is computed
         }
-#pragma unroll
+        #pragma unroll
         for (int chunk = 0; chunk < Tiles::passing_rows; chunk += kChunk) {
             const int query = tile * Tiles::passing_rows + chunk;
             if (query < warp_first) continue;             // earlier than the warp's keys
@@ -430,15 +430,15 @@ flash_dkv_kernel(real* dqkv, const float* delta, const real* dout, const real* q
             Tiles::product_transposed(s, own_k, queries.x_tile(tile), chunk);
             Tiles::product_transposed(dp, own_v, queries.y_tile(tile), chunk);
             if (query == warp_first) {                    // on the diagonal
-#pragma unroll
+                #pragma unroll
                 for (int n = 0; n < kChunk / 8; n++)
-#pragma unroll
+                    #pragma unroll
                     for (int e = 0; e < 4; e++)
                         if (8 * n + lane % 4 * 2 + e % 2 < lane / 4 + e / 2 * 8) s[n][e] = -INFINITY;
             }
-#pragma unroll
+            #pragma unroll
             for (int n = 0; n < kChunk / 8; n++)
-#pragma unroll
+                #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     const float2 terms = passing_terms[tile % 2][chunk + 8 * n + lane % 4 * 2 + e % 2];
                     s[n][e] = fast_exp2(s[n][e] * scale_log2 - terms.x);  // P
@@ -500,20 +500,20 @@ struct TwinRows {
 template <int COLUMNS>
 __device__ void twin_add(float (&sum)[kTwinRows][COLUMNS], const float* weights, const float* tile, int hd) {
     for (int j = 0; j < kTwinTile; j++) {
-#pragma unroll
+        #pragma unroll
         for (int c = 0; c < COLUMNS; c++) {
             const int column = threadIdx.x % kWarpSize + kWarpSize * c;
             const float x = tile[j * twin_stride(hd) + min(column, hd - 1)];  // columns past the end are not stored
-#pragma unroll
+            #pragma unroll
             for (int r = 0; r < kTwinRows; r++) sum[r][c] += weights[j * kTwinRows + r] * x;
         }
     }
 }
 template <int COLUMNS>
 __device__ void twin_store(real* matrix, int stride, int first, int T, int hd, const float (&sum)[kTwinRows][COLUMNS]) {
-#pragma unroll
+    #pragma unroll
     for (int r = 0; r < kTwinRows; r++)
-#pragma unroll
+        #pragma unroll
         for (int c = 0; c < COLUMNS; c++) {
             const int column = threadIdx.x % kWarpSize + kWarpSize * c;
             if (first + r < T && column < hd) matrix[(first + r) * stride + column] = from_float<real>(sum[r][c]);
@@ -541,7 +541,7 @@ __global__ void twin_forward_kernel(real* out, float* lse, const real* qkv, int 
         __syncthreads();
         float s[kTwinRows];
         own_q.dot(s, k_tile, hd);
-#pragma unroll
+        #pragma unroll
         for (int r = 0; r < kTwinRows; r++) {
             s[r] = key + lane <= row0 + r ? s[r] * scale : -INFINITY;
             const float m_new = fmaxf(m[r], warp_max(s[r])), correction = expf(m[r] - m_new), p = expf(s[r] - m_new);
@@ -554,7 +554,7 @@ __global__ void twin_forward_kernel(real* out, float* lse, const real* qkv, int 
         twin_add(o, weights, v_tile, hd);
         __syncwarp();
     }
-#pragma unroll
+    #pragma unroll
     for (int r = 0; r < kTwinRows; r++) {
         for (float& x : o[r]) x /= l[r];
         if (lane == 0 && row0 + r < T) lse[(size_t(b) * H + h) * T + row0 + r] = m[r] + logf(l[r]);
@@ -577,7 +577,7 @@ __global__ void twin_dq_kernel(real* dqkv, float* delta, const real* dout, const
     delta += (size_t(b) * H + h) * T;
 
     float row_lse[kTwinRows], row_delta[kTwinRows] = {}, dq[kTwinRows][COLUMNS] = {};
-#pragma unroll
+    #pragma unroll
     for (int r = 0; r < kTwinRows; r++) {
         const real *row_dout = own_dout.row[r], *row_out = own_out.row[r];
         for (int d = lane; d < hd; d += kWarpSize) row_delta[r] += to_float(row_dout[d]) * to_float(row_out[d]);
@@ -593,7 +593,7 @@ __global__ void twin_dq_kernel(real* dqkv, float* delta, const real* dout, const
         float s[kTwinRows], dp[kTwinRows];
         own_q.dot(s, k_tile, hd);
         own_dout.dot(dp, v_tile, hd);
-#pragma unroll
+        #pragma unroll
         for (int r = 0; r < kTwinRows; r++) {
             const float p = key + lane <= row0 + r ? expf(s[r] * scale - row_lse[r]) : 0.0f;
             weights[lane * kTwinRows + r] = scale * p * (dp[r] - row_delta[r]);
@@ -632,7 +632,7 @@ __global__ void twin_dkv_kernel(real* dqkv, const float* delta, const real* dout
         own_v.dot(dp, dout_tile, hd);
         const int row = query + lane;
         const float row_lse = row < T ? lse[row] : 0.0f, row_delta = row < T ? delta[row] : 0.0f;
-#pragma unroll
+        #pragma unroll
         for (int r = 0; r < kTwinRows; r++) {
             s[r] = row >= row0 + r ? expf(s[r] * scale - row_lse) : 0.0f;
             weights[lane * kTwinRows + r] = s[r];
@@ -640,7 +640,7 @@ __global__ void twin_dkv_kernel(real* dqkv, const float* delta, const real* dout
         __syncwarp();
         twin_add(dv, weights, dout_tile, hd);
         __syncwarp();
-#pragma unroll
+        #pragma unroll
         for (int r = 0; r < kTwinRows; r++) weights[lane * kTwinRows + r] = scale * s[r] * (dp[r] - row_delta);
         __syncwarp();
         twin_add(dk, weights, q_tile, hd);

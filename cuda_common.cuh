@@ -122,13 +122,13 @@ __device__ inline float warp_max(float x) {
 template <int n, class T> __device__ void block_sums(T (&x)[n]) {  // n sums for the price of two barriers
     __shared__ T of_warps[n][kWarpSize];
     int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize;
-#pragma unroll
+    #pragma unroll
     for (int i = 0; i < n; i++) {
         x[i] = warp_sum(x[i]);
         if (lane == 0) of_warps[i][warp] = x[i];
     }
     __syncthreads();
-#pragma unroll
+    #pragma unroll
     for (int i = 0; i < n; i++) x[i] = warp_sum(lane < warps ? of_warps[i][lane] : T(0));
     __syncthreads();  // of_warps is free for the next call
 }

@@ -84,8 +84,8 @@ struct Bucket {
     bool replicated;
 };
 
-// The clip norm is summed over blocks of this many elements, cut at positions that depend on the tensors alone: the
-// same gradients give the same norm, bit for bit, whatever the ranks and owners. Chunks of the flat bucket are whole
+// The clip norm is summed tensor by tensor, over blocks of at most this many elements, cut at positions that depend on
+// the tensors alone: the same gradients give the same norm, bit for bit, whatever the ranks and owners. Chunks of the flat bucket are whole
 // blocks.
 constexpr size_t norm_block = 16384;
 
@@ -602,18 +602,18 @@ class Optimizer {
         return device;
     }
 
-    // The flat bucket by position, then the matrices in tensor order.
+    // In tensor order. Of AdamW's tensors a rank has what lies between two multiples of norm_block in the flat bucket;
+    // a matrix it has whole, wherever that lies.
     void make_norm_blocks() {
         std::vector<Range> ranges;
-        size_t mine = my_chunk(plan.buckets[0]), chunk = plan.buckets[0].chunk;
-        for (size_t begin = 0; begin < plan.flat; begin += norm_block)
-            ranges.push_back(
-                {begin, begin >= mine && begin < mine + chunk ? std::min(norm_block, plan.flat - begin) : 0});
         for (const Piece& piece : plan.pieces) {
-            if (!plan.is_muon(piece.tensor)) continue;
-            bool here = std::max(piece.owner, 0) == ranks.rank;
-            for (size_t begin = 0; begin < piece.count; begin += norm_block)
-                ranges.push_back({piece.offset + begin, here ? std::min(norm_block, piece.count - begin) : 0});
+            const bool here = std::max(piece.owner, 0) == ranks.rank;
+            for (size_t at = 0; at < piece.count;) {
+                const size_t position = plan.is_muon(piece.tensor) ? at : piece.offset + at;
+                const size_t count = std::min(norm_block - position % norm_block, piece.count - at);
+                ranges.push_back({piece.offset + at, here ? count : 0});
+                at += count;
+            }
         }
         blocks = int(ranges.size());
         norm_sums = allocate<double>(blocks, "block norms");

@@ -40,7 +40,7 @@ __global__ void position_backward_kernel(float* dwpe /*(maxT,C) +=*/, const real
     size_t TC = size_t(T) * C, i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * P::size;
     if (i >= TC) return;
     float sum[P::size] = {};
-#pragma unroll 4
+    #pragma unroll 4
     for (int b = 0; b < B; b++) {
         P d = P::load(dout + b * TC + i);
         for (int k = 0; k < P::size; k++) sum[k] += to_float(d[k]);
@@ -60,7 +60,7 @@ __device__ inline int add_token_rows(float (&sum)[Pack<real>::size], const real*
     int row = first + lane < N ? order[first + lane] : -1;
     unsigned others = __ballot_sync(kAllLanes, row < 0 || tokens[row] != token);
     int count = others ? __ffs(others) - 1 : kWarpSize;
-#pragma unroll 4
+    #pragma unroll 4
     for (int i = 0; i < count; i++) {
         size_t from = __shfl_sync(kAllLanes, row, i);
         if (column >= C) continue;
@@ -132,7 +132,7 @@ __global__ void layernorm_forward_kernel(real* residual /*(N,C)*/, real* out /*(
 
     P x[packs];
     float sum = 0;
-#pragma unroll
+    #pragma unroll
     for (int p = 0; p < packs; p++) {
         int c = (p * kWarpSize + lane) * P::size;
         if (c >= C) continue;
@@ -147,7 +147,7 @@ __global__ void layernorm_forward_kernel(real* residual /*(N,C)*/, real* out /*(
     float m = warp_sum(sum) / C;
 
     float squares = 0;
-#pragma unroll
+    #pragma unroll
     for (int p = 0; p < packs; p++) {
         if ((p * kWarpSize + lane) * P::size >= C) continue;
         for (int k = 0; k < P::size; k++) {
@@ -157,7 +157,7 @@ __global__ void layernorm_forward_kernel(real* residual /*(N,C)*/, real* out /*(
     }
     float s = rsqrtf(warp_sum(squares) / C + layernorm_epsilon);
 
-#pragma unroll
+    #pragma unroll
     for (int p = 0; p < packs; p++) {
         int c = (p * kWarpSize + lane) * P::size;
         if (c >= C) continue;
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kLayerNormThreads, packs == 1 ? 2 : 1)
     typedef Pack<real> P;
     P w[packs];
     float dweight[packs][P::size] = {}, dbias[packs][P::size] = {};
-#pragma unroll
+    #pragma unroll
     for (int p = 0; p < packs; p++) {
         int c = (p * blockDim.x + threadIdx.x) * P::size;
         if (c < C) w[p] = P::load(weight + c);
@@ -196,13 +196,13 @@ __global__ void __launch_bounds__(kLayerNormThreads, packs == 1 ? 2 : 1)
     for (int row0 = blockIdx.x * rows; row0 < N; row0 += gridDim.x * rows) {
         P d[rows][packs], v[rows][packs], old[rows][packs];
         float m[rows], s[rows], sums[2 * rows] = {};  // of g and of g*xhat, for each row
-#pragma unroll
+        #pragma unroll
         for (int r = 0; r < rows; r++) {
             int row = row0 + r;
             if (row >= N) continue;
             m[r] = mean[row];
             s[r] = rstd[row];
-#pragma unroll
+            #pragma unroll
             for (int p = 0; p < packs; p++) {
                 int c = (p * blockDim.x + threadIdx.x) * P::size;
                 if (c >= C) continue;
@@ -212,9 +212,9 @@ __global__ void __launch_bounds__(kLayerNormThreads, packs == 1 ? 2 : 1)
                 old[r][p] = P::load(dx + at);
             }
         }
-#pragma unroll
+        #pragma unroll
         for (int r = 0; r < rows; r++) {
-#pragma unroll
+            #pragma unroll
             for (int p = 0; p < packs; p++) {
                 int c = (p * blockDim.x + threadIdx.x) * P::size;
                 if (row0 + r >= N || c >= C) continue;
@@ -229,10 +229,10 @@ __global__ void __launch_bounds__(kLayerNormThreads, packs == 1 ? 2 : 1)
             }
         }
         block_sums(sums);
-#pragma unroll
+        #pragma unroll
         for (int r = 0; r < rows; r++) {
             float mean_g = sums[2 * r] / C, mean_gx = sums[2 * r + 1] / C;
-#pragma unroll
+            #pragma unroll
             for (int p = 0; p < packs; p++) {
                 int c = (p * blockDim.x + threadIdx.x) * P::size;
                 if (row0 + r >= N || c >= C) continue;
@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(kLayerNormThreads, packs == 1 ? 2 : 1)
     }
 
     float* partial = partials + size_t(blockIdx.x) * 2 * C;
-#pragma unroll
+    #pragma unroll
     for (int p = 0; p < packs; p++) {
         int c = (p * blockDim.x + threadIdx.x) * P::size;
         if (c >= C) continue;
@@ -365,7 +365,7 @@ __global__ void bias_backward_kernel(float* partials /*(gridDim.y,OC)*/, const r
     int column = blockIdx.x * kBiasColumns + lane * P::size;
     float sum[P::size] = {};
     if (column < OC) {
-#pragma unroll 4
+        #pragma unroll 4
         for (int row = blockIdx.y * kBiasWarps + warp; row < N; row += gridDim.y * kBiasWarps) {
             P d = P::load(dout + size_t(row) * OC + column);
             for (int k = 0; k < P::size; k++) sum[k] += to_float(d[k]);
@@ -389,7 +389,7 @@ __global__ void add_partials_kernel(float* first /*(C) +=*/, float* second /*(C)
     int column = blockIdx.x * kWarpSize + lane;
     float sum = 0;
     if (column < C) {
-#pragma unroll 4
+        #pragma unroll 4
         for (int p = warp; p < P; p += kWarpSize) sum += partials[(size_t(p) * gridDim.y + blockIdx.y) * C + column];
     }
     of_warps[warp][lane] = sum;
@@ -413,7 +413,7 @@ __global__ void sum_squares_kernel(double* sums, const float* __restrict__ x, co
     const float* values = x + range.begin;
     size_t in_quads = range.begin % kQuad == 0 ? range.count / kQuad * kQuad : 0;
     double sum = 0;
-#pragma unroll 4
+    #pragma unroll 4
     for (size_t i = threadIdx.x * kQuad; i < in_quads; i += blockDim.x * kQuad) {
         FloatQuad v = FloatQuad::load(values + i);
         for (int k = 0; k < kQuad; k++) sum += double(v[k]) * double(v[k]);
