@@ -785,8 +785,8 @@ class Trainer {
                      {"vocab", config.vocab, other.vocab}};
         for (auto& size : sizes)
             if (size.here != size.there)
-                fail("checkpoint %s is of another model: its %s is %d, this run's is %d", path.c_str(), size.name,
-                     size.there, size.here);
+                fail("checkpoint %s is of another model: its %s is %d, this run's is %d; --%s %d would fit", path.c_str(),
+                     size.name, size.there, size.here, size.name, size.there);
         const std::string identity = text(checkpoint, "tokenizer");
         if (!identity.empty() && (!tokenizer || identity != tokenizer->identity))
             fail("checkpoint %s was trained with another tokenizer than %s", path.c_str(),
