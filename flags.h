@@ -153,7 +153,8 @@ inline const std::vector<Flag>& flag_table() {
         {"muon", "ranks", &O::ranks, "N", "--print_plan: for this many ranks; 0: those started", 0, 1000000},
 
         {"run", "eval_every", &O::eval_every, "STEPS", "validation loss so often; 0: only at the end", 0, many},
-        {"run", "eval_batches", &O::eval_batches, "N", "batches per rank in an evaluation", 1, 1e9},
+        {"run", "eval_batches", &O::eval_batches, "N", "batches in an evaluation over all ranks, as many on each", 1,
+         1e9},
         {"run", "sample_every", &O::sample_every, "STEPS", "write a sample of text so often; 0: never", 0, many},
         {"run", "sample_tokens", &O::sample_tokens, "N", "length of a sample", 1, 1e9},
         {"run", "temperature", &O::temperature, "X", "of sampling; 0: always the likeliest token", 0, 100},

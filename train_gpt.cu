@@ -465,8 +465,9 @@ class Trainer {
     const std::unique_ptr<Shards> train, val;
     const std::unique_ptr<Tokenizer> tokenizer;
     const ModelConfig config;
-    const int64_t total_batch;  // tokens per optimizer step, over all ranks
-    const int accumulation;     // micro-steps per optimizer step
+    const int64_t total_batch;   // tokens per optimizer step, over all ranks
+    const int accumulation;      // micro-steps per optimizer step
+    const int64_t eval_batches;  // of this rank, in an evaluation
     Optimizer<Backend> optimizer;
     Model<Backend> model;
     std::unique_ptr<DataLoader> val_loader;
@@ -506,6 +507,7 @@ class Trainer {
           config(model_config(options_, find_vocab())),
           total_batch(find_total_batch()),
           accumulation(int(total_batch / (int64_t(options_.batch) * options_.seq_len * ranks.size))),
+          eval_batches(ceil_div<int64_t>(options_.eval_batches, ranks.size)),
           optimizer(tensor_specs(config), options_),
           model(config, options_.recompute, optimizer) {
         if (tokenizer && config.vocab < tokenizer->vocab)
@@ -528,8 +530,8 @@ class Trainer {
         }
         model.allocate(options.batch);
         if (val)
-            val_loader.reset(new DataLoader(*val, 0, options.batch, ranks.rank, ranks.size, int(options.eval_batches),
-                                            0, Backend::alloc_host, DataLoader::Order::in_order));
+            val_loader.reset(new DataLoader(*val, 0, options.batch, ranks.rank, ranks.size, int(eval_batches), 0,
+                                            Backend::alloc_host, DataLoader::Order::in_order));
         sums = static_cast<double*>(Backend::alloc(2 * sizeof(double), "sums"));
         ns_counts = static_cast<double*>(Backend::alloc_host(2 * sizeof(double)));
         for (Slot& slot : slots) {
@@ -664,7 +666,7 @@ class Trainer {
             train->tokens(), train->windows(),
             tokenizer ? "" : " (no tokenizer.bin beside them: samples are token numbers)");
         if (val) {
-            const uint64_t read = uint64_t(options.eval_batches) * options.batch * ranks.size;
+            const uint64_t read = uint64_t(eval_batches) * options.batch * ranks.size;
             say("| %-12s | %s: %" PRIu64 " tokens, %" PRIu64 " windows; an evaluation reads %" PRIu64 "%s\n", "val",
                 options.val.c_str(), val->tokens(), val->windows(), read,
                 read > val->windows() ? ": some twice, lower --eval_batches" : "");
@@ -785,8 +787,8 @@ class Trainer {
                      {"vocab", config.vocab, other.vocab}};
         for (auto& size : sizes)
             if (size.here != size.there)
-                fail("checkpoint %s is of another model: its %s is %d, this run's is %d; --%s %d would fit", path.c_str(),
-                     size.name, size.there, size.here, size.name, size.there);
+                fail("checkpoint %s is of another model: its %s is %d, this run's is %d; --%s %d would fit",
+                     path.c_str(), size.name, size.there, size.here, size.name, size.there);
         const std::string identity = text(checkpoint, "tokenizer");
         if (!identity.empty() && (!tokenizer || identity != tokenizer->identity))
             fail("checkpoint %s was trained with another tokenizer than %s", path.c_str(),
@@ -878,12 +880,12 @@ class Trainer {
     // -----------------------------------------------------------------------------------------------------------------
     // Evaluation, samples, the step line
 
-    // The mean loss over the first --eval_batches batches of every rank, in the order of the files.
+    // The mean loss over the first --eval_batches batches in the order of the files, which the ranks divide.
     double evaluate() {
         const size_t tokens = size_t(options.batch) * options.seq_len;
         double total[2] = {0, 0};
         Backend::zero(sums, 2 * sizeof(double));
-        for (int64_t i = 0; i < options.eval_batches; i++) {
+        for (int64_t i = 0; i < eval_batches; i++) {
             const Batch batch = val_loader->next();
             Backend::upload(model.inputs, batch.inputs, tokens * sizeof(int));
             Backend::upload(model.targets, batch.targets, tokens * sizeof(int));
@@ -895,7 +897,7 @@ class Trainer {
         Backend::all_reduce(sums, 2);
         Backend::download(total, sums, sizeof total);
         finish("an evaluation");
-        return total[0] / double(tokens) / double(options.eval_batches) / ranks.size;
+        return total[0] / double(tokens) / double(eval_batches) / ranks.size;
     }
 
     // Waits, outside of steps, until the device has done all that was enqueued. Collectives may be among it, so this

@@ -172,6 +172,12 @@ def test_losses_over_rank_counts():
             expect_close_losses(a.losses, b.losses, tolerance, "%s on 1 and %d ranks" % (flags, ranks))
 
 
+def test_validation_reads_the_same_on_any_number_of_ranks():
+    flags = ("--val", WORK + "/source_train.bin", "--eval_batches", 60)
+    losses = [train(ranks, *flags, steps=3).log[-1]["val_loss"] for ranks in RANKS]
+    expect_close_losses(losses, losses[:1] * len(losses), TOLERANCE_FP32, "validation on %s ranks" % list(RANKS))
+
+
 def test_accumulation():
     for ranks in RANKS[:2]:
         a = train(ranks, "--optimizer", "dmuon", "--ns_dtype", "fp32", batch=SEQUENCES // ranks)
