@@ -23,7 +23,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <future>
-#include <memory>
+#include <optional>
 #include <vector>
 
 #include "common.h"
@@ -154,46 +154,38 @@ inline std::string deadline_message(double seconds, const char* what) {
 // process. They nest: the time of the outer one starts anew when an inner one, or a wait_until, is over.
 class BlockingCall {
     static inline BlockingCall* innermost = nullptr;
-    static inline char line[256];
-    static inline unsigned granted;  // seconds
     static inline double due;
     BlockingCall* const outer;
-    const char* const what;
-    const double seconds;
-    static void start_clock() {
+    const unsigned granted;  // seconds, a few more than a wait_until of the same limit has
+    char line[256];
+    void start_clock() const {
         due = seconds_now() + granted;
         alarm(granted);
     }
     static void expired(int) {
-        if (seconds_now() > due + stopped_for) return start_clock();
-        ssize_t written = write(STDERR_FILENO, line, strlen(line));
+        if (seconds_now() > due + stopped_for) return innermost->start_clock();
+        ssize_t written = write(STDERR_FILENO, innermost->line, strlen(innermost->line));
         (void)written;  // nothing is left to be done about a closed stderr
         if (shared_page) shared_page->explained = true;
         _exit(1);
     }
 
-    void set_alarm() const {
-        alarm(0);  // not while the line is half written
-        snprintf(line, sizeof line, "train_gpt: rank %d: %s\n", ranks.rank, deadline_message(seconds, what).c_str());
-        granted = unsigned(seconds) + 3 + turn_to_speak();  // later than a wait_until that has the same limit
-        start_clock();
-    }
-
   public:
-    BlockingCall(const char* what_, double seconds_ = ranks.timeout)
-        : outer(innermost), what(what_), seconds(seconds_) {
+    BlockingCall(const char* what, double seconds = ranks.timeout)
+        : outer(innermost), granted(unsigned(seconds) + 3 + turn_to_speak()) {
+        snprintf(line, sizeof line, "train_gpt: rank %d: %s\n", ranks.rank, deadline_message(seconds, what).c_str());
         innermost = this;
         signal(SIGALRM, expired);
-        set_alarm();
+        start_clock();
     }
     ~BlockingCall() {
-        innermost = outer;
         alarm(0);
+        innermost = outer;
         got_on();
     }
     BlockingCall(const BlockingCall&) = delete;
     static void got_on() {
-        if (innermost) innermost->set_alarm();
+        if (innermost) innermost->start_clock();
     }
 };
 inline double startup_timeout() { return std::max(ranks.timeout, 60.0); }  // starting is slower than a step
@@ -604,8 +596,10 @@ struct CudaComm {
     // Behind a collective that hangs, the queue of the device fills up (with about a thousand launches), and the next
     // launch blocks. While an Enqueueing lives, that has a deadline too.
     struct Enqueueing {
-        std::unique_ptr<BlockingCall> limit;
-        Enqueueing() : limit(comm ? new BlockingCall("the device to take more work") : nullptr) {}
+        std::optional<BlockingCall> limit;
+        Enqueueing() {
+            if (comm) limit.emplace("the device to take more work");
+        }
     };
 
     // The collectives called while a Group lives start together when it ends, as one launch.

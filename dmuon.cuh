@@ -85,8 +85,8 @@ struct Bucket {
 };
 
 // The clip norm is summed tensor by tensor, over blocks of at most this many elements, cut at positions that depend on
-// the tensors alone: the same gradients give the same norm, bit for bit, whatever the ranks and owners. Chunks of the flat bucket are whole
-// blocks.
+// the tensors alone: the same gradients give the same norm, bit for bit, whatever the ranks and owners. Chunks of the
+// flat bucket are whole blocks.
 constexpr size_t norm_block = 16384;
 
 // Calls f(row, col, rows, cols) for every part of a matrix that is orthogonalised by itself: the whole, its heads under
