@@ -83,7 +83,7 @@ ladders() {
     for ladder in dev/*.cu; do part "$ladder" "build/$(basename "$ladder" .cu)"; done
 }
 
-sanitize() { # the six runs side by side: most of their time is that of the checks' host code
+sanitize() { # the six runs side by side
     local runs=() run tool precision pid status log_of=build/log/sanitize
     part "build of the tests" make build/test_cuda_bf16 build/test_cuda_fp32
     mkdir -p build/log

@@ -173,6 +173,8 @@ def test_losses_over_rank_counts():
 
 
 def test_validation_reads_the_same_on_any_number_of_ranks():
+    if DEVICE == "cuda":
+        raise Skipped("the tolerance of bf16 would hide other windows")
     flags = ("--val", WORK + "/source_train.bin", "--eval_batches", 60)
     losses = [train(ranks, *flags, steps=3).log[-1]["val_loss"] for ranks in RANKS]
     expect_close_losses(losses, losses[:1] * len(losses), TOLERANCE_FP32, "validation on %s ranks" % list(RANKS))
