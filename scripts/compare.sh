@@ -4,8 +4,8 @@
 # Runs that are finished are not trained again; one that was interrupted goes on. Everything is in runs/small_{cpu,gpu}.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# Threads that wait for one another spin for a moment only: where something else wants a core, a step would take ten times as
-# long otherwise (measured: 65 ms alone either way; beside two busy processes 150 ms instead of 1200).
+# Threads that wait for one another spin for a moment only: where something else wants a core, a step would take many times as
+# long otherwise.
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
 
 say() { printf '\n== %s\n' "$*"; }
@@ -36,6 +36,7 @@ for text in tinyshakespeare austen; do # what is here already comes first
 done
 for text in tinyshakespeare austen; do
     [[ ! $data ]] || break
+    echo "trying $text"
     if scripts/data.py $text --tokenizer byte --out data/${text}_byte > /dev/null; then
         data=data/${text}_byte
         break
@@ -79,7 +80,7 @@ for optimizer in "${optimizers[@]}"; do
     echo "${command[*]}" | tee "$run/command"
     # All lines go to the file. Shown are, of the step lines, the first and those with a validation loss; the sample later.
     "${command[@]}" --resume auto | tee -a "$run/output.txt" |
-        awk '/^--- sample/, /^---$/ { next } !/^step/ || /^step +1\// || / val / { print; fflush() }'
+        sed -u '/^--- sample/,/^---$/d; /^step/ { /^step *1\//b; / val /b; d }' # line by line; mawk would wait for a block
 done
 
 say "what the last of them, ${optimizers[-1]}, writes after $steps steps"

@@ -123,7 +123,7 @@ def download(url, path, sha256=None, tries=5):
             if not have and attempt == 1:  # twice without a byte: it is not the connection that is shaky
                 raise Unreachable(f"{url}: {reason}") from None
         if attempt + 1 < tries:
-            say(f"{reason}; trying again ({attempt + 2} of {tries})")
+            say(f"{reason}; trying again")
             time.sleep(min(2**attempt, 10))
     else:
         raise Unreachable(f"{url}: {reason}; what came is kept in {part}: run this again to continue")
