@@ -57,7 +57,7 @@ NVCC_FLAGS   := -std=c++17 -O3 --threads 0 -Xcompiler $(subst $(space),$(comma),
 # nvcc hands linker options on with -Xlinker, and does not know -pthread
 NVCC_LIBS    := -lcublasLt $(if $(HAVE_NCCL),-lnccl) $(patsubst -Wl$(comma)%,-Xlinker %,$(filter-out -pthread,$(LIBS)))
 fp32_define  := -DPRECISION_FP32
-HEADERS      := $(wildcard *.h *.cuh)
+HEADERS      := $(wildcard *.h *.cuh kernels/*.cuh)
 
 # --- The trainer -----------------------------------------------------------------------------------------------------------
 

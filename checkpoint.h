@@ -1,7 +1,7 @@
 // checkpoint.h: one file per save, DIR/step_00000100.ckpt, that is either whole and right or refused.
 // Read: the layout below, Checksum, CheckpointWriter, Checkpoint (the reader), newest_good_checkpoint().
 //
-//   magic "TRAINGPT" | u64 bytes of the table | u64 checksum of the table         24 bytes
+//   kMagic "TRAINGPT" | u64 bytes of the table | u64 checksum of the table         24 bytes
 //   the table, as text (try `head -c 2000` on a checkpoint), filled up with newlines to byte 64k:
 //       meta KEY VALUE                         what the run needs to go on: step, config, tokenizer, ...
 //       tensor NAME f32 DIM DIM ...            what follows, in this order
@@ -38,7 +38,7 @@ struct TensorInfo {
 
     uint64_t elements() const {
         uint64_t n = 1;
-        for (int64_t size : shape) n *= (uint64_t)size;
+        for (int64_t size : shape) n *= uint64_t(size);
         return n;
     }
     uint64_t bytes() const { return elements() * sizeof(float); }
@@ -50,13 +50,13 @@ struct TensorInfo {
 class Checksum {
   public:
     void update(const void* data, size_t bytes) {
-        const char* at = (const char*)data;
+        const char* at = static_cast<const char*>(data);
         for (size_t blocks = bytes / 32; blocks > 0; blocks--, at += 32) {
             uint64_t words[4];
             memcpy(words, at, 32);
             for (int i = 0; i < 4; i++) lanes_[i] = step(lanes_[i], words[i]);
         }
-        for (size_t i = 0; i < bytes % 32; i++) lanes_[0] = step(lanes_[0], (uint8_t)at[i]);
+        for (size_t i = 0; i < bytes % 32; i++) lanes_[0] = step(lanes_[0], uint8_t(at[i]));
         length_ += bytes;
     }
     uint64_t value() const {
@@ -81,9 +81,9 @@ class Checksum {
 };
 
 namespace ckpt {
-constexpr char magic[] = "TRAINGPT";  // 8 bytes, without the final zero
-constexpr uint64_t header_bytes = 24, alignment = 64;
-constexpr char suffix[] = ".ckpt", unfinished[] = ".ckpt.tmp";
+constexpr char kMagic[] = "TRAINGPT";  // 8 bytes, without the final zero
+constexpr uint64_t kHeaderBytes = 24, kAlignment = 64;
+constexpr char kSuffix[] = ".ckpt", kUnfinished[] = ".ckpt.tmp";
 
 // The step in "step_00000100.ckpt", or -1 if the name is none of ours.
 inline int64_t step_in_name(const std::string& name, const std::string& ending) {
@@ -115,13 +115,13 @@ class CheckpointWriter {
     CheckpointWriter(const std::string& dir, int64_t step, const Meta& meta, const std::vector<TensorInfo>& tensors)
         : dir_(dir),
           step_(step),
-          path_(strprintf("%s/step_%08lld%s", dir.c_str(), (long long)step, ckpt::suffix)),
+          path_(strprintf("%s/step_%08lld%s", dir.c_str(), static_cast<long long>(step), ckpt::kSuffix)),
           tensors_(tensors) {
         std::error_code error;
         std::filesystem::create_directories(dir, error);
         if (error) give_up(error.value());
-        for (const auto& left : ckpt::files(dir, ckpt::unfinished)) unlink(left.second.c_str());  // by a crash
-        file_.path = strprintf("%s/step_%08lld%s", dir.c_str(), (long long)step, ckpt::unfinished);
+        for (const auto& left : ckpt::files(dir, ckpt::kUnfinished)) unlink(left.second.c_str());  // by a crash
+        file_.path = strprintf("%s/step_%08lld%s", dir.c_str(), static_cast<long long>(step), ckpt::kUnfinished);
         file_.fd = open(file_.path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
         if (file_.fd < 0) give_up(errno);
 
@@ -136,9 +136,9 @@ class CheckpointWriter {
             for (int64_t size : tensor.shape) table += " " + std::to_string(size);
             table += "\n";
         }
-        table.resize(round_up(ckpt::header_bytes + table.size(), ckpt::alignment) - ckpt::header_bytes, '\n');
+        table.resize(round_up(ckpt::kHeaderBytes + table.size(), ckpt::kAlignment) - ckpt::kHeaderBytes, '\n');
         const uint64_t header[2] = {table.size(), Checksum::of(table.data(), table.size())};
-        put(ckpt::magic, 8);
+        put(ckpt::kMagic, 8);
         put(header, sizeof(header));
         put(table.data(), table.size());
         end_section();
@@ -146,11 +146,11 @@ class CheckpointWriter {
 
     // The next bytes of the tensors, in pieces of any size.
     void append(const void* data, size_t bytes) {
-        const char* at = (const char*)data;
+        const char* at = static_cast<const char*>(data);
         while (bytes > 0) {
             if (sums_.size() == tensors_.size()) fail("%s: more tensor bytes than its table says", path_.c_str());
             const uint64_t size = tensors_[sums_.size()].bytes();
-            const size_t piece = (size_t)std::min<uint64_t>(bytes, size - tensor_done_);
+            const size_t piece = size_t(std::min<uint64_t>(bytes, size - tensor_done_));
             put(at, piece);
             at += piece, bytes -= piece, tensor_done_ += piece;
             if (tensor_done_ == size) sums_.push_back(end_section()), tensor_done_ = 0;
@@ -173,7 +173,7 @@ class CheckpointWriter {
         const int error = errno;
         if (dir >= 0) close(dir);
         if (!synced) give_up(error);
-        for (const auto& [step, path] : ckpt::files(dir_, ckpt::suffix)) {
+        for (const auto& [step, path] : ckpt::files(dir_, ckpt::kSuffix)) {
             if (step > step_ || keep-- <= 0) unlink(path.c_str());
         }
     }
@@ -192,7 +192,7 @@ class CheckpointWriter {
         ~Temporary() { close(); }
     };
 
-    static constexpr size_t buffer_bytes = 1 << 20;  // a multiple of ckpt::alignment, as Checksum::update asks
+    static constexpr size_t kBufferBytes = 1 << 20;  // a multiple of ckpt::kAlignment, as Checksum::update asks
 
     const std::string dir_;
     const int64_t step_;
@@ -210,12 +210,12 @@ class CheckpointWriter {
     }
 
     void put(const void* data, size_t bytes) {
-        const char* at = (const char*)data;
+        const char* at = static_cast<const char*>(data);
         while (bytes > 0) {
-            const size_t piece = std::min(bytes, buffer_bytes - buffer_.size());
+            const size_t piece = std::min(bytes, kBufferBytes - buffer_.size());
             buffer_.append(at, piece);
             at += piece, bytes -= piece;
-            if (buffer_.size() == buffer_bytes) flush();
+            if (buffer_.size() == kBufferBytes) flush();
         }
     }
 
@@ -223,14 +223,14 @@ class CheckpointWriter {
         checksum_.update(buffer_.data(), buffer_.size());
         for (size_t done = 0; done < buffer_.size();) {
             const ssize_t wrote = write(file_.fd, buffer_.data() + done, buffer_.size() - done);
-            if (wrote > 0) done += (size_t)wrote;
+            if (wrote > 0) done += size_t(wrote);
             else if (wrote == 0 || errno != EINTR) give_up(wrote == 0 ? ENOSPC : errno);
         }
         buffer_.clear();
     }
 
     uint64_t end_section() {
-        buffer_.resize(round_up<uint64_t>(buffer_.size(), ckpt::alignment), '\0');
+        buffer_.resize(round_up<uint64_t>(buffer_.size(), ckpt::kAlignment), '\0');
         flush();
         return std::exchange(checksum_, Checksum()).value();
     }
@@ -244,20 +244,20 @@ class Checkpoint {
 
     explicit Checkpoint(const std::string& path) : path_(path) {
         map_file();
-        const char* table = map_.data + ckpt::header_bytes;
+        const char* table = map_.data + ckpt::kHeaderBytes;
         uint64_t header[2] = {};  // bytes of the table, its checksum
-        if (map_.bytes < ckpt::header_bytes || memcmp(map_.data, ckpt::magic, 8) != 0) {
+        if (map_.bytes < ckpt::kHeaderBytes || memcmp(map_.data, ckpt::kMagic, 8) != 0) {
             fail("%s is not a checkpoint of train_gpt", path_.c_str());
         }
         memcpy(header, map_.data + 8, sizeof(header));
-        if (header[0] > map_.bytes - ckpt::header_bytes) damaged("it ends within its table");
+        if (header[0] > map_.bytes - ckpt::kHeaderBytes) damaged("it ends within its table");
         if (Checksum::of(table, header[0]) != header[1]) damaged("its table has changed");
         parse_table(std::string(table, header[0]));
 
-        uint64_t end = ckpt::header_bytes + header[0];  // of what is known so far
+        uint64_t end = ckpt::kHeaderBytes + header[0];  // of what is known so far
         std::vector<Range> sections;                    // bytes of each tensor, with its zeros
         for (const TensorInfo& tensor : tensors) {
-            sections.push_back({end, round_up(tensor.bytes(), ckpt::alignment)});
+            sections.push_back({end, round_up(tensor.bytes(), ckpt::kAlignment)});
             end += sections.back().count;
         }
         const uint64_t sums_bytes = tensors.size() * sizeof(uint64_t), expected = end + sums_bytes + sizeof(uint64_t);
@@ -271,7 +271,7 @@ class Checkpoint {
             const char* begin = map_.data + sections[i].begin;
             const bool same = Checksum::of(begin, sections[i].count) == sums[i];
             if (!same) damaged("tensor " + tensors[i].name + " has changed");
-            data_[tensors[i].name] = {(const float*)begin, tensors[i].elements()};
+            data_[tensors[i].name] = {reinterpret_cast<const float*>(begin), tensors[i].elements()};
         }
     }
 
@@ -314,14 +314,14 @@ class Checkpoint {
         struct stat info;
         const bool file = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
         void* memory = MAP_FAILED;
-        if (file && info.st_size > 0) memory = mmap(nullptr, (size_t)info.st_size, PROT_READ, MAP_SHARED, fd, 0);
+        if (file && info.st_size > 0) memory = mmap(nullptr, size_t(info.st_size), PROT_READ, MAP_SHARED, fd, 0);
         const int error = errno;
         close(fd);
         if (!file) fail("%s is not a checkpoint: not a file", path_.c_str());
         if (info.st_size == 0) damaged("it is empty");
         if (memory == MAP_FAILED) fail("cannot map checkpoint %s: %s", path_.c_str(), strerror(error));
-        map_.data = (char*)memory;
-        map_.bytes = (size_t)info.st_size;
+        map_.data = static_cast<char*>(memory);
+        map_.bytes = size_t(info.st_size);
     }
 
     // The table is what was written, by its checksum; the checks are for files of another version or make.
@@ -338,8 +338,8 @@ class Checkpoint {
                 words >> type;
                 uint64_t left = map_.bytes / sizeof(float);  // a tensor has no more elements than the file has room for
                 for (int64_t size; words >> size;) {
-                    if (size < 1 || (uint64_t)size > left) damaged("tensor " + name + " has an impossible shape");
-                    left /= (uint64_t)size;
+                    if (size < 1 || uint64_t(size) > left) damaged("tensor " + name + " has an impossible shape");
+                    left /= uint64_t(size);
                     tensor.shape.push_back(size);
                 }
                 if (type != "f32" || !words.eof()) damaged("its table has a line that is not understood: " + line);
@@ -353,7 +353,7 @@ class Checkpoint {
 
 inline std::vector<std::string> list_checkpoints(const std::string& dir) {  // newest first
     std::vector<std::string> paths;
-    for (const auto& [step, path] : ckpt::files(dir, ckpt::suffix)) paths.push_back(path);
+    for (const auto& [step, path] : ckpt::files(dir, ckpt::kSuffix)) paths.push_back(path);
     return paths;
 }
 

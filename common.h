@@ -58,9 +58,9 @@ constexpr T round_up(T a, T b) {
 }
 
 // The widest model: a row of it, or of one head, stays in the registers of a CUDA warp.
-constexpr int max_channels = 8192, max_head_size = 256;
+constexpr int kMaxChannels = 8192, kMaxHeadSize = 256;
 
-constexpr float layernorm_epsilon = 1e-5f, adamw_epsilon = 1e-8f;
+constexpr float kLayerNormEpsilon = 1e-5f, kAdamWEpsilon = 1e-8f;
 
 // A run of elements in one of the arenas (parameters, gradients, optimizer state).
 struct Range {

@@ -46,7 +46,7 @@ struct CpuOps {
     static void start(int local_ranks) {
 #ifdef _OPENMP
         if (!getenv("OMP_NUM_THREADS")) {
-            const int cores = (int)sysconf(_SC_NPROCESSORS_ONLN);
+            const int cores = int(sysconf(_SC_NPROCESSORS_ONLN));
             const int allowed = omp_get_num_procs();  // fewer where a launcher bound this rank to some cores
             omp_set_num_threads(std::max(1, std::min(allowed, cores / local_ranks)));
         }
@@ -89,7 +89,7 @@ struct CpuOps {
         void* memory = rounded <= memory_available() ? std::aligned_alloc(256, rounded) : nullptr;
         if (!memory) {
             fail("out of memory: %s needs %.1f MiB of host memory; choose a smaller --batch or a smaller model", what,
-                 (double)bytes / (1 << 20));
+                 double(bytes) / (1 << 20));
         }
         memset(memory, 0, rounded);
         return memory;
@@ -156,7 +156,7 @@ struct CpuOps {
         p = p * r + 0.5f;
         p = p * r + 1.0f;
         p = p * r + 1.0f;
-        const uint32_t power_bits = (uint32_t)((int32_t)n + 127) << 23;
+        const uint32_t power_bits = uint32_t(int32_t(n) + 127) << 23;
         float power;
         memcpy(&power, &power_bits, sizeof(power));
         return p * power;
@@ -173,14 +173,14 @@ struct CpuOps {
         // A 4 x 32 piece of C stays in registers while k runs; op(B)'s 32 columns are first copied together.
         constexpr int kRows = 4, kColumns = 32;
         static thread_local std::vector<float> panel;
-        panel.resize((size_t)K * kColumns);
+        panel.resize(size_t(K) * kColumns);
         const size_t row_a = transpose_a ? 1 : lda, column_a = transpose_a ? lda : 1;  // strides of op(A) and op(B)
         const size_t row_b = transpose_b ? 1 : ldb, column_b = transpose_b ? ldb : 1;
         for (int j0 = 0; j0 < N; j0 += kColumns) {
             const int columns = std::min(kColumns, N - j0);
             for (int k = 0; k < K; k++) {
                 for (int j = 0; j < kColumns; j++) {
-                    panel[(size_t)k * kColumns + j] = j < columns ? B[k * row_b + (j0 + j) * column_b] : 0.0f;
+                    panel[size_t(k) * kColumns + j] = j < columns ? B[k * row_b + (j0 + j) * column_b] : 0.0f;
                 }
             }
             for (int i0 = 0; i0 < M; i0 += kRows) {
@@ -189,7 +189,7 @@ struct CpuOps {
                 for (int i = 0; i < kRows; i++) a[i] = A + (i0 + std::min(i, rows - 1)) * row_a;
                 float sums[kRows][kColumns] = {};
                 for (int k = 0; k < K; k++) {
-                    const float* b = panel.data() + (size_t)k * kColumns;
+                    const float* b = panel.data() + size_t(k) * kColumns;
                     for (int i = 0; i < kRows; i++) {
                         const float a_ik = a[i][k * column_a];
 #pragma omp simd
@@ -198,7 +198,7 @@ struct CpuOps {
                 }
                 for (int i = 0; i < rows; i++) {
                     for (int j = 0; j < columns; j++) {
-                        float* c = C + (size_t)(i0 + i) * ldc + j0 + j;
+                        float* c = C + size_t(i0 + i) * ldc + j0 + j;
                         *c = alpha * sums[i][j] + (beta == 0.0f ? 0.0f : beta * *c);
                     }
                 }
@@ -216,13 +216,13 @@ struct CpuOps {
         for (int i = 0; i < M; i += kTile) {
             for (int j = 0; j < N; j += kTile) {
                 const int rows = std::min(kTile, M - i), columns = std::min(kTile, N - j);
-                float* tile = C + (size_t)i * ldc + j;
+                float* tile = C + size_t(i) * ldc + j;
                 if (bias) {
                     for (int row = 0; row < rows; row++)
-                        memcpy(tile + (size_t)row * ldc, bias + j, columns * sizeof(float));
+                        memcpy(tile + size_t(row) * ldc, bias + j, columns * sizeof(float));
                 }
-                gemm(transpose_a, transpose_b, rows, columns, K, 1.0f, A + (size_t)i * (transpose_a ? 1 : lda), lda,
-                     B + (size_t)j * (transpose_b ? ldb : 1), ldb, bias ? 1.0f : beta, tile, ldc);
+                gemm(transpose_a, transpose_b, rows, columns, K, 1.0f, A + size_t(i) * (transpose_a ? 1 : lda), lda,
+                     B + size_t(j) * (transpose_b ? ldb : 1), ldb, bias ? 1.0f : beta, tile, ldc);
             }
         }
     }
@@ -243,26 +243,26 @@ struct CpuOps {
 
     // Sums over rows are taken in kSlices runs of rows, each by one thread into its own partial sums.
     static constexpr int kSlices = 32;
-    static int slice_begin(int N, int slice) { return (int)((int64_t)N * slice / kSlices); }
+    static int slice_begin(int N, int slice) { return int(int64_t(N) * slice / kSlices); }
     static void add_partials(float* dst /*(n) +=*/, const float* partials /*(kSlices,n), row stride ld*/, int ld,
                              int n) {
 #pragma omp parallel for
         for (int i = 0; i < n; i++) {
             float total = 0;
-            for (int slice = 0; slice < kSlices; slice++) total += partials[(size_t)slice * ld + i];
+            for (int slice = 0; slice < kSlices; slice++) total += partials[size_t(slice) * ld + i];
             dst[i] += total;
         }
     }
 
-    static size_t bias_scratch_floats(int OC) { return (size_t)kSlices * OC; }
+    static size_t bias_scratch_floats(int OC) { return size_t(kSlices) * OC; }
     static void bias_backward(float* dbias /*(OC) +=*/, const real* dout /*(N,OC)*/, int N, int OC,
                               float* scratch /*(kSlices,OC)*/) {
 #pragma omp parallel for
         for (int slice = 0; slice < kSlices; slice++) {
-            float* partial = scratch + (size_t)slice * OC;
+            float* partial = scratch + size_t(slice) * OC;
             std::fill(partial, partial + OC, 0.0f);
             for (int n = slice_begin(N, slice); n < slice_begin(N, slice + 1); n++) {
-                for (int i = 0; i < OC; i++) partial[i] += dout[(size_t)n * OC + i];
+                for (int i = 0; i < OC; i++) partial[i] += dout[size_t(n) * OC + i];
             }
         }
         add_partials(dbias, scratch, OC, OC);
@@ -275,9 +275,9 @@ struct CpuOps {
                                   const real* wpe /*(maxT,C)*/, int B, int T, int C) {
 #pragma omp parallel for
         for (int n = 0; n < B * T; n++) {
-            const real* token = wte + (size_t)tokens[n] * C;
-            const real* position = wpe + (size_t)(n % T) * C;
-            for (int i = 0; i < C; i++) out[(size_t)n * C + i] = token[i] + position[i];
+            const real* token = wte + size_t(tokens[n]) * C;
+            const real* position = wpe + size_t(n % T) * C;
+            for (int i = 0; i < C; i++) out[size_t(n) * C + i] = token[i] + position[i];
         }
     }
 
@@ -289,17 +289,17 @@ struct CpuOps {
         for (int first = 0; first < N; first++) {
             const int token = tokens[order[first]];
             if (first > 0 && tokens[order[first - 1]] == token) continue;  // inside a run: done by its first position
-            float* row = dwte + (size_t)token * C;
+            float* row = dwte + size_t(token) * C;
             for (int k = first; k < N && tokens[order[k]] == token; k++) {
-                const real* d = dout + (size_t)order[k] * C;
+                const real* d = dout + size_t(order[k]) * C;
                 for (int i = 0; i < C; i++) row[i] += d[i];
             }
         }
 #pragma omp parallel for
         for (int t = 0; t < T; t++) {
             for (int b = 0; b < B; b++) {
-                const real* d = dout + ((size_t)b * T + t) * C;
-                for (int i = 0; i < C; i++) dwpe[(size_t)t * C + i] += d[i];
+                const real* d = dout + (size_t(b) * T + t) * C;
+                for (int i = 0; i < C; i++) dwpe[size_t(t) * C + i] += d[i];
             }
         }
     }
@@ -315,11 +315,11 @@ struct CpuOps {
                                   int C) {
 #pragma omp parallel for
         for (int n = 0; n < N; n++) {
-            const real* row = x + (size_t)n * C;
+            const real* row = x + size_t(n) * C;
             const float m = sum(C, [&](size_t i) { return row[i]; }) / C;
             const float variance = sum(C, [&](size_t i) { return (row[i] - m) * (row[i] - m); }) / C;
-            const float r = 1.0f / std::sqrt(variance + layernorm_epsilon);
-            real* o = out + (size_t)n * C;
+            const float r = 1.0f / std::sqrt(variance + kLayerNormEpsilon);
+            real* o = out + size_t(n) * C;
 #pragma omp simd
             for (int i = 0; i < C; i++) o[i] = (row[i] - m) * r * weight[i] + bias[i];
             mean[n] = m;
@@ -330,28 +330,28 @@ struct CpuOps {
     static void residual_layernorm_forward(real* residual /*(N,C)*/, real* out /*(N,C)*/, float* mean, float* rstd,
                                            const real* a, const real* b, const real* weight, const real* bias, int N,
                                            int C) {
-        residual_forward(residual, a, b, (size_t)N * C);
+        residual_forward(residual, a, b, size_t(N) * C);
         layernorm_forward(out, mean, rstd, residual, weight, bias, N, C);
     }
 
     // With y = (x - mean) * rstd and g = dout * weight:  dx = rstd * (g - mean(g) - y * mean(g * y)).
-    static size_t layernorm_scratch_floats(int C) { return (size_t)kSlices * 2 * C; }
+    static size_t layernorm_scratch_floats(int C) { return size_t(kSlices) * 2 * C; }
     static void layernorm_backward(real* dx /*(N,C) +=*/, float* dweight /*(C) +=*/, float* dbias /*(C) +=*/,
                                    const real* dout /*(N,C)*/, const real* x /*(N,C)*/, const real* weight /*(C)*/,
                                    const float* mean /*(N)*/, const float* rstd /*(N)*/, int N, int C,
                                    float* scratch /*(kSlices,2,C)*/) {
 #pragma omp parallel for
         for (int slice = 0; slice < kSlices; slice++) {
-            float* dweight_partial = scratch + (size_t)slice * 2 * C;
+            float* dweight_partial = scratch + size_t(slice) * 2 * C;
             float* dbias_partial = dweight_partial + C;
             std::fill(dweight_partial, dweight_partial + 2 * C, 0.0f);
             for (int n = slice_begin(N, slice); n < slice_begin(N, slice + 1); n++) {
                 const float m = mean[n], r = rstd[n];
-                const real* d = dout + (size_t)n * C;
-                const real* row = x + (size_t)n * C;
+                const real* d = dout + size_t(n) * C;
+                const real* row = x + size_t(n) * C;
                 const float mean_g = sum(C, [&](size_t i) { return d[i] * weight[i]; }) / C;
                 const float mean_gy = sum(C, [&](size_t i) { return d[i] * weight[i] * ((row[i] - m) * r); }) / C;
-                real* o = dx + (size_t)n * C;
+                real* o = dx + size_t(n) * C;
 #pragma omp simd
                 for (int i = 0; i < C; i++) {
                     const float y = (row[i] - m) * r;
@@ -373,30 +373,30 @@ struct CpuOps {
                                   const real* qkv /*(B,T,3C): q|k|v, head h at columns h*hd*/, int B, int T, int C,
                                   int H) {
         const int hd = C / H;
-        const float scale = 1.0f / std::sqrt((float)hd);
+        const float scale = 1.0f / std::sqrt(float(hd));
 #pragma omp parallel for collapse(2) schedule(dynamic)
         for (int b = 0; b < B; b++) {
             for (int h = 0; h < H; h++) {
                 static thread_local std::vector<float> scores;  // (kQueryBlock, keys)
-                scores.resize((size_t)kQueryBlock * T);
-                const real* q = qkv + (size_t)b * T * 3 * C + h * hd;  // (T,hd), row stride 3C; so are k and v
+                scores.resize(size_t(kQueryBlock) * T);
+                const real* q = qkv + size_t(b) * T * 3 * C + h * hd;  // (T,hd), row stride 3C; so are k and v
                 const real *k = q + C, *v = q + 2 * C;
                 for (int t0 = 0; t0 < T; t0 += kQueryBlock) {
                     const int rows = std::min(kQueryBlock, T - t0), keys = t0 + rows;
-                    gemm(false, true, rows, keys, hd, scale, q + (size_t)t0 * 3 * C, 3 * C, k, 3 * C, 0.0f,
+                    gemm(false, true, rows, keys, hd, scale, q + size_t(t0) * 3 * C, 3 * C, k, 3 * C, 0.0f,
                          scores.data(), keys);
                     for (int row = 0; row < rows; row++) {
-                        float* p = scores.data() + (size_t)row * keys;
+                        float* p = scores.data() + size_t(row) * keys;
                         const int visible = t0 + row + 1;
                         const float largest = maximum(p, visible);
                         for (int s = 0; s < visible; s++) p[s] = exponential(p[s] - largest);
                         const float total = sum(visible, [&](size_t s) { return p[s]; });
                         for (int s = 0; s < visible; s++) p[s] *= 1.0f / total;
                         std::fill(p + visible, p + keys, 0.0f);
-                        lse[((size_t)b * H + h) * T + t0 + row] = largest + std::log(total);
+                        lse[(size_t(b) * H + h) * T + t0 + row] = largest + std::log(total);
                     }
                     gemm(false, false, rows, hd, keys, 1.0f, scores.data(), keys, v, 3 * C, 0.0f,
-                         out + ((size_t)b * T + t0) * C + h * hd, C);
+                         out + (size_t(b) * T + t0) * C + h * hd, C);
                 }
             }
         }
@@ -408,34 +408,34 @@ struct CpuOps {
                                    const real* qkv /*(B,T,3C)*/, const real* out /*(B,T,C)*/,
                                    const float* lse /*(B,H,T)*/, int B, int T, int C, int H) {
         const int hd = C / H;
-        const float scale = 1.0f / std::sqrt((float)hd);
+        const float scale = 1.0f / std::sqrt(float(hd));
 #pragma omp parallel for collapse(2) schedule(dynamic)
         for (int b = 0; b < B; b++) {
             for (int h = 0; h < H; h++) {
                 static thread_local std::vector<float> probabilities, dscores;  // (kQueryBlock, keys)
-                probabilities.resize((size_t)kQueryBlock * T);
-                dscores.resize((size_t)kQueryBlock * T);
-                const size_t qkv_offset = (size_t)b * T * 3 * C + h * hd, head_row = ((size_t)b * H + h) * T;
+                probabilities.resize(size_t(kQueryBlock) * T);
+                dscores.resize(size_t(kQueryBlock) * T);
+                const size_t qkv_offset = size_t(b) * T * 3 * C + h * hd, head_row = (size_t(b) * H + h) * T;
                 const real *q = qkv + qkv_offset, *k = q + C, *v = q + 2 * C;  // (T,hd), row stride 3C
                 real *dq = dqkv + qkv_offset, *dk = dq + C, *dv = dq + 2 * C;
                 for (int t = 0; t < T; t++) {
-                    std::fill(dk + (size_t)t * 3 * C, dk + (size_t)t * 3 * C + hd, 0.0f);
-                    std::fill(dv + (size_t)t * 3 * C, dv + (size_t)t * 3 * C + hd, 0.0f);
+                    std::fill(dk + size_t(t) * 3 * C, dk + size_t(t) * 3 * C + hd, 0.0f);
+                    std::fill(dv + size_t(t) * 3 * C, dv + size_t(t) * 3 * C + hd, 0.0f);
                 }
                 for (int t0 = 0; t0 < T; t0 += kQueryBlock) {
                     const int rows = std::min(kQueryBlock, T - t0), keys = t0 + rows;
-                    const real* block_q = q + (size_t)t0 * 3 * C;
-                    const real* block_out = out + ((size_t)b * T + t0) * C + h * hd;    // (rows,hd), row stride C
-                    const real* block_dout = dout + ((size_t)b * T + t0) * C + h * hd;  // (rows,hd), row stride C
+                    const real* block_q = q + size_t(t0) * 3 * C;
+                    const real* block_out = out + (size_t(b) * T + t0) * C + h * hd;    // (rows,hd), row stride C
+                    const real* block_dout = dout + (size_t(b) * T + t0) * C + h * hd;  // (rows,hd), row stride C
                     float *p = probabilities.data(), *ds = dscores.data();
                     gemm(false, true, rows, keys, hd, scale, block_q, 3 * C, k, 3 * C, 0.0f, p, keys);
                     gemm(false, true, rows, keys, hd, 1.0f, block_dout, C, v, 3 * C, 0.0f, ds, keys);
                     for (int row = 0; row < rows; row++) {
-                        const real *o = block_out + (size_t)row * C, *d_o = block_dout + (size_t)row * C;
+                        const real *o = block_out + size_t(row) * C, *d_o = block_dout + size_t(row) * C;
                         const float d = sum(hd, [&](size_t i) { return d_o[i] * o[i]; });
                         const float l = lse[head_row + t0 + row];
                         delta[head_row + t0 + row] = d;
-                        float *p_row = p + (size_t)row * keys, *ds_row = ds + (size_t)row * keys;
+                        float *p_row = p + size_t(row) * keys, *ds_row = ds + size_t(row) * keys;
                         const int visible = t0 + row + 1;
 #pragma omp simd
                         for (int s = 0; s < visible; s++) {
@@ -447,7 +447,7 @@ struct CpuOps {
                     }
                     gemm(true, false, keys, hd, rows, 1.0f, p, keys, block_dout, C, 1.0f, dv, 3 * C);
                     gemm(true, false, keys, hd, rows, 1.0f, ds, keys, block_q, 3 * C, 1.0f, dk, 3 * C);
-                    gemm(false, false, rows, hd, keys, 1.0f, ds, keys, k, 3 * C, 0.0f, dq + (size_t)t0 * 3 * C, 3 * C);
+                    gemm(false, false, rows, hd, keys, 1.0f, ds, keys, k, 3 * C, 0.0f, dq + size_t(t0) * 3 * C, 3 * C);
                 }
             }
         }
@@ -477,7 +477,7 @@ struct CpuOps {
                            const int* targets /*(N)*/, float dloss, int N, int V, int Vp, bool write_dlogits) {
 #pragma omp parallel for
         for (int n = 0; n < N; n++) {
-            real* row = logits + (size_t)n * Vp;
+            real* row = logits + size_t(n) * Vp;
             const float largest = maximum(row, V), target_logit = row[targets[n]];
             const float total = sum(V, [&](size_t i) { return exponential(row[i] - largest); });
             losses[n] = largest + std::log(total) - target_logit;
@@ -491,7 +491,7 @@ struct CpuOps {
     }
 
     static void sum_losses(double* acc /*(1) +=*/, const float* losses /*(n)*/, int n) {
-        *acc += sum<double>(n, [&](size_t i) { return (double)losses[i]; });
+        *acc += sum<double>(n, [&](size_t i) { return double(losses[i]); });
     }
 
     // ----------------------------------------------------------------------------------------------------------------
@@ -502,7 +502,7 @@ struct CpuOps {
 #pragma omp parallel for schedule(dynamic)
         for (int i = 0; i < n; i++) {
             const float* begin = x + ranges[i].begin;
-            sums[i] = sum<double>(ranges[i].count, [&](size_t j) { return (double)begin[j] * (double)begin[j]; });
+            sums[i] = sum<double>(ranges[i].count, [&](size_t j) { return double(begin[j]) * double(begin[j]); });
         }
     }
 
@@ -510,7 +510,7 @@ struct CpuOps {
     static void clip_scale(float* clip /*(2)*/, const double* sums /*(n)*/, int n, float max_norm) {
         double total = 0;
         for (int i = 0; i < n; i++) total += sums[i];
-        const float norm = (float)std::sqrt(total);
+        const float norm = float(std::sqrt(total));
         clip[0] = !std::isfinite(norm) ? 0.0f : max_norm > 0 && norm > max_norm ? max_norm / norm : 1.0f;
         clip[1] = norm;
     }
@@ -551,10 +551,10 @@ struct CpuOps {
         uint32_t bits;
         memcpy(&bits, &x, sizeof(bits));
         const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-        return (uint16_t)(nan ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+        return uint16_t(nan ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
     }
     static inline float from_bf16(uint16_t h) {
-        const uint32_t bits = (uint32_t)h << 16;
+        const uint32_t bits = uint32_t(h) << 16;
         float x;
         memcpy(&x, &bits, sizeof(x));
         return x;
@@ -572,10 +572,10 @@ struct CpuOps {
         const uint32_t rounded = magnitude < (113u << 23)    ? small_bits - 0x3f000000u
                                  : magnitude >= (143u << 23) ? huge
                                                              : normal;
-        return (uint16_t)(sign | rounded);
+        return uint16_t(sign | rounded);
     }
     static inline float from_fp16(uint16_t h) {
-        const uint32_t sign = (uint32_t)(h & 0x8000u) << 16, magnitude = h & 0x7fffu;
+        const uint32_t sign = uint32_t(h & 0x8000u) << 16, magnitude = h & 0x7fffu;
         const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;  // infinity and NaN stay what they are
         const uint32_t bits = sign | special | magnitude << 13;
         float x;
@@ -583,19 +583,19 @@ struct CpuOps {
         return x * 0x1p112f;  // the difference of the two biases; exact, also where h counts in units of 2^-24
     }
     static inline float load(const void* x, size_t i, NsType type) {
-        return type == NsType::bf16   ? from_bf16(((const uint16_t*)x)[i])
-               : type == NsType::fp16 ? from_fp16(((const uint16_t*)x)[i])
-                                      : ((const float*)x)[i];
+        return type == NsType::bf16   ? from_bf16(static_cast<const uint16_t*>(x)[i])
+               : type == NsType::fp16 ? from_fp16(static_cast<const uint16_t*>(x)[i])
+                                      : static_cast<const float*>(x)[i];
     }
     static inline void store(void* x, size_t i, float value, NsType type) {
-        if (type == NsType::bf16) ((uint16_t*)x)[i] = to_bf16(value);
-        if (type == NsType::fp16) ((uint16_t*)x)[i] = to_fp16(value);
-        if (type == NsType::fp32) ((float*)x)[i] = value;
+        if (type == NsType::bf16) static_cast<uint16_t*>(x)[i] = to_bf16(value);
+        if (type == NsType::fp16) static_cast<uint16_t*>(x)[i] = to_fp16(value);
+        if (type == NsType::fp32) static_cast<float*>(x)[i] = value;
     }
 
     // X = x / ||x||_F, lying down (transposed if rows > cols) and padded with zeros to multiples of 8. The squares are
     // summed in double and the division happens before the cast: gradients of 1e-20 or 1e+10 come out the same.
-    static size_t ns_scratch_doubles(int batch) { return (size_t)batch * kSlices; }
+    static size_t ns_scratch_doubles(int batch) { return size_t(batch) * kSlices; }
     static void ns_normalize(void* X /*(batch,mp,np)*/, double* scratch /*(batch,kSlices)*/, const float* grads,
                              const MatrixRef* refs /*(batch)*/, int batch, int rows, int cols, NsType type) {
         const bool transposed = rows > cols;
@@ -605,24 +605,24 @@ struct CpuOps {
             for (int slice = 0; slice < kSlices; slice++) {
                 double squares = 0;
                 for (int r = slice_begin(rows, slice); r < slice_begin(rows, slice + 1); r++) {
-                    const float* x = grads + refs[b].offset + (size_t)r * refs[b].ld;
-                    squares += sum<double>(cols, [&](size_t c) { return (double)x[c] * (double)x[c]; });
+                    const float* x = grads + refs[b].offset + size_t(r) * refs[b].ld;
+                    squares += sum<double>(cols, [&](size_t c) { return double(x[c]) * double(x[c]); });
                 }
-                scratch[(size_t)b * kSlices + slice] = squares;
+                scratch[size_t(b) * kSlices + slice] = squares;
             }
         }
 #pragma omp parallel for collapse(2)
         for (int b = 0; b < batch; b++) {
             for (int i = 0; i < mp; i++) {
                 double squares = 0;
-                for (int slice = 0; slice < kSlices; slice++) squares += scratch[(size_t)b * kSlices + slice];
+                for (int slice = 0; slice < kSlices; slice++) squares += scratch[size_t(b) * kSlices + slice];
                 const double inverse = 1.0 / (std::sqrt(squares) + 1e-30);
                 const float* x = grads + refs[b].offset;
-                const size_t ld = refs[b].ld, row = ((size_t)b * mp + i) * np;
+                const size_t ld = refs[b].ld, row = (size_t(b) * mp + i) * np;
                 for (int j = 0; j < np; j++) {
                     const bool inside = i < m && j < n;
                     const float g = inside ? transposed ? x[j * ld + i] : x[i * ld + j] : 0.0f;
-                    store(X, row + j, (float)(g * inverse), type);
+                    store(X, row + j, float(g * inverse), type);
                 }
             }
         }
@@ -636,11 +636,11 @@ struct CpuOps {
     };
     static FloatBlock as_floats(const void* x, size_t begin, int rows, int cols, int ld, NsType type,
                                 std::vector<float>& buffer) {
-        if (type == NsType::fp32) return {(const float*)x + begin, ld};
-        buffer.resize((size_t)rows * cols);
+        if (type == NsType::fp32) return {static_cast<const float*>(x) + begin, ld};
+        buffer.resize(size_t(rows) * cols);
         for (int i = 0; i < rows; i++) {
-            const uint16_t* src = (const uint16_t*)x + begin + (size_t)i * ld;
-            float* dst = buffer.data() + (size_t)i * cols;
+            const uint16_t* src = static_cast<const uint16_t*>(x) + begin + size_t(i) * ld;
+            float* dst = buffer.data() + size_t(i) * cols;
             for (int j = 0; j < cols; j++) dst[j] = type == NsType::bf16 ? from_bf16(src[j]) : from_fp16(src[j]);
         }
         return {buffer.data(), cols};
@@ -661,20 +661,20 @@ struct CpuOps {
                     static thread_local std::vector<float> buffer_a, buffer_b;
                     float tile[kTile * kTile];
                     const int rows = std::min(kTile, M - i0), columns = std::min(kTile, N - j0);
-                    const size_t matrix_b = (size_t)b * N * K;
-                    const FloatBlock a = as_floats(A, ((size_t)b * M + i0) * K, rows, K, K, type, buffer_a);
+                    const size_t matrix_b = size_t(b) * N * K;
+                    const FloatBlock a = as_floats(A, (size_t(b) * M + i0) * K, rows, K, K, type, buffer_a);
                     const FloatBlock bt = symmetric
-                                              ? as_floats(B, matrix_b + (size_t)j0 * K, columns, K, K, type, buffer_b)
+                                              ? as_floats(B, matrix_b + size_t(j0) * K, columns, K, K, type, buffer_b)
                                               : as_floats(B, matrix_b + j0, K, columns, N, type, buffer_b);
                     gemm(false, symmetric, rows, columns, K, alpha, a.data, a.ld, bt.data, bt.ld, 0.0f, tile, columns);
                     for (int i = i0; i < i0 + rows; i++) {
                         const int end = symmetric ? std::min(j0 + columns, i + 1) : j0 + columns;
                         for (int j = j0; j < end; j++) {
-                            const size_t at = ((size_t)b * M + i) * N + j;
+                            const size_t at = (size_t(b) * M + i) * N + j;
                             float value = tile[(i - i0) * columns + j - j0] + (i == j ? diag : 0.0f);
                             if (C) value += beta * load(C, at, type);
                             store(D, at, value, type);
-                            if (symmetric) store(D, ((size_t)b * M + j) * N + i, value, type);
+                            if (symmetric) store(D, (size_t(b) * M + j) * N + i, value, type);
                         }
                     }
                 }
@@ -692,10 +692,10 @@ struct CpuOps {
 #pragma omp parallel for collapse(2)
         for (int b = 0; b < batch; b++) {
             for (int r = 0; r < rows; r++) {
-                float* w = master + refs[b].state + (size_t)r * refs[b].ld;
-                real* p = params + refs[b].offset + (size_t)r * refs[b].ld;
+                float* w = master + refs[b].state + size_t(r) * refs[b].ld;
+                real* p = params + refs[b].offset + size_t(r) * refs[b].ld;
                 for (int c = 0; c < cols; c++) {
-                    const size_t at = (size_t)b * mp * np + (transposed ? c * np + r : r * np + c);
+                    const size_t at = size_t(b) * mp * np + (transposed ? c * np + r : r * np + c);
                     w[c] = w[c] * decay - step * load(U, at, type);
                     p[c] = w[c];
                 }

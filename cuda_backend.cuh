@@ -9,11 +9,11 @@
 #include <map>
 #include <tuple>
 
-#include "attention.cuh"
 #include "comm.h"
 #include "common.h"
-#include "cuda_common.cuh"
-#include "gpt_kernels.cuh"
+#include "kernels/attention.cuh"
+#include "kernels/cuda_common.cuh"
+#include "kernels/gpt_kernels.cuh"
 #include "ns_kernels.cuh"
 
 #define CUBLAS_CHECK(call)                                                                      \
@@ -28,7 +28,7 @@
 
 struct CudaRuntime {
     using real = ::real;
-    static constexpr const char* backend_name = sizeof(real) == 4 ? "cuda fp32" : "cuda bf16";
+    static constexpr const char* kBackendName = sizeof(real) == 4 ? "cuda fp32" : "cuda bf16";
 
     // An empty string if a GPU can be used, else why not. cudaGetDeviceCount leaves its argument untouched without a
     // driver, so the return code decides.
@@ -39,7 +39,7 @@ struct CudaRuntime {
         return devices > 0 ? "" : "no CUDA device";
     }
 
-    static void start(const Ranks& r) {
+    static void start(const World& r) {
         int devices = 0;
         CUDA_CHECK(cudaGetDeviceCount(&devices));
         if (r.local_size > devices)
@@ -184,7 +184,7 @@ struct CudaMatmul {
         cublasLtMatrixLayout_t a, b, d;
         cublasLtMatmulAlgo_t algorithm;
     };
-    static constexpr size_t workspace_bytes = 32 << 20;  // what NVIDIA recommends for Hopper
+    static constexpr size_t kWorkspaceBytes = 32 << 20;  // what NVIDIA recommends for Hopper
 
     static std::map<Key, MatmulPlan>& plans() {
         static std::map<Key, MatmulPlan> all;
@@ -199,7 +199,7 @@ struct CudaMatmul {
         return lt;
     }
     static void* workspace() {
-        static void* memory = CudaRuntime::alloc(workspace_bytes, "the cuBLASLt workspace");
+        static void* memory = CudaRuntime::alloc(kWorkspaceBytes, "the cuBLASLt workspace");
         return memory;
     }
 
@@ -227,7 +227,7 @@ struct CudaMatmul {
         cublasLtMatmulPreference_t preference;
         CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&preference));
         CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                                                          &workspace_bytes, sizeof(workspace_bytes)));
+                                                          &kWorkspaceBytes, sizeof(kWorkspaceBytes)));
         // Q, K and V are column slices: rows start at multiples of 8 elements, not of 256 bytes.
         const uint32_t alignment = 16;
         for (auto attribute : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
@@ -254,12 +254,12 @@ struct CudaMatmul {
                 cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
         const float alpha = 1.0f;
         CUBLAS_CHECK(cublasLtMatmul(handle(), plan.operation, &alpha, a, plan.a, b, plan.b, &beta, d, plan.d, d, plan.d,
-                                    &plan.algorithm, workspace(), workspace_bytes, cuda_stream));
+                                    &plan.algorithm, workspace(), kWorkspaceBytes, cuda_stream));
     }
 };
 
 struct Cuda : CudaRuntime, CudaMatmul, GptKernels, Attention, NsKernels, CudaComm {
-    static void start(const Ranks& r) {
+    static void start(const World& r) {
         CudaRuntime::start(r);
         CudaMatmul::start();
         CudaComm::start();

@@ -35,7 +35,7 @@ struct Shard {
     const uint16_t* tokens = nullptr;  // (count), mapped: the page cache is shared by all ranks of a machine
     uint64_t count = 0;
 
-    static constexpr size_t header_bytes = 256 * sizeof(int32_t);
+    static constexpr size_t kHeaderBytes = 256 * sizeof(int32_t);
 
     explicit Shard(const std::string& file) : path(file) {
         const char* name = path.c_str();
@@ -43,7 +43,7 @@ struct Shard {
         if (fd < 0) fail("cannot open token shard %s: %s", name, strerror(errno));
         struct stat info = {};
         const bool regular = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
-        const size_t bytes = regular ? (size_t)info.st_size : 0;
+        const size_t bytes = regular ? size_t(info.st_size) : 0;
         void* memory = bytes > 0 ? mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fd, 0) : nullptr;
         const int error = errno;
         close(fd);  // the mapping stays
@@ -55,7 +55,7 @@ struct Shard {
         map_.bytes = bytes;
         inode_ = info.st_ino;
         check_header();
-        tokens = (const uint16_t*)((const char*)memory + header_bytes);
+        tokens = reinterpret_cast<const uint16_t*>(static_cast<const char*>(memory) + kHeaderBytes);
     }
 
     // Reading a mapped page that the file no longer has kills the process without a word (SIGBUS). A look at the size
@@ -63,7 +63,7 @@ struct Shard {
     void check_still_whole() const {
         struct stat info;
         const bool same_file = stat(path.c_str(), &info) == 0 && info.st_ino == inode_;
-        if (same_file && (uint64_t)info.st_size < map_.bytes) broken("was cut short while it was being read");
+        if (same_file && uint64_t(info.st_size) < map_.bytes) broken("was cut short while it was being read");
     }
 
   private:
@@ -84,14 +84,14 @@ struct Shard {
     }
 
     void check_header() {
-        const int32_t* header = (const int32_t*)map_.memory;
-        if (map_.bytes < header_bytes) broken(strprintf("has %zu bytes, less than its header", map_.bytes));
+        const int32_t* header = static_cast<const int32_t*>(map_.memory);
+        if (map_.bytes < kHeaderBytes) broken(strprintf("has %zu bytes, less than its header", map_.bytes));
         if (header[0] == 20240328) broken("is a tokenizer, not tokens (does the glob match too much?)");
         if (header[0] != 20240520) broken(strprintf("has magic number %d, not 20240520", header[0]));
         if (header[1] != 1) broken(strprintf("has format version %d, not 1", header[1]));
-        count = (uint32_t)header[2];
+        count = uint32_t(header[2]);
         if (count == 0) broken("holds no tokens");
-        const uint64_t expected = header_bytes + count * sizeof(uint16_t);
+        const uint64_t expected = kHeaderBytes + count * sizeof(uint16_t);
         if (map_.bytes != expected) {
             broken(strprintf("has %zu bytes, but its header promises %llu tokens, which makes %llu bytes", map_.bytes,
                              (unsigned long long)count, (unsigned long long)expected));
@@ -194,19 +194,19 @@ class Shards {
     std::deque<Shard> shards_;  // a deque, because a Shard owns its mapping and doesn't move
     uint64_t tokens_ = 0, windows_ = 0;
 
-    uint64_t windows_in(const Shard& shard) const { return (shard.count - 1) / (uint64_t)seq_len; }
+    uint64_t windows_in(const Shard& shard) const { return (shard.count - 1) / uint64_t(seq_len); }
 
     const uint16_t* window(const Shard& shard, uint64_t w) const {
         shard.check_still_whole();
-        return shard.tokens + w * (uint64_t)seq_len;
+        return shard.tokens + w * uint64_t(seq_len);
     }
 
     static void check_shard(const Shard& shard, int vocab) {
-        constexpr uint64_t block = 4096;  // a constant trip count lets the compiler use vector instructions at -O2 too
-        for (uint64_t begin = 0; begin < shard.count; begin += block) {
+        constexpr uint64_t kBlock = 4096;  // a constant trip count lets the compiler use vector instructions at -O2 too
+        for (uint64_t begin = 0; begin < shard.count; begin += kBlock) {
             uint16_t highest = 0;
-            if (shard.count - begin >= block) {
-                for (uint64_t i = 0; i < block; i++) highest = std::max(highest, shard.tokens[begin + i]);
+            if (shard.count - begin >= kBlock) {
+                for (uint64_t i = 0; i < kBlock; i++) highest = std::max(highest, shard.tokens[begin + i]);
             } else {
                 for (uint64_t i = begin; i < shard.count; i++) highest = std::max(highest, shard.tokens[i]);
             }
@@ -216,7 +216,7 @@ class Shards {
             fail(
                 "token shard %s has token %d at position %llu, outside the vocabulary of %d: was it made with another "
                 "tokenizer? Give --vocab, or make it again with scripts/data.py",
-                shard.path.c_str(), (int)shard.tokens[where], (unsigned long long)where, vocab);
+                shard.path.c_str(), int(shard.tokens[where]), (unsigned long long)where, vocab);
         }
     }
 };
@@ -230,7 +230,7 @@ struct Batch {
     int* order;    // (B*T)
 };
 
-// Step s, micro-step m, rank r, row b reads sample s * samples_per_step + (m * ranks + r) * batch + b. Ranks and batch
+// Step s, micro-step m, rank r, row b reads sample s * samples_per_step + (m * ranks + r) * batch + b. World and batch
 // only divide a step's samples: which ones it reads depends on the step alone. Steps count from 0 here.
 class DataLoader {
   public:
@@ -249,9 +249,9 @@ class DataLoader {
           ranks_(ranks),
           accumulation_(accumulation),
           step_(first_step),
-          positions_((size_t)batch * shards.seq_len) {
+          positions_(size_t(batch) * shards.seq_len) {
         if (positions_ > INT_MAX) fail("--batch %d x --seq_len %d: too large, lower --batch", batch, shards.seq_len);
-        buffer_ = (int*)alloc(kSlots * 3 * positions_ * sizeof(int));
+        buffer_ = static_cast<int*>(alloc(kSlots * 3 * positions_ * sizeof(int)));
         thread_ = std::thread([this] { prefetch(); });
     }
 
@@ -324,9 +324,9 @@ class DataLoader {
 
     void fill(const Batch& out) {
         const int T = shards_.seq_len;
-        const uint64_t ranks = (uint64_t)ranks_, batch = (uint64_t)batch_;
-        uint64_t first = ((uint64_t)micro_step_ * ranks + (uint64_t)rank_) * batch;
-        if (order_ == Order::shuffled) first += step_ * (uint64_t)accumulation_ * ranks * batch;
+        const uint64_t ranks = uint64_t(ranks_), batch = uint64_t(batch_);
+        uint64_t first = (uint64_t(micro_step_) * ranks + uint64_t(rank_)) * batch;
+        if (order_ == Order::shuffled) first += step_ * uint64_t(accumulation_) * ranks * batch;
         std::vector<int> begins(65537, 0);  // where each token's positions begin in order; any uint16 is in range
         for (uint64_t b = 0; b < batch; b++) {
             const uint16_t* tokens =
@@ -338,7 +338,7 @@ class DataLoader {
             }
         }
         for (size_t token = 1; token < begins.size(); token++) begins[token] += begins[token - 1];
-        for (size_t i = 0; i < positions_; i++) out.order[begins[out.inputs[i]]++] = (int)i;  // a counting sort, stable
+        for (size_t i = 0; i < positions_; i++) out.order[begins[out.inputs[i]]++] = int(i);  // a counting sort, stable
 
         if (++micro_step_ == accumulation_) micro_step_ = 0, step_++;
     }
@@ -372,7 +372,7 @@ struct Tokenizer {
         if (end_of_text < 0 || end_of_text >= vocab) broken(strprintf("ends a text with token %d", end_of_text));
         size_t at = sizeof(header);
         for (int token = 0; token < vocab; token++) {
-            const size_t length = at < content.size() ? (uint8_t)content[at] : 0;
+            const size_t length = at < content.size() ? uint8_t(content[at]) : 0;
             if (at + 1 + length > content.size()) broken(strprintf("ends within token %d of %d", token, vocab));
             if (length == 0) broken(strprintf("has an empty token %d", token));
             texts_.push_back(content.substr(at + 1, length));
@@ -380,13 +380,13 @@ struct Tokenizer {
         }
         if (at != content.size()) broken(strprintf("has %zu bytes after its last token", content.size() - at));
         uint64_t hash = 0;
-        for (char c : content) hash = mix(hash + (uint8_t)c + 1);
+        for (char c : content) hash = mix(hash + uint8_t(c) + 1);
         identity = strprintf("%016llx", (unsigned long long)hash);
     }
 
     const std::string& decode(int token) const {
         if (token < 0 || token >= vocab) fail("token %d is outside the tokenizer's vocabulary of %d", token, vocab);
-        return texts_[(size_t)token];
+        return texts_[size_t(token)];
     }
 
   private:

@@ -87,7 +87,7 @@ struct Bucket {
 // The clip norm is summed tensor by tensor, over blocks of at most this many elements, cut at positions that depend on
 // the tensors alone: the same gradients give the same norm, bit for bit, whatever the ranks and owners. Chunks of the
 // flat bucket are whole blocks.
-constexpr size_t norm_block = 16384;
+constexpr size_t kNormBlock = 16384;
 
 // Calls f(row, col, rows, cols) for every part of a matrix that is orthogonalised by itself: the whole, its heads under
 // --muon_qkv heads, and T x T tiles of these under --muon_tile T (Hierarchical Muon, arXiv 2606.27216).
@@ -164,7 +164,7 @@ struct Plan {
             if (tensors[t].decay) decay_end = total;
         }
         flat = total;
-        size_t chunk = round_up(ceil_div<size_t>(total, ranks), norm_block);
+        size_t chunk = round_up(ceil_div<size_t>(total, ranks), kNormBlock);
         buckets.push_back({0, chunk, false});
         for (size_t i = 0; i < order.size(); i++)
             for (size_t begin = 0, size = tensors[order[i]].size(); begin < size;) {
@@ -445,7 +445,7 @@ class Optimizer {
     int64_t orthogonalised = 0;  // matrices (or tiles) this rank has put through Newton-Schulz
 
     Optimizer(std::vector<TensorSpec> tensors, const Options& options_)
-        : options(options_), plan(std::move(tensors), options_, ranks.size) {
+        : options(options_), plan(std::move(tensors), options_, world.size) {
         params = allocate<real>(plan.arena, "parameters");
         grads = allocate<float>(plan.arena, "gradients");
         master = allocate<float>(plan.state, "master weights");
@@ -514,7 +514,7 @@ class Optimizer {
         auto adamw = [&](size_t from, size_t to, double weight_decay) {
             if (from < to)
                 Backend::adamw(params + from, master + (from - mine), moment1 + (from - mine), moment2 + (from - mine),
-                               grads + from, to - from, lr, float(options.beta1), float(options.beta2), adamw_epsilon,
+                               grads + from, to - from, lr, float(options.beta1), float(options.beta2), kAdamWEpsilon,
                                float(weight_decay), correction1, correction2, clip);
         };
         adamw(mine, border, options.weight_decay);
@@ -527,7 +527,7 @@ class Optimizer {
 
     // Every rank gets the sum over ranks of its chunk's gradients, of a replicated bucket all of it.
     void reduce() {
-        typename Backend::Group together;
+        typename Backend::CollectiveGroup one_launch;
         for (const Bucket& bucket : plan.buckets)
             if (bucket.replicated) Backend::all_reduce(grads + bucket.begin, bucket.chunk);
             else Backend::reduce_scatter(grads + bucket.begin, bucket.chunk);
@@ -535,7 +535,7 @@ class Optimizer {
 
     // Every rank gets every chunk's weights.
     void gather() {
-        typename Backend::Group together;
+        typename Backend::CollectiveGroup one_launch;
         for (const Bucket& bucket : plan.buckets)
             if (!bucket.replicated) Backend::all_gather(params + bucket.begin, bucket.chunk);
     }
@@ -562,9 +562,9 @@ class Optimizer {
         std::vector<StatePart> parts;
         for (const Piece& piece : plan.pieces) {
             if (piece.tensor != tensor) continue;
-            bool here = piece.owner == ranks.rank || piece.owner < 0;
+            bool here = piece.owner == world.rank || piece.owner < 0;
             parts.push_back({piece.begin, piece.count, std::max(piece.owner, 0), here,
-                             here ? plan.state_offset(piece.offset, ranks.rank) : 0});
+                             here ? plan.state_offset(piece.offset, world.rank) : 0});
         }
         return parts;
     }
@@ -590,7 +590,7 @@ class Optimizer {
     }
 
     size_t my_chunk(const Bucket& bucket) const {
-        return bucket.begin + (bucket.replicated ? 0 : ranks.rank * bucket.chunk);
+        return bucket.begin + (bucket.replicated ? 0 : world.rank * bucket.chunk);
     }
 
     // A copy on the device of a table made once on the host.
@@ -602,15 +602,15 @@ class Optimizer {
         return device;
     }
 
-    // In tensor order. Of AdamW's tensors a rank has what lies between two multiples of norm_block in the flat bucket;
+    // In tensor order. Of AdamW's tensors a rank has what lies between two multiples of kNormBlock in the flat bucket;
     // a matrix it has whole, wherever that lies.
     void make_norm_blocks() {
         std::vector<Range> ranges;
         for (const Piece& piece : plan.pieces) {
-            const bool here = std::max(piece.owner, 0) == ranks.rank;
+            const bool here = std::max(piece.owner, 0) == world.rank;
             for (size_t at = 0; at < piece.count;) {
                 const size_t position = plan.is_muon(piece.tensor) ? at : piece.offset + at;
-                const size_t count = std::min(norm_block - position % norm_block, piece.count - at);
+                const size_t count = std::min(kNormBlock - position % kNormBlock, piece.count - at);
                 ranges.push_back({piece.offset + at, here ? count : 0});
                 at += count;
             }
@@ -623,14 +623,14 @@ class Optimizer {
     // dmuon puts all its matrices of one shape into one batch (as many at a time as the workspace holds); vanilla muon
     // takes one matrix after the other.
     void make_batches() {
-        constexpr size_t workspace_limit = size_t(1) << 30;
+        constexpr size_t kWorkspaceLimit = size_t(1) << 30;
         std::map<std::tuple<int, int, int>, std::vector<MatrixRef>>
             by_shape;  // (sequence number under muon, rows, cols)
         int sequence = 0;
         for (const Piece& piece : plan.pieces) {
-            if (!plan.is_muon(piece.tensor) || (piece.owner >= 0 && piece.owner != ranks.rank)) continue;
+            if (!plan.is_muon(piece.tensor) || (piece.owner >= 0 && piece.owner != world.rank)) continue;
             if (plan.method == Method::muon) sequence++;
-            size_t state = plan.state_offset(piece.offset, ranks.rank);
+            size_t state = plan.state_offset(piece.offset, world.rank);
             for_each_tile(piece, plan.tensors[piece.tensor], options, [&](int row, int col, int rows, int cols) {
                 size_t at = size_t(row) * piece.cols + col;
                 by_shape[{sequence, rows, cols}].push_back({piece.offset + at, state + at, piece.cols});
@@ -642,7 +642,7 @@ class Optimizer {
             auto [m, n] = std::minmax({rows, cols});
             NsType type = ns_config(options, m, n).type;
             size_t each = NsWorkspace::bytes(1, round_up(m, 8), round_up(n, 8), type);
-            size_t at_once = std::max<size_t>(1, std::min<size_t>(workspace_limit / each, 65535));
+            size_t at_once = std::max<size_t>(1, std::min<size_t>(kWorkspaceLimit / each, 65535));
             for (size_t first = 0; first < refs.size(); first += at_once) {
                 std::vector<MatrixRef> part(refs.begin() + first,
                                             refs.begin() + std::min(first + at_once, refs.size()));
@@ -661,7 +661,7 @@ class Optimizer {
 
 // Rates for predictions, stated with every prediction: what hand-written bf16 products, device memory and NVLink reach
 // on an H100.
-constexpr double plan_flops = 400e12, plan_memory = 2.5e12, plan_link = 250e9;
+constexpr double kPlanFlops = 400e12, kPlanMemory = 2.5e12, kPlanLink = 250e9;
 
 // Who owns what, and what it costs each rank. `element` is the size of a parameter on the device (bytes).
 inline void print_plan(const Plan& plan, const Options& options, size_t element, FILE* out) {
@@ -726,6 +726,6 @@ inline void print_plan(const Plan& plan, const Options& options, size_t element,
     fprintf(out,
             "predicted: Newton-Schulz %.3f ms (at %.0f TFLOP/s), elementwise %.3f ms (at %.1f TB/s), communication "
             "%.3f ms (at %.0f GB/s)\n",
-            flops_max / plan_flops * 1e3, plan_flops / 1e12, touched / plan_memory * 1e3, plan_memory / 1e12,
-            traffic / plan_link * 1e3, plan_link / 1e9);
+            flops_max / kPlanFlops * 1e3, kPlanFlops / 1e12, touched / kPlanMemory * 1e3, kPlanMemory / 1e12,
+            traffic / kPlanLink * 1e3, kPlanLink / 1e9);
 }

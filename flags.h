@@ -105,7 +105,7 @@ inline const std::vector<Flag>& flag_table() {
         {"model", "layers", &O::layers, "N", "size by hand: blocks; with --heads and --channels", 0, 1000},
         {"model", "heads", &O::heads, "N", "size by hand: attention heads", 0, 1000},
         {"model", "channels", &O::channels, "N", "size by hand: width, a multiple of 8 and of --heads", 0,
-         max_channels},
+         kMaxChannels},
 
         {"batch", "batch", &O::batch, "N", "sequences per rank and micro-step: what fits in memory", 1, 65536},
         {"batch", "total_batch", &O::total_batch, "TOKENS",
@@ -274,7 +274,7 @@ inline void set_flag(Options& options, const Flag& flag, const std::string& text
                 const auto [stop, error] = std::from_chars(begin, end, number);
                 const bool read = error != std::errc::invalid_argument && stop == end;
                 if (!read) usage_fail("--%s '%s' is not a whole number", name, begin);
-                check_range(error == std::errc() && (double)number >= flag.min && (double)number <= flag.max);
+                check_range(error == std::errc() && double(number) >= flag.min && double(number) <= flag.max);
                 value = (T)number;
             }
         },
@@ -326,9 +326,9 @@ inline void check_contradictions(const Options& o, const std::set<std::string>& 
     if (by_hand && (o.channels % o.heads || o.channels % 8)) {
         usage_fail("--channels %d must be a multiple of 8 and of --heads %d", o.channels, o.heads);
     }
-    if (by_hand && o.channels / o.heads > max_head_size) {
+    if (by_hand && o.channels / o.heads > kMaxHeadSize) {
         usage_fail("--channels %d in --heads %d: a head has at most %d channels, so give more heads", o.channels,
-                   o.heads, max_head_size);
+                   o.heads, kMaxHeadSize);
     }
     struct stat info;
     if (!o.model.empty() && !find_preset(o.model) && stat(o.model.c_str(), &info) != 0) {
@@ -336,7 +336,7 @@ inline void check_contradictions(const Options& o, const std::set<std::string>& 
     }
 
     // batch and schedule
-    const int64_t micro_batch = (int64_t)o.batch * o.seq_len;
+    const int64_t micro_batch = int64_t(o.batch) * o.seq_len;
     if (micro_batch > INT_MAX) usage_fail("--batch %d x --seq_len %d is too much: lower one", o.batch, o.seq_len);
     if (o.total_batch % micro_batch) {
         usage_fail("--total_batch %lld is not a multiple of --batch %d x --seq_len %d = %lld: the next one is %lld",
@@ -349,7 +349,7 @@ inline void check_contradictions(const Options& o, const std::set<std::string>& 
     only_with("decay_frac", o.schedule == "wsd", "--schedule wsd");
     const bool falls = o.schedule == "wsd" ? o.decay_frac > 0 : o.schedule != "constant";
     only_with("final_lr_frac", falls, "a --schedule that falls");
-    if (o.schedule == "wsd" && (double)o.warmup > (double)o.steps - o.decay_frac * (double)o.steps + 1e-6) {
+    if (o.schedule == "wsd" && double(o.warmup) > double(o.steps) - o.decay_frac * double(o.steps) + 1e-6) {
         usage_fail("--warmup %lld reaches into the last --decay_frac %g of --steps %lld", (long long)o.warmup,
                    o.decay_frac, (long long)o.steps);
     }

@@ -20,11 +20,12 @@
 // struct NsKernels. How product_kernel came to be, one idea at a time: dev/newton_schulz.cu.
 #pragma once
 #include "common.h"
-#include "cuda_common.cuh"
-#include "mma.cuh"
+#include "kernels/cuda_common.cuh"
+#include "kernels/mma.cuh"
 
 // Two neighbours, moved by one access.
-template <typename T> struct alignas(2 * sizeof(T)) Pair {
+template <typename T>
+struct alignas(2 * sizeof(T)) Pair {
     T x, y;
 };
 
@@ -39,11 +40,11 @@ template <typename T> struct alignas(2 * sizeof(T)) Pair {
 // starts and ends.
 
 constexpr int kProductThreads = 128;
-constexpr int kTile = 128;                           // rows and columns of a block's tile of D
-constexpr int kTileK = 64;                           // step over K
+constexpr int kTile = 128;  // rows and columns of a block's tile of D
+constexpr int kTileK = 64;  // step over K
 constexpr int kStages = 3;
-constexpr int kStageElements = 2 * kTile * kTileK;   // a tile of A, then one of B; or one (128, 128) tile of C and D
-constexpr size_t kProductSharedBytes = kStages * kStageElements * 2;   // 96 KiB
+constexpr int kStageElements = 2 * kTile * kTileK;  // a tile of A, then one of B; or one (128, 128) tile of C and D
+constexpr size_t kProductSharedBytes = kStages * kStageElements * 2;  // 96 KiB
 
 // Where element (row, col) of a tile with `cols` columns lies in shared memory. ldmatrix reads eight chunks of 16 bytes
 // (8 elements) from eight consecutive rows. Stored plainly they would all lie in the same four banks and be read one by
@@ -68,11 +69,11 @@ __device__ inline void load_tile(T* tile, const T* matrix, int matrix_rows, int 
                                  At at) {
     constexpr int chunks = cols / 8, rows_at_once = kProductThreads / chunks;
     int row = threadIdx.x / chunks, col = threadIdx.x % chunks * 8;
-    const T* from = matrix + (size_t)(row0 + row) * matrix_cols + col0 + col;
-    #pragma unroll
+    const T* from = matrix + size_t(row0 + row) * matrix_cols + col0 + col;
+    UNROLL
     for (int i = 0; i < rows; i += rows_at_once) {
         bool inside = row0 + row + i < matrix_rows && col0 + col < matrix_cols;
-        cp_async_16(&tile[at(row + i, col)], from + (size_t)i * matrix_cols, inside);
+        cp_async_16(&tile[at(row + i, col)], from + size_t(i) * matrix_cols, inside);
     }
 }
 
@@ -93,17 +94,17 @@ __device__ inline void tile_origin(int t, int tiles_across, int tile, int* row0,
 // What a warp feeds to the tensor cores per 16 of K: 64 rows of A and 64 columns of B, spread over the lanes'
 // registers.
 struct Fragments {
-    uint32_t a[4][4];   // four (16, 16) blocks, one below the other
-    uint32_t b[8][2];   // eight (16, 8) blocks, side by side
+    uint32_t a[4][4];  // four (16, 16) blocks, one below the other
+    uint32_t b[8][2];  // eight (16, 8) blocks, side by side
 };
 
 // D (batch, M, N), A (batch, M, K), B (batch, N, K) or (batch, K, N), C (batch, M, N) or null. Grid: batch * tiles
 // blocks. With K = 0 only the end happens: D = beta * C + diag * I.
 template <typename T, NsProduct kind>
 __global__ void __launch_bounds__(kProductThreads, 2)
-product_kernel(T* D, const T* A, const T* B, const T* C, float alpha, float beta, float diag, int M, int N, int K,
-               int tiles) {
-    DYNAMIC_SHARED(T, stages);   // (kStages, kStageElements)
+    product_kernel(T* D, const T* A, const T* B, const T* C, float alpha, float beta, float diag, int M, int N, int K,
+                   int tiles) {
+    DYNAMIC_SHARED(T, stages);  // (kStages, kStageElements)
     constexpr bool symmetric = kind == NsProduct::symmetric_nt;
     int m0, n0;
     tile_origin<kind>(blockIdx.x % tiles, (N + kTile - 1) / kTile, kTile, &m0, &n0);
@@ -126,23 +127,22 @@ product_kernel(T* D, const T* A, const T* B, const T* C, float alpha, float beta
             if (symmetric) load_tile<kTile, kTileK>(b, B, N, K, n0, k * kTileK, tile_at<kTileK>);
             else load_tile<kTileK, kTile>(b, B, K, N, k * kTileK, n0, tile_at<kTile>);
         }
-        cp_async_commit();   // one group per stage, empty ones too, so that cp_async_wait can count stages
+        cp_async_commit();  // one group per stage, empty ones too, so that cp_async_wait can count stages
     };
 
     // B's tile is (n, k) for symmetric_nt, which is the layout that mma wants, and (k, n) for nn, which ldmatrix
     // transposes.
     auto load_fragments = [&](Fragments& f, int k, int step) {
         const T *a = stage(k), *b = a + kTile * kTileK;
-        #pragma unroll
+        UNROLL
         for (int i = 0; i < 4; i++)
             ldmatrix_x4(f.a[i], &a[tile_at<kTileK>(warp_row + i * 16 + lane % 16, step * 16 + lane / 16 * 8)]);
-        #pragma unroll
-        for (int j = 0; j < 8; j += 2) {   // one ldmatrix_x4 brings two (16, 8) blocks
+        UNROLL
+        for (int j = 0; j < 8; j += 2) {  // one ldmatrix_x4 brings two (16, 8) blocks
             int n = warp_col + j * 8;
             if (symmetric)
                 ldmatrix_x4(f.b[j], &b[tile_at<kTileK>(n + lane / 16 * 8 + lane % 8, step * 16 + lane / 8 % 2 * 8)]);
-            else
-                ldmatrix_x4_trans(f.b[j], &b[tile_at<kTile>(step * 16 + lane % 16, n + lane / 16 * 8)]);
+            else ldmatrix_x4_trans(f.b[j], &b[tile_at<kTile>(step * 16 + lane % 16, n + lane / 16 * 8)]);
         }
     };
 
@@ -156,20 +156,20 @@ product_kernel(T* D, const T* A, const T* B, const T* C, float alpha, float beta
     if (k_tiles > 0) load_fragments(fragments[0], 0, 0);
     constexpr int steps = kTileK / 16;
     for (int k = 0; k < k_tiles; k++) {
-        load_stage(k + kStages - 1);   // where stage k - 1 was, which all warps have left at the barrier below
-        #pragma unroll
+        load_stage(k + kStages - 1);  // where stage k - 1 was, which all warps have left at the barrier below
+        UNROLL
         for (int step = 0; step < steps; step++) {
             if (step < steps - 1) {
                 load_fragments(fragments[(step + 1) % 2], k, step + 1);
             } else {
-                cp_async_wait<kStages - 2>();   // stage k + 1 has arrived: what this thread copied of it,
-                __syncthreads();                // and now what the others did
+                cp_async_wait<kStages - 2>();  // stage k + 1 has arrived: what this thread copied of it,
+                __syncthreads();               // and now what the others did
                 if (k + 1 < k_tiles) load_fragments(fragments[0], k + 1, 0);
             }
             const Fragments& f = fragments[step % 2];
-            #pragma unroll
+            UNROLL
             for (int i = 0; i < 4; i++) {
-                #pragma unroll
+                UNROLL
                 for (int j = 0; j < 8; j++) mma_m16n8k16<T>(acc[i][j], f.a[i], f.b[j]);
             }
         }
@@ -178,7 +178,7 @@ product_kernel(T* D, const T* A, const T* B, const T* C, float alpha, float beta
     // The next stage of the ring, free by now, becomes the tile of D. C's tile is loaded there, and each of its
     // elements is replaced by D's, rounded once, by the thread that has the accumulator. On a diagonal tile the upper
     // half is a copy of the lower one: D is symmetric to the last bit.
-    T* tile = stage(k_tiles);   // (128, 128)
+    T* tile = stage(k_tiles);  // (128, 128)
     if (C) load_tile<kTile, kTile>(tile, C, M, N, m0, n0, result_at);
     cp_async_commit();
     cp_async_wait<0>();
@@ -190,17 +190,17 @@ product_kernel(T* D, const T* A, const T* B, const T* C, float alpha, float beta
         if (m0 + row == n0 + col) value += diag;
         return from_float<T>(value);
     };
-    #pragma unroll
+    UNROLL
     for (int i = 0; i < 4; i++) {
-        #pragma unroll
+        UNROLL
         for (int j = 0; j < 8; j++) {
-            #pragma unroll
-            for (int half = 0; half < 2; half++) {   // mma's layout: rows lane/4 and + 8, columns 2*(lane%4) and + 1
+            UNROLL
+            for (int half = 0; half < 2; half++) {  // mma's layout: rows lane/4 and + 8, columns 2*(lane%4) and + 1
                 int row = warp_row + i * 16 + half * 8 + lane / 4, col = warp_col + j * 8 + lane % 4 * 2;
                 const float* sum = &acc[i][j][half * 2];
                 T* at = &tile[result_at(row, col)];
                 if (!diagonal) {
-                    Pair<T>& pair = *(Pair<T>*)at;
+                    Pair<T>& pair = *reinterpret_cast<Pair<T>*>(at);
                     pair = {finish(sum[0], pair.x, row, col), finish(sum[1], pair.y, row, col + 1)};
                 } else {
                     for (int e = 0; e < 2; e++)
@@ -214,7 +214,8 @@ product_kernel(T* D, const T* A, const T* B, const T* C, float alpha, float beta
     for (int i = threadIdx.x; i < kTile * kTile / 8; i += kProductThreads) {
         int row = i / (kTile / 8), col = i % (kTile / 8) * 8;
         if (m0 + row < M && n0 + col < N)
-            *(uint4*)&D[(size_t)(m0 + row) * N + n0 + col] = *(const uint4*)&tile[result_at(row, col)];
+            *reinterpret_cast<uint4*>(&D[size_t(m0 + row) * N + n0 + col]) =
+                *reinterpret_cast<const uint4*>(&tile[result_at(row, col)]);
     }
     if (!symmetric || diagonal) return;
 
@@ -227,7 +228,7 @@ product_kernel(T* D, const T* A, const T* B, const T* C, float alpha, float beta
         ldmatrix_x4_trans(eight, &tile[result_at(row, col)]);
         int to_row = n0 + col + lane / 4, to_col = m0 + warp * 32 + lane % 4 * 8;
         if (to_row < N && to_col < M)
-            *(uint4*)&D[(size_t)to_row * N + to_col] = {eight[0], eight[1], eight[2], eight[3]};
+            *reinterpret_cast<uint4*>(&D[size_t(to_row) * N + to_col]) = {eight[0], eight[1], eight[2], eight[3]};
     }
 }
 
@@ -240,9 +241,9 @@ constexpr int kTile32K = 16;
 
 template <NsProduct kind>
 __global__ void __launch_bounds__(256)
-product_fp32_kernel(float* D, const float* A, const float* B, const float* C, float alpha, float beta, float diag,
-                    int M, int N, int K, int tiles) {
-    __shared__ float a[kTile32K][kTile32 + 1], b[kTile32K][kTile32 + 1];   // k first; + 1 against bank conflicts
+    product_fp32_kernel(float* D, const float* A, const float* B, const float* C, float alpha, float beta, float diag,
+                        int M, int N, int K, int tiles) {
+    __shared__ float a[kTile32K][kTile32 + 1], b[kTile32K][kTile32 + 1];  // k first; + 1 against bank conflicts
     constexpr bool symmetric = kind == NsProduct::symmetric_nt;
     int m0, n0;
     tile_origin<kind>(blockIdx.x % tiles, (N + kTile32 - 1) / kTile32, kTile32, &m0, &n0);
@@ -258,38 +259,38 @@ product_fp32_kernel(float* D, const float* A, const float* B, const float* C, fl
         for (int i = threadIdx.x; i < kTile32 * kTile32K; i += 256) {
             int m = i / kTile32K, k = i % kTile32K;
             bool k_inside = k0 + k < K;
-            a[k][m] = k_inside && m0 + m < M ? A[(size_t)(m0 + m) * K + k0 + k] : 0.0f;
-            if (symmetric) b[k][m] = k_inside && n0 + m < N ? B[(size_t)(n0 + m) * K + k0 + k] : 0.0f;
+            a[k][m] = k_inside && m0 + m < M ? A[size_t(m0 + m) * K + k0 + k] : 0.0f;
+            if (symmetric) b[k][m] = k_inside && n0 + m < N ? B[size_t(n0 + m) * K + k0 + k] : 0.0f;
         }
         if (!symmetric) {
             for (int i = threadIdx.x; i < kTile32K * kTile32; i += 256) {
                 int k = i / kTile32, n = i % kTile32;
-                b[k][n] = k0 + k < K && n0 + n < N ? B[(size_t)(k0 + k) * N + n0 + n] : 0.0f;
+                b[k][n] = k0 + k < K && n0 + n < N ? B[size_t(k0 + k) * N + n0 + n] : 0.0f;
             }
         }
         __syncthreads();
-        #pragma unroll
+        UNROLL
         for (int k = 0; k < kTile32K; k++) {
-            #pragma unroll
+            UNROLL
             for (int i = 0; i < 4; i++) {
-                #pragma unroll
+                UNROLL
                 for (int j = 0; j < 4; j++)
                     acc[i][j] = fmaf(a[k][thread_row + 16 * i], b[k][thread_col + 16 * j], acc[i][j]);
             }
         }
         __syncthreads();
     }
-    #pragma unroll
+    UNROLL
     for (int i = 0; i < 4; i++) {
-        #pragma unroll
+        UNROLL
         for (int j = 0; j < 4; j++) {
             int m = m0 + thread_row + 16 * i, n = n0 + thread_col + 16 * j;
             if (m >= M || n >= N || (symmetric && n > m)) continue;
             float value = alpha * acc[i][j];
-            if (C) value += beta * C[(size_t)m * N + n];
+            if (C) value += beta * C[size_t(m) * N + n];
             if (m == n) value += diag;
-            D[(size_t)m * N + n] = value;
-            if (symmetric) D[(size_t)n * N + m] = value;
+            D[size_t(m) * N + n] = value;
+            if (symmetric) D[size_t(n) * N + m] = value;
         }
     }
 }
@@ -299,20 +300,20 @@ product_fp32_kernel(float* D, const float* A, const float* B, const float* C, fl
 // division comes before the cast, and the squares are summed in double: a gradient of 1e-20 has a square that fp32 does
 // not know. Sums run in a fixed order, which depends on rows and cols alone.
 
-constexpr int kNormParts = 64;         // partial sums of a matrix, one block each
+constexpr int kNormParts = 64;  // partial sums of a matrix, one block each
 constexpr int kNormThreads = 256;
 
 // parts (batch, kNormParts). Grid: batch * kNormParts blocks.
 __global__ void __launch_bounds__(kNormThreads)
-norm_parts_kernel(double* parts, const float* grads, const MatrixRef* refs, int rows, int cols) {
+    norm_parts_kernel(double* parts, const float* grads, const MatrixRef* refs, int rows, int cols) {
     MatrixRef ref = refs[blockIdx.x / kNormParts];
     const float* x = grads + ref.offset;
-    unsigned count = (unsigned)rows * cols, share = (count + kNormParts - 1) / kNormParts;
+    unsigned count = unsigned(rows) * cols, share = (count + kNormParts - 1) / kNormParts;
     unsigned begin = blockIdx.x % kNormParts * share, end = begin + share < count ? begin + share : count;
     double sum = 0.0;
-    #pragma unroll 4
+    UNROLL_BY(4)
     for (unsigned i = begin + threadIdx.x; i < end; i += kNormThreads) {
-        double value = x[(size_t)(i / cols) * ref.ld + i % cols];
+        double value = x[size_t(i / cols) * ref.ld + i % cols];
         sum += value * value;
     }
     sum = block_sum(sum);
@@ -328,8 +329,8 @@ constexpr int kMoveThreads = 256;
 // X (batch, mp, np). Grid: batch * tiles blocks, one per tile of X.
 template <typename T>
 __global__ void __launch_bounds__(kMoveThreads)
-normalize_kernel(T* X, const double* parts, const float* grads, const MatrixRef* refs, int rows, int cols, int mp,
-                 int np, int tiles) {
+    normalize_kernel(T* X, const double* parts, const float* grads, const MatrixRef* refs, int rows, int cols, int mp,
+                     int np, int tiles) {
     __shared__ float tile[kMoveTile][kMoveTile + 1];
     __shared__ double inverse_norm;
     int across = (np + kMoveTile - 1) / kMoveTile, tile_number = blockIdx.x % tiles;
@@ -349,8 +350,8 @@ normalize_kernel(T* X, const double* parts, const float* grads, const MatrixRef*
     for (int i = threadIdx.x; i < kMoveTile * kMoveTile; i += kMoveThreads) {
         int row = i / kMoveTile, col = i % kMoveTile;
         bool inside = row0 + row < rows && col0 + col < cols;
-        const float* x = grads + ref.offset + (size_t)(row0 + row) * ref.ld + col0 + col;
-        tile[row][col] = inside ? (float)(*x * inverse_norm) : 0.0f;
+        const float* x = grads + ref.offset + size_t(row0 + row) * ref.ld + col0 + col;
+        tile[row][col] = inside ? float(*x * inverse_norm) : 0.0f;
     }
     __syncthreads();
     X += matrix * mp * np;
@@ -358,17 +359,17 @@ normalize_kernel(T* X, const double* parts, const float* grads, const MatrixRef*
         int m = i / (kMoveTile / 2), n = i % (kMoveTile / 2) * 2;
         if (m0 + m >= mp || n0 + n >= np) continue;
         float first = tall ? tile[n][m] : tile[m][n], second = tall ? tile[n + 1][m] : tile[m][n + 1];
-        *(Pair<T>*)&X[(size_t)(m0 + m) * np + n0 + n] = {from_float<T>(first), from_float<T>(second)};
+        *reinterpret_cast<Pair<T>*>(&X[size_t(m0 + m) * np + n0 + n]) = {from_float<T>(first), from_float<T>(second)};
     }
 }
 
 // X -> weights: master = master * decay - step * U, params = master rounded. U (batch, mp, np). Grid as above.
 template <typename T>
 __global__ void __launch_bounds__(kMoveThreads)
-muon_update_kernel(real* params, float* master, const T* U, const MatrixRef* refs, int rows, int cols, int mp, int np,
-                   int tiles, float decay, float step, const float* clip) {
+    muon_update_kernel(real* params, float* master, const T* U, const MatrixRef* refs, int rows, int cols, int mp,
+                       int np, int tiles, float decay, float step, const float* clip) {
     __shared__ float tile[kMoveTile][kMoveTile + 1];
-    if (clip[0] == 0.0f) return;   // the gradients were not finite: no update
+    if (clip[0] == 0.0f) return;  // the gradients were not finite: no update
     int across = (np + kMoveTile - 1) / kMoveTile, tile_number = blockIdx.x % tiles;
     int m0 = tile_number / across * kMoveTile, n0 = tile_number % across * kMoveTile;
     size_t matrix = blockIdx.x / tiles;
@@ -379,7 +380,7 @@ muon_update_kernel(real* params, float* master, const T* U, const MatrixRef* ref
     for (int i = threadIdx.x; i < kMoveTile * kMoveTile / 2; i += kMoveThreads) {
         int m = i / (kMoveTile / 2), n = i % (kMoveTile / 2) * 2;
         if (m0 + m >= mp || n0 + n >= np) continue;
-        Pair<T> u = *(const Pair<T>*)&U[(size_t)(m0 + m) * np + n0 + n];
+        Pair<T> u = *reinterpret_cast<const Pair<T>*>(&U[size_t(m0 + m) * np + n0 + n]);
         (tall ? tile[n][m] : tile[m][n]) = to_float(u.x);
         (tall ? tile[n + 1][m] : tile[m][n + 1]) = to_float(u.y);
     }
@@ -388,7 +389,7 @@ muon_update_kernel(real* params, float* master, const T* U, const MatrixRef* ref
     for (int i = threadIdx.x; i < kMoveTile * kMoveTile; i += kMoveThreads) {
         int row = i / kMoveTile, col = i % kMoveTile;
         if (row0 + row >= rows || col0 + col >= cols) continue;
-        size_t offset = (size_t)(row0 + row) * ref.ld + col0 + col;
+        size_t offset = size_t(row0 + row) * ref.ld + col0 + col;
         float value = master[ref.state + offset] * decay - step * tile[row][col];
         master[ref.state + offset] = value;
         params[ref.offset + offset] = from_float<real>(value);
@@ -407,7 +408,8 @@ struct NsKernels {
         with_type(type, [&](auto zero) {
             using T = decltype(zero);
             auto run = kind == NsProduct::nn ? product<T, NsProduct::nn> : product<T, NsProduct::symmetric_nt>;
-            run((T*)D, (const T*)A, (const T*)B, (const T*)C, alpha, beta, diag, batch, M, N, K);
+            run(static_cast<T*>(D), static_cast<const T*>(A), static_cast<const T*>(B), static_cast<const T*>(C), alpha,
+                beta, diag, batch, M, N, K);
         });
     }
 
@@ -420,11 +422,11 @@ struct NsKernels {
         Shape s(rows, cols);
         with_type(type, [&](auto zero) {
             using T = decltype(zero);
-            LAUNCH((normalize_kernel<T>), batch * s.tiles, kMoveThreads, 0, (T*)X, scratch, grads, refs, rows, cols,
-                   s.mp, s.np, s.tiles);
+            LAUNCH((normalize_kernel<T>), batch * s.tiles, kMoveThreads, 0, static_cast<T*>(X), scratch, grads, refs,
+                   rows, cols, s.mp, s.np, s.tiles);
         });
     }
-    static size_t ns_scratch_doubles(int batch) { return (size_t)batch * kNormParts; }
+    static size_t ns_scratch_doubles(int batch) { return size_t(batch) * kNormParts; }
 
     // master = master * decay - step * U for each matrix, U (batch, mp, np) as ns_normalize lays it out; params =
     // master rounded. Nothing is written if clip[0] is 0.
@@ -433,21 +435,23 @@ struct NsKernels {
         Shape s(rows, cols);
         with_type(type, [&](auto zero) {
             using T = decltype(zero);
-            LAUNCH((muon_update_kernel<T>), batch * s.tiles, kMoveThreads, 0, params, master, (const T*)U, refs, rows,
-                   cols, s.mp, s.np, s.tiles, decay, step, clip);
+            LAUNCH((muon_update_kernel<T>), batch * s.tiles, kMoveThreads, 0, params, master, static_cast<const T*>(U),
+                   refs, rows, cols, s.mp, s.np, s.tiles, decay, step, clip);
         });
     }
 
-private:
-    struct Shape {   // of X, for matrices of (rows, cols)
+  private:
+    struct Shape {  // of X, for matrices of (rows, cols)
         int mp, np, tiles;
         Shape(int rows, int cols)
-            : mp(round_up(rows < cols ? rows : cols, 8)), np(round_up(rows < cols ? cols : rows, 8)),
+            : mp(round_up(rows < cols ? rows : cols, 8)),
+              np(round_up(rows < cols ? cols : rows, 8)),
               tiles(ceil_div(mp, kMoveTile) * ceil_div(np, kMoveTile)) {}
     };
 
     // Calls body with a value of the C++ type that `type` names.
-    template <typename Body> static void with_type(NsType type, Body body) {
+    template <typename Body>
+    static void with_type(NsType type, Body body) {
         if (type == NsType::bf16) body(__nv_bfloat16());
         else if (type == NsType::fp16) body(__half());
         else body(0.0f);

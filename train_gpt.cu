@@ -18,9 +18,11 @@
 #include "checkpoint.h"
 // defines: LAUNCH, from_float, to_float, sums over warps and blocks
 #ifdef __CUDACC__
-#include "cuda_common.cuh"
+#include "kernels/cuda_common.cuh"
 #endif
-// defines: ranks, start_ranks, stop_ranks, fail_ranks, wait_until, CpuComm, CudaComm
+// defines: world, start_ranks, stop_ranks, fail_ranks, wait_until
+#include "ranks.h"
+// defines: CpuComm, CudaComm
 #include "comm.h"
 // defines: CpuOps
 #include "cpu_backend.h"
@@ -43,9 +45,9 @@
 #include <limits>
 
 struct Cpu : CpuOps, CpuComm {
-    static constexpr const char* backend_name = "cpu fp32";
-    static size_t memory_available() { return CpuOps::memory_available() / ranks.local_size; }  // a rank's share
-    static void start(const Ranks& r) {
+    static constexpr const char* kBackendName = "cpu fp32";
+    static size_t memory_available() { return CpuOps::memory_available() / world.local_size; }  // a rank's share
+    static void start(const World& r) {
         CpuOps::start(r.local_size);
         CpuComm::start();
     }
@@ -77,8 +79,8 @@ inline ModelConfig checkpoint_config(const Checkpoint& checkpoint, const std::st
         return int(value);
     };
     const ModelConfig config = {size("layers"), size("heads"), size("channels"), size("seq_len"), size("vocab")};
-    if (config.channels % config.heads || config.channels % 8 || config.channels > max_channels ||
-        config.channels / config.heads > max_head_size)
+    if (config.channels % config.heads || config.channels % 8 || config.channels > kMaxChannels ||
+        config.channels / config.heads > kMaxHeadSize)
         fail("checkpoint %s says %d channels and %d heads: no such model", path.c_str(), config.channels, config.heads);
     return config;
 }
@@ -493,8 +495,8 @@ class Trainer {
     Slot slots[2];
     double* sums;       // [2] device: loss, orthogonalised
     double* ns_counts;  // [2] pinned, by slot
-    static constexpr size_t staging_floats = size_t(4) << 20;
-    float *staging = nullptr, *staging_host = nullptr;  // (staging_floats) what save() moves at a time
+    static constexpr size_t kStagingFloats = size_t(4) << 20;
+    float *staging = nullptr, *staging_host = nullptr;  // (kStagingFloats) what save() moves at a time
     int64_t skipped = 0;                                // updates skipped in a row
     double mean_ms = 0;
 
@@ -506,8 +508,8 @@ class Trainer {
           tokenizer(find_tokenizer()),
           config(model_config(options_, find_vocab())),
           total_batch(find_total_batch()),
-          accumulation(int(total_batch / (int64_t(options_.batch) * options_.seq_len * ranks.size))),
-          eval_batches(ceil_div<int64_t>(options_.eval_batches, ranks.size)),
+          accumulation(int(total_batch / (int64_t(options_.batch) * options_.seq_len * world.size))),
+          eval_batches(ceil_div<int64_t>(options_.eval_batches, world.size)),
           optimizer(tensor_specs(config), options_),
           model(config, options_.recompute, optimizer) {
         if (tokenizer && config.vocab < tokenizer->vocab)
@@ -530,7 +532,7 @@ class Trainer {
         }
         model.allocate(options.batch);
         if (val)
-            val_loader.reset(new DataLoader(*val, 0, options.batch, ranks.rank, ranks.size, int(eval_batches), 0,
+            val_loader.reset(new DataLoader(*val, 0, options.batch, world.rank, world.size, int(eval_batches), 0,
                                             Backend::alloc_host, DataLoader::Order::in_order));
         sums = static_cast<double*>(Backend::alloc(2 * sizeof(double), "sums"));
         ns_counts = static_cast<double*>(Backend::alloc_host(2 * sizeof(double)));
@@ -539,8 +541,8 @@ class Trainer {
             if (options.profile) slot.marks = std::vector<Event>(optimizer.phase_calls());
         }
         if (!options.out.empty()) {
-            staging = static_cast<float*>(Backend::alloc(staging_floats * sizeof(float), "checkpoint staging"));
-            staging_host = static_cast<float*>(Backend::alloc_host(staging_floats * sizeof(float)));
+            staging = static_cast<float*>(Backend::alloc(kStagingFloats * sizeof(float), "checkpoint staging"));
+            staging_host = static_cast<float*>(Backend::alloc_host(kStagingFloats * sizeof(float)));
         }
         // Forward and backward multiply and add each parameter once and twice per token; attention adds 6 L C T
         // (causal).
@@ -557,11 +559,11 @@ class Trainer {
                 first_step, options.steps);
             return;
         }
-        DataLoader loader(*train, uint64_t(options.seed), options.batch, ranks.rank, ranks.size, accumulation,
+        DataLoader loader(*train, uint64_t(options.seed), options.batch, world.rank, world.size, accumulation,
                           uint64_t(first_step), Backend::alloc_host);
         Event uploaded[3];  // as many batches as the loader keeps: a batch is refilled only after its upload
         int64_t micro_steps = 0;
-        typename Backend::Enqueueing limit;
+        typename Backend::EnqueueDeadline deadline;
         for (int64_t step = first_step + 1; step <= options.steps; step++) {
             Slot& slot = slots[step % 2];
             const size_t tokens = size_t(options.batch) * options.seq_len;
@@ -621,7 +623,7 @@ class Trainer {
 
   private:
     __attribute__((format(printf, 1, 2))) static void say(const char* format, ...) {
-        if (ranks.rank != 0) return;
+        if (world.rank != 0) return;
         va_list args;
         va_start(args, format);
         fputs(vstrprintf(format, args).c_str(), stdout);
@@ -640,11 +642,11 @@ class Trainer {
     int find_vocab() const { return options.vocab > 0 ? options.vocab : tokenizer ? tokenizer->vocab : 50257; }
 
     int64_t find_total_batch() const {
-        const int64_t step = int64_t(options.batch) * options.seq_len * ranks.size;
+        const int64_t step = int64_t(options.batch) * options.seq_len * world.size;
         if (options.total_batch == 0) return step;
         if (options.total_batch % step)
             usage_fail("--total_batch %" PRId64 " is not a multiple of --batch %d x --seq_len %d x %d ranks = %" PRId64,
-                       options.total_batch, options.batch, options.seq_len, ranks.size, step);
+                       options.total_batch, options.batch, options.seq_len, world.size, step);
         return options.total_batch;
     }
 
@@ -652,10 +654,10 @@ class Trainer {
         const size_t activations = model.activation_bytes(options.batch);
         const size_t fixed = Optimizer<Backend>::bytes(optimizer.plan) + optimizer.workspace_bytes();
         say("| %-12s | %s\n", "device",
-            strprintf("%s (%s)", std::string(Backend::device_name()).c_str(), Backend::backend_name).c_str());
-        say("| %-12s | %d%s\n", "ranks", ranks.size,
-            ranks.launcher == Launcher::mpi    ? " (MPI)"
-            : ranks.launcher == Launcher::self ? " (--gpus)"
+            strprintf("%s (%s)", std::string(Backend::device_name()).c_str(), Backend::kBackendName).c_str());
+        say("| %-12s | %d%s\n", "ranks", world.size,
+            world.launcher == Launcher::mpi    ? " (MPI)"
+            : world.launcher == Launcher::self ? " (--gpus)"
                                                : "");
         say("| %-12s | %d layers, %d heads, %d channels, %d tokens of context, vocabulary %d (padded to %d)\n", "model",
             config.layers, config.heads, config.channels, config.seq_len, config.vocab, config.padded_vocab());
@@ -666,13 +668,13 @@ class Trainer {
             train->tokens(), train->windows(),
             tokenizer ? "" : " (no tokenizer.bin beside them: samples are token numbers)");
         if (val) {
-            const uint64_t read = uint64_t(eval_batches) * options.batch * ranks.size;
+            const uint64_t read = uint64_t(eval_batches) * options.batch * world.size;
             say("| %-12s | %s: %" PRIu64 " tokens, %" PRIu64 " windows; an evaluation reads %" PRIu64 "%s\n", "val",
                 options.val.c_str(), val->tokens(), val->windows(), read,
                 read > val->windows() ? ": some twice, lower --eval_batches" : "");
         }
         say("| %-12s | %" PRId64 " tokens: %d sequences x %d tokens x %d ranks x %d micro-steps\n", "step", total_batch,
-            options.batch, options.seq_len, ranks.size, accumulation);
+            options.batch, options.seq_len, world.size, accumulation);
         say("| %-12s | %s, steps %" PRId64 " to %" PRId64 "\n", "optimizer", options.optimizer.c_str(), first_step + 1,
             options.steps);
         say("| %-12s | %s\n", "flags", join(non_default_flags(options)).c_str());
@@ -722,12 +724,12 @@ class Trainer {
                 });
         }
         optimizer.publish();
-        if (!options.out.empty() && ranks.rank == 0) log.open(options.out, first_step);
+        if (!options.out.empty() && world.rank == 0) log.open(options.out, first_step);
     }
 
     void prepare_directory() {
         int exists = 0;
-        if (ranks.rank == 0) {
+        if (world.rank == 0) {
             std::error_code error;
             std::filesystem::create_directories(options.out, error);
             if (error) fail("cannot make --out %s: %s", options.out.c_str(), error.message().c_str());
@@ -862,9 +864,9 @@ class Trainer {
             for (const StateKind& kind : state_of(t)) {
                 const size_t stored = size_t(tensors[t].stored_rows) * tensors[t].cols;
                 for (const auto& part : optimizer.state_parts(t))
-                    for (size_t at = 0; at < part.count && part.begin + at < stored; at += staging_floats) {
-                        const size_t count = std::min({staging_floats, part.count - at, stored - part.begin - at});
-                        if (ranks.rank == part.owner)
+                    for (size_t at = 0; at < part.count && part.begin + at < stored; at += kStagingFloats) {
+                        const size_t count = std::min({kStagingFloats, part.count - at, stored - part.begin - at});
+                        if (world.rank == part.owner)
                             Backend::copy(staging, kind.arena + part.state + at, count * sizeof(float));
                         if (part.owner != 0) Backend::broadcast(staging, count * sizeof(float), part.owner);
                         if (writer) Backend::download(staging_host, staging, count * sizeof(float));
@@ -897,7 +899,7 @@ class Trainer {
         Backend::all_reduce(sums, 2);
         Backend::download(total, sums, sizeof total);
         finish("an evaluation");
-        return total[0] / double(tokens) / double(eval_batches) / ranks.size;
+        return total[0] / double(tokens) / double(eval_batches) / world.size;
     }
 
     // Waits, outside of steps, until the device has done all that was enqueued. Collectives may be among it, so this
@@ -949,7 +951,7 @@ class Trainer {
         wait_until([&] { return slot.read.done(); }, "a step to finish");
         const double loss = slot.host->loss / double(total_batch), norm = slot.host->clip[1];
         const double ms = Event::ms(slot.begin, slot.end), optimizer_ms = Event::ms(slot.optimizer_begin, slot.end);
-        const double rate = double(total_batch) / ms * 1e3, peak = Backend::peak_flops() * ranks.size;
+        const double rate = double(total_batch) / ms * 1e3, peak = Backend::peak_flops() * world.size;
         const double mfu = peak > 0 ? 100 * rate * flops_per_token / peak : NAN;
         mean_ms = mean_ms > 0 ? 0.9 * mean_ms + 0.1 * ms : ms;
         const int64_t left = int64_t(mean_ms * double(options.steps - slot.step) / 1e3);
@@ -1019,7 +1021,7 @@ inline void print_version() {
 
 template <class Backend>
 void train(const Options& options) {
-    Backend::start(ranks);
+    Backend::start(world);
     Trainer<Backend>(options).run();
     Backend::stop();
 }
@@ -1048,8 +1050,8 @@ int main(int argc, char** argv) {
         if (options.print_plan) {
             const ModelConfig config = model_config(options, options.vocab > 0 ? options.vocab : 50257);
             const Plan plan(tensor_specs(config), options,
-                            options.ranks > 0 ? options.ranks : std::max(ranks.size, options.gpus));
-            if (ranks.rank == 0) print_plan(plan, options, 2, stdout);
+                            options.ranks > 0 ? options.ranks : std::max(world.size, options.gpus));
+            if (world.rank == 0) print_plan(plan, options, 2, stdout);
             return 0;
         }
         start_ranks(argv, options.gpus, options.rank_timeout);

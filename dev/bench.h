@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "../cpu_backend.h"
-#include "../cuda_common.cuh"
+#include "../kernels/cuda_common.cuh"
 
 // An array in device memory.
 template <class T>

@@ -7,7 +7,7 @@
 // x and out are (N, C) in bf16. There is next to no arithmetic: a perfect kernel reads x once, writes out once, and so
 // runs as fast as a copy. Every version is therefore judged by bytes per second (those that must move, not those that
 // it moves), beside the bandwidth of a copy on the same GPU.
-#include "../gpt_kernels.cuh"
+#include "../kernels/gpt_kernels.cuh"
 #include "bench.h"
 
 // 1. One thread per row, the definition as it stands: three walks over the row. Neighbouring threads are a whole row
@@ -22,7 +22,7 @@ __global__ void layernorm_1(real* out, float* mean, float* rstd, const real* x, 
     for (int c = 0; c < C; c++) m += to_float(x[c]);
     m /= C;
     for (int c = 0; c < C; c++) v += (to_float(x[c]) - m) * (to_float(x[c]) - m);
-    float s = rsqrtf(v / C + layernorm_epsilon);
+    float s = rsqrtf(v / C + kLayerNormEpsilon);
     for (int c = 0; c < C; c++)
         out[c] = from_float<real>((to_float(x[c]) - m) * s * to_float(weight[c]) + to_float(bias[c]));
     mean[row] = m;
@@ -42,7 +42,7 @@ __global__ void layernorm_2(real* out, float* mean, float* rstd, const real* x, 
     for (int c = lane; c < C; c += 32) m += to_float(x[c]);
     m = warp_sum(m) / C;
     for (int c = lane; c < C; c += 32) v += (to_float(x[c]) - m) * (to_float(x[c]) - m);
-    float s = rsqrtf(warp_sum(v) / C + layernorm_epsilon);
+    float s = rsqrtf(warp_sum(v) / C + kLayerNormEpsilon);
     for (int c = lane; c < C; c += 32)
         out[c] = from_float<real>((to_float(x[c]) - m) * s * to_float(weight[c]) + to_float(bias[c]));
     if (lane == 0) mean[row] = m, rstd[row] = s;
@@ -52,7 +52,7 @@ __global__ void layernorm_2(real* out, float* mean, float* rstd, const real* x, 
 //    way for each.
 __global__ void layernorm_3(real* out, float* mean, float* rstd, const real* x, const real* weight, const real* bias,
                             int N, int C) {
-    typedef Pack<real> P;
+    using P = Pack<real>;
     int row = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
     if (row >= N) return;
     x += size_t(row) * C;
@@ -67,7 +67,7 @@ __global__ void layernorm_3(real* out, float* mean, float* rstd, const real* x, 
         P values = P::load(x + c);
         for (int k = 0; k < P::size; k++) v += (to_float(values[k]) - m) * (to_float(values[k]) - m);
     }
-    float s = rsqrtf(warp_sum(v) / C + layernorm_epsilon);
+    float s = rsqrtf(warp_sum(v) / C + kLayerNormEpsilon);
     for (int c = lane * P::size; c < C; c += 32 * P::size) {
         P values = P::load(x + c), w = P::load(weight + c), b = P::load(bias + c);
         for (int k = 0; k < P::size; k++)
@@ -82,24 +82,24 @@ __global__ void layernorm_3(real* out, float* mean, float* rstd, const real* x, 
 template <int packs>
 __global__ void layernorm_4(real* out, float* mean, float* rstd, const real* x, const real* weight, const real* bias,
                             int N, int C) {
-    typedef Pack<real> P;
+    using P = Pack<real>;
     int row = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
     if (row >= N) return;
     x += size_t(row) * C;
     out += size_t(row) * C;
     P values[packs];
     float m = 0, v = 0;
-    #pragma unroll
+    UNROLL
     for (int p = 0; p < packs; p++) values[p] = P::load(x + (p * 32 + lane) * P::size);
-    #pragma unroll
+    UNROLL
     for (int p = 0; p < packs; p++)
         for (int k = 0; k < P::size; k++) m += to_float(values[p][k]);
     m = warp_sum(m) / C;
-    #pragma unroll
+    UNROLL
     for (int p = 0; p < packs; p++)
         for (int k = 0; k < P::size; k++) v += (to_float(values[p][k]) - m) * (to_float(values[p][k]) - m);
-    float s = rsqrtf(warp_sum(v) / C + layernorm_epsilon);
-    #pragma unroll
+    float s = rsqrtf(warp_sum(v) / C + kLayerNormEpsilon);
+    UNROLL
     for (int p = 0; p < packs; p++) {
         int c = (p * 32 + lane) * P::size;
         P w = P::load(weight + c), b = P::load(bias + c);
@@ -132,20 +132,19 @@ static bool ladder() {
     DeviceArray<float> mean(N), rstd(N);
     bool right = true;
     auto rung = [&](const char* name, auto run) {
-        CUDA_CHECK(cudaMemset(device_out, 0xff, device_out.bytes()));   // NaN: what is not written is seen
+        CUDA_CHECK(cudaMemset(device_out, 0xff, device_out.bytes()));  // NaN: what is not written is seen
         float ms = median_ms([&](int i) { run(xs[i % copies]); });
         std::vector<float> got = from_bf16(device_out.download(want.size()));
         double error = 0;
         for (size_t i = 0; i < want.size(); i++) {
             double e = std::fabs(got[i] - want[i]) / (1 + std::fabs(want[i]));
-            error = e <= error ? error : e;   // keeps a NaN
+            error = e <= error ? error : e;  // keeps a NaN
         }
         // rounding to bf16 changes a number by at most 2^-8 of it; sums in fp32 are far below
         right &= print_rung(name, ms, 2.0 * N * C * sizeof(real), "GB/s", error, std::ldexp(1.01, -8));
     };
-    rung("1  one thread per row", [&](const real* x) {
-        LAUNCH(layernorm_1, ceil_div(N, threads), threads, 0, out, mean, rstd, x, w, b, N, C);
-    });
+    rung("1  one thread per row",
+         [&](const real* x) { LAUNCH(layernorm_1, ceil_div(N, threads), threads, 0, out, mean, rstd, x, w, b, N, C); });
     rung("2  one warp per row: coalesced, sums by shuffles", [&](const real* x) {
         LAUNCH(layernorm_2, ceil_div(N * 32, threads), threads, 0, out, mean, rstd, x, w, b, N, C);
     });
@@ -156,9 +155,8 @@ static bool ladder() {
         constexpr int packs = C / (32 * Pack<real>::size);
         LAUNCH((layernorm_4<packs>), ceil_div(N * 32, threads), threads, 0, out, mean, rstd, x, w, b, N, C);
     });
-    rung("5  the trainer's: any C, residual fused where there is one", [&](const real* x) {
-        GptKernels::layernorm_forward(out, mean, rstd, x, w, b, N, C);
-    });
+    rung("5  the trainer's: any C, residual fused where there is one",
+         [&](const real* x) { GptKernels::layernorm_forward(out, mean, rstd, x, w, b, N, C); });
     return right;
 }
 

@@ -11,7 +11,7 @@
 #include "../ns_kernels.cuh"
 #include "bench.h"
 
-typedef __nv_bfloat16 bf16;
+using bf16 = __nv_bfloat16;
 
 // 1. One thread per element of A. Each loads a row of X and another one, all 2 n numbers of them, for one result.
 __global__ void xxt_1(bf16* A, const bf16* X, int m, int n) {
@@ -49,8 +49,10 @@ __global__ void xxt_3(bf16* A, const bf16* X, int m, int n) {
     for (int k0 = 0; k0 < n; k0 += 32) {
         for (int i = threadIdx.x; i < 64 * 4; i += 128) {  // 64 rows of four 16-byte chunks
             int row = i / 4, chunk = i % 4 * 8;
-            *(uint4*)&a[row * pitch + chunk] = *(const uint4*)&X[size_t(row0 + row) * n + k0 + chunk];
-            *(uint4*)&b[row * pitch + chunk] = *(const uint4*)&X[size_t(col0 + row) * n + k0 + chunk];
+            *reinterpret_cast<uint4*>(&a[row * pitch + chunk]) =
+                *reinterpret_cast<const uint4*>(&X[size_t(row0 + row) * n + k0 + chunk]);
+            *reinterpret_cast<uint4*>(&b[row * pitch + chunk]) =
+                *reinterpret_cast<const uint4*>(&X[size_t(col0 + row) * n + k0 + chunk]);
         }
         __syncthreads();
         for (int k = 0; k < 32; k += 16) {
@@ -238,7 +240,7 @@ struct HiddenMatrices {
     enum Stage { normalize, iterate, update };
     void run(const std::vector<Shape*>& shapes, Stage last, bool gram, NsType type) {
         for (Shape* s : shapes) {
-            NsWorkspace w((char*)s->memory, s->count, s->m(), s->n(), type);
+            NsWorkspace w(static_cast<char*>(s->memory), s->count, s->m(), s->n(), type);
             NsKernels::ns_normalize(w.X, s->scratch, grads, s->refs, s->count, s->rows, s->cols, type);
             if (last >= iterate)
                 newton_schulz<NsKernels>(w, s->count, s->m(), s->n(), {gram, "polar_express", 5, type});

@@ -7,7 +7,7 @@
 #include <exception>
 #include <vector>
 
-#include "../cuda_common.cuh"
+#include "../kernels/cuda_common.cuh"
 
 // Large sizes are for a GPU at full speed: not for fibers, and not for compute-sanitizer, which slows a kernel down a
 // hundred times (TEST_SMALL=1).

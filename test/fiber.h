@@ -36,7 +36,7 @@ constexpr size_t kSharedBytes = 227 * 1024;  // what one block may ask for on sm
 // The switch: saves the registers that a call must preserve on the running stack, and continues on the other stack.
 
 #if defined(__x86_64__)
-typedef void* Context;  // a stack pointer
+using Context = void*;  // a stack pointer
 __attribute__((naked, noinline)) inline void switch_context(Context* /*save: rdi*/, Context* /*load: rsi*/) {
     asm("pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
         "movq %rsp, (%rdi)\n movq (%rsi), %rsp\n"
@@ -54,7 +54,7 @@ inline void make_context(Context* context, char* stack, size_t bytes, void (*ent
 }  // namespace fiber
 #include <ucontext.h>
 namespace fiber {
-typedef ucontext_t Context;
+using Context = ucontext_t;
 inline void switch_context(Context* save, Context* load) { swapcontext(save, load); }
 inline void make_context(Context* context, char* stack, size_t bytes, void (*entry)()) {
     getcontext(context);

@@ -44,7 +44,7 @@ struct Golden {
         size_t count = 1;
         for (int d; header >> d; count *= d) tensor.shape.push_back(d);
         tensor.values.resize(count);
-        file.read((char*)tensor.values.data(), count * sizeof(T));
+        file.read(reinterpret_cast<char*>(tensor.values.data()), count * sizeof(T));
     }
     template <class T>
     static const Tensor<T>& find(const std::map<std::string, Tensor<T>>& tensors, const std::string& name) {

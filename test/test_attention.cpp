@@ -14,7 +14,7 @@
 #include <random>
 #include <vector>
 
-#include "../attention.cuh"
+#include "../kernels/attention.cuh"
 #include "device_buffer.h"
 
 namespace test_attention {

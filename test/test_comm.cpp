@@ -38,7 +38,7 @@ std::vector<T> values(int rank, size_t n) {
 template <class T>
 std::vector<T> sums_in_rank_order(size_t n) {
     std::vector<T> sum = values<T>(0, n);
-    for (int rank = 1; rank < ranks.size; rank++)
+    for (int rank = 1; rank < world.size; rank++)
         for (size_t i = 0; i < n; i++) sum[i] += value<T>(rank, i);
     return sum;
 }
@@ -50,17 +50,17 @@ bool same_bits(const T* a, const T* b, size_t n) {
 
 template <class T>
 void check_all_reduce(size_t n) {
-    std::vector<T> x = values<T>(ranks.rank, n), expected = sums_in_rank_order<T>(n);
+    std::vector<T> x = values<T>(world.rank, n), expected = sums_in_rank_order<T>(n);
     CpuComm::all_reduce(x.data(), n);
     expect(same_bits(x.data(), expected.data(), n), strprintf("all_reduce of %zu", n).c_str());
 }
 
 static void check_chunks(size_t chunk) {
-    const size_t n = chunk * ranks.size, mine = chunk * ranks.rank;
-    std::vector<float> x = values<float>(ranks.rank, n), expected = sums_in_rank_order<float>(n);
+    const size_t n = chunk * world.size, mine = chunk * world.rank;
+    std::vector<float> x = values<float>(world.rank, n), expected = sums_in_rank_order<float>(n);
     CpuComm::reduce_scatter(x.data(), chunk);
     expect(same_bits(x.data() + mine, expected.data() + mine, chunk), "reduce_scatter: my row is the sum");
-    const std::vector<float> before = values<float>(ranks.rank, n);
+    const std::vector<float> before = values<float>(world.rank, n);
     expect(same_bits(x.data(), before.data(), mine), "reduce_scatter: the rows before mine are kept");
     expect(same_bits(x.data() + mine + chunk, before.data() + mine + chunk, n - mine - chunk),
            "reduce_scatter: the rows after mine are kept");
@@ -73,7 +73,7 @@ static void check_chunks(size_t chunk) {
 
 template <class Broadcast>
 void check_broadcast(size_t bytes, int root, Broadcast broadcast) {
-    std::vector<double> x = values<double>(ranks.rank, bytes / 8 + 1), expected = x;
+    std::vector<double> x = values<double>(world.rank, bytes / 8 + 1), expected = x;
     const std::vector<double> of_root = values<double>(root, bytes / 8 + 1);
     if (bytes) memcpy(expected.data(), of_root.data(), bytes);  // and not a byte more
     broadcast(x.data(), bytes, root);
@@ -86,7 +86,7 @@ static void check_collectives() {
     for (size_t n : {size_t(0), size_t(1), size_t(2), size_t(3), size_t(4), size_t(11), size_t(1001), 5 * piece + 1})
         check_all_reduce<float>(n);
     for (size_t n : {1, 2, 7, 1003}) check_all_reduce<double>(n);
-    for (int root = 0; root < ranks.size; root++)
+    for (int root = 0; root < world.size; root++)
         for (size_t bytes : {0, 1, 13, 100000}) check_broadcast(bytes, root, CpuComm::broadcast);
 }
 
@@ -120,7 +120,7 @@ static uint64_t updated_weights(const char* method, const char* owner) {
     for (int t = 0; t < int(specs.size()); t++) {
         size_t covered = 0;
         for (const auto& part : optimizer.state_parts(t)) {
-            expect(part.begin == covered && part.owner >= 0 && part.owner < ranks.size, "every element has one owner");
+            expect(part.begin == covered && part.owner >= 0 && part.owner < world.size, "every element has one owner");
             covered += part.count;
             if (!part.here) continue;
             if (optimizer.plan.is_muon(t)) held += double(part.count);
@@ -131,7 +131,7 @@ static uint64_t updated_weights(const char* method, const char* owner) {
         if (optimizer.plan.is_muon(t)) total += double(covered);
     }
     CpuComm::all_reduce(&held, 1);
-    const int copies = plan.method == Method::muon ? ranks.size : 1;  // vanilla muon repeats everything on every rank
+    const int copies = plan.method == Method::muon ? world.size : 1;  // vanilla muon repeats everything on every rank
     expect(held == copies * total, "momentum over the ranks sums to the model's");
     optimizer.publish();
 
@@ -149,7 +149,7 @@ static uint64_t updated_weights(const char* method, const char* owner) {
         for (const Piece& piece : plan.pieces)
             for (size_t i = 0; i < piece.count; i++) {
                 const size_t element = piece.begin + i + 1000003 * (piece.tensor + 100 * step);
-                const bool here = int(element % ranks.size) == ranks.rank;
+                const bool here = int(element % world.size) == world.rank;
                 if (here) optimizer.grads[piece.offset + i] = value<float>(0, element);
             }
         optimizer.step(0.01f, 0.02f, [](Phase) {});
@@ -171,38 +171,38 @@ static void check_updates() {
                    dmuon = updated_weights("dmuon", "round_robin"), lpt = updated_weights("dmuon", "lpt");
     expect(dmuon == muon, "dmuon has the bits of muon");
     expect(lpt == dmuon, "lpt has the bits of round_robin");
-    if (ranks.rank == 0) printf("weights %016llx %016llx\n", (unsigned long long)adamw, (unsigned long long)muon);
+    if (world.rank == 0) printf("weights %016llx %016llx\n", (unsigned long long)adamw, (unsigned long long)muon);
 }
 
 // Everyone meets everyone again and again.
 static void keep_busy(int rounds) {
     for (int round = 0; round < rounds; round++) {
         double x = 1;
-        if (ranks.launcher == Launcher::mpi) CpuComm::all_reduce(&x, 1);
+        if (world.launcher == Launcher::mpi) CpuComm::all_reduce(&x, 1);
         else broadcast_host(&x, sizeof x);
         sleep_seconds(0.001);
     }
 }
 
 static void work(const std::string& job) {
-    const bool chosen = ranks.rank == ranks.size - 1;  // the rank that something happens to
+    const bool chosen = world.rank == world.size - 1;  // the rank that something happens to
     if (job == "collectives") {
         check_collectives();
         check_broadcast_host();
-        if (ranks.rank == 0) printf("good on %d of %d local\n", ranks.size, ranks.local_size);
+        if (world.rank == 0) printf("good on %d of %d local\n", world.size, world.local_size);
         return;
     }
     if (job == "page") {
         check_broadcast_host();
-        if (ranks.rank == 0) printf("good on %d of %d local\n", ranks.size, ranks.local_size);
+        if (world.rank == 0) printf("good on %d of %d local\n", world.size, world.local_size);
         return;
     }
     if (job == "updates") return check_updates();
     if (job == "slow_disk") {  // longer than the others would wait for a collective
         bool done = false;
-        while_others_wait([&] { sleep_seconds(2.5 * ranks.timeout), done = true; });
-        expect(done == (ranks.rank == 0), "rank 0 alone has done the work");
-        if (ranks.rank == 0) printf("the disk was slow\n");
+        while_others_wait([&] { sleep_seconds(2.5 * world.timeout), done = true; });
+        expect(done == (world.rank == 0), "rank 0 alone has done the work");
+        if (world.rank == 0) printf("the disk was slow\n");
         while_others_wait([] { fail("the disk is full"); });
     }
     keep_busy(100);  // under way
@@ -216,14 +216,14 @@ static void work(const std::string& job) {
     if (chosen && job == "error") fail("the disk is full");
     if (job == "all_error") fail("no such file");
     if (job == "blocked" || job == "blocked_later" || job == "blocked_and_stopped" || job == "stopped_rank_0") {
-        BlockingCall limit("a call that never returns");
+        Deadline deadline("a call that never returns");
         if (job == "blocked_later") {
-            BlockingCall("a call that returns");
+            Deadline("a call that returns");
             keep_busy(100);
         }
         if (chosen && job == "blocked_and_stopped") raise(SIGSTOP);
         if (job == "stopped_rank_0") {
-            if (ranks.rank == 0) raise(SIGSTOP);
+            if (world.rank == 0) raise(SIGSTOP);
             keep_busy(100000);
         }
         for (;;) pause();
@@ -295,7 +295,7 @@ TEST_CASE("the environment says who we are") {
             if (c.values[i]) setenv(names[i], c.values[i], 1);
             else unsetenv(names[i]);
         }
-        const Ranks found = launched_ranks();
+        const World found = launched_world();
         CHECK(found.launcher == c.launcher);
         CHECK(found.rank == c.rank);
         CHECK(found.size == c.size);

@@ -98,11 +98,11 @@ Doubles gelu(Doubles x) {
 // qkv (B,T,3C) -> out (B,T,C), lse (B,H,T)
 Doubles attention(const Doubles& qkv, int B, int T, int C, int H, Doubles* lse = nullptr) {
     const int hd = C / H;
-    Doubles out((size_t)B * T * C), p(T);
+    Doubles out(size_t(B) * T * C), p(T);
     for (int b = 0; b < B; b++) {
         for (int h = 0; h < H; h++) {
             for (int t = 0; t < T; t++) {
-                auto at = [&](int s, int part) { return qkv.data() + ((size_t)b * T + s) * 3 * C + part * C + h * hd; };
+                auto at = [&](int s, int part) { return qkv.data() + (size_t(b) * T + s) * 3 * C + part * C + h * hd; };
                 double total = 0;
                 for (int s = 0; s <= t; s++) {
                     double score = 0;
@@ -112,9 +112,9 @@ Doubles attention(const Doubles& qkv, int B, int T, int C, int H, Doubles* lse =
                 }
                 for (int s = 0; s <= t; s++) {
                     for (int i = 0; i < hd; i++)
-                        out[((size_t)b * T + t) * C + h * hd + i] += p[s] / total * at(s, 2)[i];
+                        out[(size_t(b) * T + t) * C + h * hd + i] += p[s] / total * at(s, 2)[i];
                 }
-                if (lse) (*lse)[((size_t)b * H + h) * T + t] = std::log(total);
+                if (lse) (*lse)[(size_t(b) * H + h) * T + t] = std::log(total);
             }
         }
     }
@@ -126,20 +126,20 @@ Doubles losses(const Doubles& logits, const std::vector<int>& targets, int N, in
     Doubles out(N);
     for (int n = 0; n < N; n++) {
         double total = 0;
-        for (int i = 0; i < V; i++) total += std::exp(logits[(size_t)n * Vp + i]);
-        out[n] = std::log(total) - logits[(size_t)n * Vp + targets[n]];
+        for (int i = 0; i < V; i++) total += std::exp(logits[size_t(n) * Vp + i]);
+        out[n] = std::log(total) - logits[size_t(n) * Vp + targets[n]];
     }
     return out;
 }
 
 // out (M,N) = op(A) op(B), op(A) (M,K), op(B) (K,N), each with its row stride
 Doubles matmul(bool ta, bool tb, int M, int N, int K, const Floats& A, int lda, const Floats& B, int ldb) {
-    Doubles out((size_t)M * N);
+    Doubles out(size_t(M) * N);
     for (int i = 0; i < M; i++) {
         for (int j = 0; j < N; j++) {
             for (int k = 0; k < K; k++) {
-                out[(size_t)i * N + j] +=
-                    (double)(ta ? A[k * lda + i] : A[i * lda + k]) * (tb ? B[j * ldb + k] : B[k * ldb + j]);
+                out[size_t(i) * N + j] +=
+                    double(ta ? A[k * lda + i] : A[i * lda + k]) * (tb ? B[j * ldb + k] : B[k * ldb + j]);
             }
         }
     }
@@ -151,7 +151,7 @@ Doubles matmul(bool ta, bool tb, int M, int N, int K, const Floats& A, int lda, 
 TEST_CASE("exponential agrees with std::exp over fp32's range") {
     double worst = 0;
     for (float x = -86.9f; x < 87.9f; x += 0.0137f) {
-        worst = std::max(worst, std::fabs(CpuOps::exponential(x) / std::exp((double)x) - 1));
+        worst = std::max(worst, std::fabs(CpuOps::exponential(x) / std::exp(double(x)) - 1));
     }
     CHECK(worst < 2.5e-7);
     CHECK(CpuOps::exponential(0.0f) == 1.0f);
@@ -160,7 +160,7 @@ TEST_CASE("exponential agrees with std::exp over fp32's range") {
 }
 
 TEST_CASE("memory: zero-filled, aligned, and a refusal in words") {
-    char* memory = (char*)CpuOps::alloc(1000, "a test");
+    char* memory = static_cast<char*>(CpuOps::alloc(1000, "a test"));
     CHECK((uintptr_t)memory % 256 == 0);
     CHECK(std::all_of(memory, memory + 1000, [](char c) { return c == 0; }));
     free(memory);
@@ -178,7 +178,7 @@ TEST_CASE("embedding") {
     Doubles want(B * T * C), want_dwte = doubles(dwte), want_dwpe = doubles(dwpe);
     for (int n = 0; n < B * T; n++) {
         for (int i = 0; i < C; i++) {
-            want[n * C + i] = (double)wte[tokens[n] * C + i] + wpe[n % T * C + i];
+            want[n * C + i] = double(wte[tokens[n] * C + i]) + wpe[n % T * C + i];
             want_dwte[tokens[n] * C + i] += dout[n * C + i];
             want_dwpe[n % T * C + i] += dout[n * C + i];
         }
@@ -375,7 +375,7 @@ TEST_CASE("global norm and clip scale") {
         Floats shifted(x.size() + 16);
         for (int shift = 0; shift < 16; shift++) {
             std::copy(x.begin(), x.end(), shifted.begin() + shift);
-            const Range range = {(size_t)shift, 9999}, first = {0, 9999};
+            const Range range = {size_t(shift), 9999}, first = {0, 9999};
             double a, b;
             CpuOps::sum_squares(&a, shifted.data(), &range, 1);
             CpuOps::sum_squares(&b, x.data(), &first, 1);
@@ -391,14 +391,14 @@ TEST_CASE("adamw, ten steps") {
     Doubles w64 = doubles(master), m64(n), v64(n);
     for (int t = 1; t <= 10; t++) {
         const Floats grads = random_normal(n, 1e-3f);
-        const double c1 = 1 - std::pow((double)beta1, t), c2 = 1 - std::pow((double)beta2, t);
+        const double c1 = 1 - std::pow(double(beta1), t), c2 = 1 - std::pow(double(beta2), t);
         CpuOps::adamw(params.data(), master.data(), m.data(), v.data(), grads.data(), n, lr, beta1, beta2, eps, decay,
-                      (float)c1, (float)c2, clip);
+                      float(c1), float(c2), clip);
         for (size_t i = 0; i < n; i++) {
-            const double g = (double)grads[i] * clip[0];
-            m64[i] = (double)beta1 * m64[i] + (1.0 - beta1) * g;
-            v64[i] = (double)beta2 * v64[i] + (1.0 - beta2) * g * g;
-            w64[i] = w64[i] * (1.0 - (double)lr * decay) - lr * (m64[i] / c1) / (std::sqrt(v64[i] / c2) + eps);
+            const double g = double(grads[i]) * clip[0];
+            m64[i] = double(beta1) * m64[i] + (1.0 - beta1) * g;
+            v64[i] = double(beta2) * v64[i] + (1.0 - beta2) * g * g;
+            w64[i] = w64[i] * (1.0 - double(lr) * decay) - lr * (m64[i] / c1) / (std::sqrt(v64[i] / c2) + eps);
         }
     }
     CHECK(error(master, w64) < 1e-6);
@@ -414,8 +414,8 @@ TEST_CASE("muon_momentum") {
         Floats grads = random_normal(n), momentum = random_normal(n);
         Doubles want(n), want_momentum(n);
         for (size_t i = 0; i < n; i++) {
-            want_momentum[i] = (double)0.95f * momentum[i] + 0.25 * grads[i];
-            want[i] = nesterov ? 0.25 * grads[i] + (double)0.95f * want_momentum[i] : want_momentum[i];
+            want_momentum[i] = double(0.95f) * momentum[i] + 0.25 * grads[i];
+            want[i] = nesterov ? 0.25 * grads[i] + double(0.95f) * want_momentum[i] : want_momentum[i];
         }
         CpuOps::muon_momentum(grads.data(), momentum.data(), n, 0.95f, nesterov, clip);
         CHECK(error(grads, want) < 1e-6);
@@ -457,7 +457,7 @@ TEST_CASE("bf16 and fp16 round to nearest, ties to even") {
         for (NsType type : {NsType::bf16, NsType::fp16}) {
             const auto decode = type == NsType::bf16 ? CpuOps::from_bf16 : CpuOps::from_fp16;
             const auto encode = type == NsType::bf16 ? CpuOps::to_bf16 : CpuOps::to_fp16;
-            const float value = decode((uint16_t)bits), above = decode((uint16_t)(bits + 1));
+            const float value = decode(uint16_t(bits)), above = decode(uint16_t(bits + 1));
             if (std::isnan(value)) {
                 CHECK(std::isnan(decode(encode(value))));
                 continue;
@@ -466,13 +466,13 @@ TEST_CASE("bf16 and fp16 round to nearest, ties to even") {
             const float middle = 0.5f * value + 0.5f * above;
             if (!std::isfinite(middle)) continue;
             for (float x : {middle, std::nextafterf(middle, value), std::nextafterf(middle, above)}) {
-                REQUIRE((double)decode(encode(x)) == nearest(x, type));
+                REQUIRE(double(decode(encode(x))) == nearest(x, type));
             }
         }
     }
     for (float x : {65519.99f, 65520.0f, 1e10f, -3e38f, 1e-30f, -1e-42f, INFINITY, -INFINITY, 0.0f}) {
-        CHECK((double)CpuOps::from_fp16(CpuOps::to_fp16(x)) == nearest(x, NsType::fp16));
-        CHECK((double)CpuOps::from_bf16(CpuOps::to_bf16(x)) == nearest(x, NsType::bf16));
+        CHECK(double(CpuOps::from_fp16(CpuOps::to_fp16(x))) == nearest(x, NsType::fp16));
+        CHECK(double(CpuOps::from_bf16(CpuOps::to_bf16(x))) == nearest(x, NsType::bf16));
     }
 }
 
@@ -510,7 +510,7 @@ TEST_CASE("ns_normalize: tiles, transposition, padding, gradients from 1e-20 to 
                 Doubles want(got.size());
                 for (int b = 0; b < 3; b++) {
                     double squares = 0;
-                    auto at = [&](int r, int c) { return (double)grads[refs[b].offset + r * ld + c]; };
+                    auto at = [&](int r, int c) { return double(grads[refs[b].offset + r * ld + c]); };
                     for (int r = 0; r < rows; r++) {
                         for (int c = 0; c < cols; c++) squares += at(r, c) * at(r, c);
                     }
@@ -551,13 +551,13 @@ TEST_CASE("ns_product: both kinds, epilogue, exact symmetry, no dependence on th
                 CAPTURE(M);
                 CAPTURE(K);
                 const NsProduct kind = symmetric ? NsProduct::symmetric_nt : NsProduct::nn;
-                const std::vector<char> A = pack(random_normal((size_t)batch * M * K), type);
-                const std::vector<char> B = symmetric ? A : pack(random_normal((size_t)batch * K * N), type);
-                Floats c = random_normal((size_t)batch * M * N);
+                const std::vector<char> A = pack(random_normal(size_t(batch) * M * K), type);
+                const std::vector<char> B = symmetric ? A : pack(random_normal(size_t(batch) * K * N), type);
+                Floats c = random_normal(size_t(batch) * M * N);
                 if (symmetric) {
                     for (int b = 0; b < batch; b++) {
                         for (int i = 0; i < M; i++) {
-                            for (int j = 0; j < i; j++) c[((size_t)b * M + j) * N + i] = c[((size_t)b * M + i) * N + j];
+                            for (int j = 0; j < i; j++) c[(size_t(b) * M + j) * N + i] = c[(size_t(b) * M + i) * N + j];
                         }
                     }
                 }
@@ -574,16 +574,16 @@ TEST_CASE("ns_product: both kinds, epilogue, exact symmetry, no dependence on th
                 }
                 CHECK(alone == D);
 
-                const Floats a = unpack(A, (size_t)batch * M * K, type), b = unpack(B, (size_t)batch * N * K, type);
+                const Floats a = unpack(A, size_t(batch) * M * K, type), b = unpack(B, size_t(batch) * N * K, type);
                 c = unpack(C, c.size(), type);
                 Doubles want, want_plain;
                 for (int matrix = 0; matrix < batch; matrix++) {
-                    const Floats a1(a.data() + (size_t)matrix * M * K, a.data() + (size_t)(matrix + 1) * M * K);
-                    const Floats b1(b.data() + (size_t)matrix * N * K, b.data() + (size_t)(matrix + 1) * N * K);
+                    const Floats a1(a.data() + size_t(matrix) * M * K, a.data() + size_t(matrix + 1) * M * K);
+                    const Floats b1(b.data() + size_t(matrix) * N * K, b.data() + size_t(matrix + 1) * N * K);
                     const Doubles product = truth::matmul(false, symmetric, M, N, K, a1, K, b1, symmetric ? K : N);
                     want_plain.insert(want_plain.end(), product.begin(), product.end());
                     for (int i = 0; i < M * N; i++) {
-                        want.push_back((double)alpha * product[i] + (double)beta * c[(size_t)matrix * M * N + i] +
+                        want.push_back(double(alpha) * product[i] + double(beta) * c[size_t(matrix) * M * N + i] +
                                        (i / N == i % N ? diag : 0));
                     }
                 }
@@ -591,7 +591,7 @@ TEST_CASE("ns_product: both kinds, epilogue, exact symmetry, no dependence on th
                 CHECK(error(got, want) < half_unit(type) + 2e-6);
                 CHECK(error(unpack(plain, c.size(), type), want_plain) < half_unit(type) + 2e-6);
                 for (int i = 0; symmetric && i < M; i++) {
-                    for (int j = 0; j < i; j++) REQUIRE(got[(size_t)i * N + j] == got[(size_t)j * N + i]);
+                    for (int j = 0; j < i; j++) REQUIRE(got[size_t(i) * N + j] == got[size_t(j) * N + i]);
                 }
             }
         }
@@ -616,8 +616,8 @@ TEST_CASE("muon_update: tiles, transposition, the parameters follow the masters"
                 for (int r = 0; r < rows; r++) {
                     for (int c = 0; c < cols; c++) {
                         const double w =
-                            (double)0.99f * master0[refs[b].state + r * ld + c] -
-                            (double)0.02f * u[(size_t)b * mp * np + (transposed ? c * np + r : r * np + c)];
+                            double(0.99f) * master0[refs[b].state + r * ld + c] -
+                            double(0.02f) * u[size_t(b) * mp * np + (transposed ? c * np + r : r * np + c)];
                         want[refs[b].state + r * ld + c] = want_params[refs[b].offset + r * ld + c] = w;
                     }
                 }
@@ -695,7 +695,7 @@ struct Svd {
     int m, n;
     Doubles U, s, V;  // A (m,n) = U (m,m) diag(s) V (m,n), m <= n; V has orthonormal rows
     Doubles with(const Doubles& values) const {
-        Doubles A((size_t)m * n);
+        Doubles A(size_t(m) * n);
         for (int i = 0; i < m; i++) {
             for (int k = 0; k < m; k++) {
                 for (int j = 0; j < n; j++) A[i * n + j] += U[i * m + k] * values[k] * V[k * n + j];

@@ -72,7 +72,7 @@ static Options parse(const Args& args) {
     copy.insert(copy.end(), args.begin(), args.end());
     std::vector<char*> argv;
     for (std::string& arg : copy) argv.push_back(&arg[0]);
-    return parse_flags((int)argv.size(), argv.data());
+    return parse_flags(int(argv.size()), argv.data());
 }
 
 static Args words(const std::string& line) {
@@ -372,14 +372,14 @@ TEST_CASE("flags: what is no contradiction") {
 // dataloader.h
 
 static std::string shard_bytes(int32_t magic, int32_t version, uint32_t count, const std::vector<uint16_t>& tokens) {
-    int32_t header[256] = {magic, version, (int32_t)count};
-    std::string content((const char*)header, sizeof(header));
-    content.append((const char*)tokens.data(), tokens.size() * sizeof(uint16_t));
+    int32_t header[256] = {magic, version, int32_t(count)};
+    std::string content(reinterpret_cast<const char*>(header), sizeof(header));
+    content.append(reinterpret_cast<const char*>(tokens.data()), tokens.size() * sizeof(uint16_t));
     return content;
 }
 
 static void write_shard(const std::string& path, const std::vector<uint16_t>& tokens) {
-    write_file(path, shard_bytes(20240520, 1, (uint32_t)tokens.size(), tokens));
+    write_file(path, shard_bytes(20240520, 1, uint32_t(tokens.size()), tokens));
 }
 
 // n tokens first, first + 1, ...: a window's first token tells which window it is.
@@ -473,7 +473,7 @@ static std::vector<std::vector<int>> windows_by_step(const Shards& shards, int r
     for (int rank = 0; rank < ranks; rank++) {
         loaders.emplace_back(new DataLoader(shards, 42, batch, rank, ranks, accumulation, first_step, test_alloc));
     }
-    std::vector<std::vector<int>> result((size_t)steps);
+    std::vector<std::vector<int>> result(size_t(steps));
     for (std::vector<int>& windows : result) {
         for (int m = 0; m < accumulation; m++) {
             for (auto& loader : loaders) {
@@ -500,9 +500,9 @@ TEST_CASE("loader: ranks and batch divide a step's windows, they don't choose th
     }
     // Going on in the middle of an epoch, on any number of ranks, is as if nothing had happened.
     for (size_t at : {1, 3, 5, 8}) {
-        const std::vector<std::vector<int>> rest(expected.begin() + (long)at, expected.end());
-        CHECK(windows_by_step(*data.shards, 1, 12, 1, at, (int)rest.size()) == rest);
-        CHECK(windows_by_step(*data.shards, 3, 2, 2, at, (int)rest.size()) == rest);
+        const std::vector<std::vector<int>> rest(expected.begin() + long(at), expected.end());
+        CHECK(windows_by_step(*data.shards, 1, 12, 1, at, int(rest.size())) == rest);
+        CHECK(windows_by_step(*data.shards, 3, 2, 2, at, int(rest.size())) == rest);
     }
 }
 
@@ -510,7 +510,7 @@ TEST_CASE("loader: targets, order, and how long a batch lasts") {
     TempDir dir;
     std::mt19937 random(1);
     std::vector<uint16_t> tokens(5000);
-    for (uint16_t& token : tokens) token = (uint16_t)(random() % 2 ? random() % 50 : 65535 - random() % 3);
+    for (uint16_t& token : tokens) token = uint16_t(random() % 2 ? random() % 50 : 65535 - random() % 3);
     write_shard(dir / "a.bin", tokens);
     const int T = 77, B = 5;
     Shards shards(dir / "a.bin", T);
@@ -521,7 +521,7 @@ TEST_CASE("loader: targets, order, and how long a batch lasts") {
         const Batch batch = loader.next();
         const uint64_t step = 4 + number / 3, first = (step * 3 + number % 3) * 2 * B + B;
         for (int b = 0; b < B; b++) {
-            const uint16_t* expected = shards.sample(first + (uint64_t)b, 9);
+            const uint16_t* expected = shards.sample(first + uint64_t(b), 9);
             for (int t = 0; t < T; t++) {
                 REQUIRE(batch.inputs[b * T + t] == expected[t]);
                 REQUIRE(batch.targets[b * T + t] == expected[t + 1]);
@@ -640,16 +640,16 @@ TEST_CASE("loader: a shard of 5 GB") {
     TempDir dir;
     const uint64_t n = 2500000000;  // tokens, beyond 2^31; a sparse file takes no room on the disk
     const std::string path = dir / "big.bin";
-    write_file(path, shard_bytes(20240520, 1, (uint32_t)n, {}));
+    write_file(path, shard_bytes(20240520, 1, uint32_t(n), {}));
     fs::resize_file(path, 1024 + 2 * n);
     const int T = 1000;
     const uint64_t last = (n - 1) / T - 1;        // window
     const uint64_t marks[] = {0, 2147484, last};  // the middle one is the first that begins beyond token 2^31
     std::fstream file(path, std::ios::binary | std::ios::in | std::ios::out);
     for (uint64_t mark : marks) {
-        const std::vector<uint16_t> tokens = counting(T, (uint16_t)(1 + mark % 1009));
+        const std::vector<uint16_t> tokens = counting(T, uint16_t(1 + mark % 1009));
         file.seekp((std::streamoff)(1024 + 2 * mark * T));
-        file.write((const char*)tokens.data(), 2 * T);
+        file.write(reinterpret_cast<const char*>(tokens.data()), 2 * T);
     }
     file.close();
     REQUIRE(file.good());
@@ -659,7 +659,7 @@ TEST_CASE("loader: a shard of 5 GB") {
     CHECK(shards.windows() == 2499999);
     for (uint64_t mark : marks) {
         const uint16_t* tokens = shards.in_order(mark);
-        for (int t = 0; t < T; t++) REQUIRE(tokens[t] == 1 + mark % 1009 + (uint64_t)t);
+        for (int t = 0; t < T; t++) REQUIRE(tokens[t] == 1 + mark % 1009 + uint64_t(t));
     }
     int marked = 0;  // the loader finds the three marked windows among 2.5 million, and zeros elsewhere
     for (uint64_t g = 0; g < shards.windows(); g++) {
@@ -668,8 +668,8 @@ TEST_CASE("loader: a shard of 5 GB") {
             if (w != mark) continue;
             DataLoader loader(shards, 5, 1, 0, 1, 1, g, test_alloc);
             const Batch batch = loader.next();
-            CHECK(batch.inputs[0] == (int)(1 + mark % 1009));
-            CHECK(batch.inputs[T - 1] == (int)(1 + mark % 1009) + T - 1);
+            CHECK(batch.inputs[0] == int(1 + mark % 1009));
+            CHECK(batch.inputs[T - 1] == int(1 + mark % 1009) + T - 1);
             marked++;
         }
     }
@@ -680,7 +680,7 @@ TEST_CASE("loader: a shard of 5 GB") {
         MESSAGE("check_tokens skipped: the temporary directory is in memory");
         return;
     }
-    const int highest = (int)(1 + last % 1009) + T - 1;
+    const int highest = int(1 + last % 1009) + T - 1;
     const std::string message = error_of([&] { shards.check_tokens(highest); });
     CAPTURE(message);
     CHECK(mentions(message, strprintf("token %d at position %llu", highest, (unsigned long long)(last * T + T - 1))));
@@ -691,22 +691,22 @@ TEST_CASE("loader: a shard of 5 GB") {
 
 static std::string tokenizer_bytes(int32_t magic, int32_t version, int32_t vocab, int32_t end, const Args& texts) {
     int32_t header[256] = {magic, version, vocab, end};
-    std::string content((const char*)header, sizeof(header));
-    for (const std::string& text : texts) content += (char)(uint8_t)text.size() + text;
+    std::string content(reinterpret_cast<const char*>(header), sizeof(header));
+    for (const std::string& text : texts) content += char(uint8_t) text.size() + text;
     return content;
 }
 
 TEST_CASE("tokenizer: every token comes back") {
     TempDir dir;
     Args texts;
-    for (int i = 0; i < 256; i++) texts.push_back(std::string(1, (char)i));
+    for (int i = 0; i < 256; i++) texts.push_back(std::string(1, char(i)));
     texts.push_back("<|endoftext|>");
     texts.push_back(std::string(255, 'x'));
     write_file(dir / "tokenizer.bin", tokenizer_bytes(20240328, 2, 258, 256, texts));
     const Tokenizer tokenizer(dir / "tokenizer.bin");
     CHECK(tokenizer.vocab == 258);
     CHECK(tokenizer.end_of_text == 256);
-    for (int i = 0; i < 258; i++) CHECK(tokenizer.decode(i) == texts[(size_t)i]);
+    for (int i = 0; i < 258; i++) CHECK(tokenizer.decode(i) == texts[size_t(i)]);
     for (int i : {-1, 258, 1 << 30}) CHECK(mentions(error_of([&] { tokenizer.decode(i); }), "outside"));
 
     CHECK(tokenizer.identity == Tokenizer(dir / "tokenizer.bin").identity);
@@ -755,7 +755,7 @@ static Tensors make_tensors(const std::vector<std::vector<int64_t>>& shapes, uns
         TensorInfo info = {strprintf("blocks.%zu.weight", tensors.size()), shape};
         std::vector<float> values(info.elements());
         for (float& value : values) {
-            const uint32_t bits = (uint32_t)random();  // NaNs, infinities and denormals are values like any other
+            const uint32_t bits = uint32_t(random());  // NaNs, infinities and denormals are values like any other
             memcpy(&value, &bits, 4);
         }
         tensors.emplace_back(info, values);
@@ -771,7 +771,7 @@ static void save(const std::string& dir, int64_t step, const Tensors& tensors, i
     std::string bytes;
     for (const auto& [info, values] : tensors) {
         infos.push_back(info);
-        bytes.append((const char*)values.data(), values.size() * sizeof(float));
+        bytes.append(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(float));
     }
     CheckpointWriter writer(dir, step, some_meta, infos);
     std::mt19937 random(chunks);
@@ -816,11 +816,11 @@ TEST_CASE("checksum: any change within 32 bytes of anything shows, and pieces do
         CHECK(sum != Checksum::of(data.data(), size + 1 > 1000 ? 0 : size + 1));  // zeros count
         for (size_t bit = 0; bit < size * 8; bit++) {
             std::string other = data;
-            other[bit / 8] = (char)(other[bit / 8] ^ (1 << bit % 8));
+            other[bit / 8] = char(other[bit / 8] ^ (1 << bit % 8));
             REQUIRE(Checksum::of(other.data(), size) != sum);
         }
     }
-    for (char& c : data) c = (char)random();
+    for (char& c : data) c = char(random());
     Checksum pieces;
     pieces.update(data.data(), 320);
     pieces.update(data.data() + 320, 32);
@@ -909,7 +909,7 @@ TEST_CASE("checkpoint: every single bit counts") {
     auto flip = [](int fd, size_t bit) {
         char byte;
         REQUIRE(pread(fd, &byte, 1, (off_t)(bit / 8)) == 1);
-        byte = (char)(byte ^ (1 << bit % 8));
+        byte = char(byte ^ (1 << bit % 8));
         REQUIRE(pwrite(fd, &byte, 1, (off_t)(bit / 8)) == 1);
     };
     std::mt19937 random(5);
@@ -959,13 +959,14 @@ TEST_CASE("checkpoint: a table that makes no sense is refused even under a right
           "tensor a f32 4611686018427387904", "tensor a f32 3 3 3 3 3 3 3 3 3 3 3", "tensor a f32 1",
           "\n\ntensor a f32"}) {
         const uint64_t header[2] = {table.size(), Checksum::of(table.data(), table.size())};
-        write_file(path, "TRAINGPT" + std::string((const char*)header, 16) + table + std::string(100, '\0'));
+        write_file(
+            path, "TRAINGPT" + std::string(reinterpret_cast<const char*>(header), 16) + table + std::string(100, '\0'));
         CAPTURE(table);
         CHECK(open_error(path) != "");
     }
     for (uint64_t size : {~uint64_t(0), ~uint64_t(0) - 23, uint64_t(1) << 63, uint64_t(101)}) {
         const uint64_t header[2] = {size, 0};
-        write_file(path, "TRAINGPT" + std::string((const char*)header, 16) + std::string(100, '\0'));
+        write_file(path, "TRAINGPT" + std::string(reinterpret_cast<const char*>(header), 16) + std::string(100, '\0'));
         CHECK(mentions(open_error(path), "ends within its table"));
     }
     CHECK(mentions(open_error(dir / "none.ckpt"), "cannot open"));
@@ -1150,7 +1151,7 @@ TEST_CASE("checkpoint: killed while writing, the older one stays") {
             const std::vector<std::string> files = list_checkpoints(dir.path);
             REQUIRE(!files.empty());
             for (const std::string& path : files) check_equal(path, tensors);
-            const int64_t now = ckpt::step_in_name(fs::path(files[0]).filename().string(), ckpt::suffix);
+            const int64_t now = ckpt::step_in_name(fs::path(files[0]).filename().string(), ckpt::kSuffix);
             CHECK(now >= newest);
             newest = now;
         }

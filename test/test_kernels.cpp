@@ -13,15 +13,15 @@
 #include <random>
 
 #include "../cpu_backend.h"
-#include "../gpt_kernels.cuh"
-#include "../mma.cuh"
+#include "../kernels/gpt_kernels.cuh"
+#include "../kernels/mma.cuh"
 #include "device_buffer.h"
 
 namespace test_kernels {
 
-typedef std::vector<float> Floats;
-typedef std::vector<real> Reals;
-typedef std::vector<int> Ints;
+using Floats = std::vector<float>;
+using Reals = std::vector<real>;
+using Ints = std::vector<int>;
 
 static std::mt19937_64 generator;
 

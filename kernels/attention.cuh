@@ -27,12 +27,14 @@
 // lies above the diagonal is skipped, blocks on the diagonal are masked.
 //
 // In reading order: FlashTiles (how a tile lies in shared memory, how a warp reads it), the three tensor-core kernels
-// (bf16, hd of 32, 64 or 128), their scalar twins (float, or any hd up to 256), struct Attention (the launchers).
+// (bf16, hd of 32, 64 or 128), struct Attention (the launchers). attention_scalar.cuh has their scalar twins (float, or
+// any hd up to 256).
 #pragma once
 #include <cmath>
 #include <type_traits>
 
-#include "common.h"
+#include "../common.h"
+#include "attention_scalar.cuh"
 #include "cuda_common.cuh"
 #include "mma.cuh"
 
@@ -51,25 +53,27 @@ __device__ inline float fast_exp2(float x) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Tiles
 
-template <int HD, int WARPS> struct FlashTiles {
+template <int HD, int WARPS>
+struct FlashTiles {
     static constexpr int warps = WARPS, threads = 32 * warps;
-    static constexpr int own_rows = 16 * warps;       // of a block
-    static constexpr int passing_rows = 64;           // of a tile that passes by
+    static constexpr int own_rows = 16 * warps;  // of a block
+    static constexpr int passing_rows = 64;      // of a tile that passes by
     static constexpr int own_elements = own_rows * HD, passing_elements = passing_rows * HD;
 
     // A tile is (rows, HD) in shared memory. cp.async writes and ldmatrix reads it in chunks of 8 columns (16 bytes),
     // and ldmatrix takes one chunk of each of 8 consecutive rows at a time. Those must lie in different banks (8 chunks
     // fill the 32 banks), so chunk c of a row is stored at place c ^ key, with keys that differ between such rows.
     __device__ static int place(int row, int chunk) {
-        int key = HD == 32 ? row / 2 % 4 : row % 8;   // two rows of HD 32 fill the banks
+        int key = HD == 32 ? row / 2 % 4 : row % 8;  // two rows of HD 32 fill the banks
         return row * HD + (chunk ^ key) * 8;
     }
 
     // Starts copying rows first..first+rows-1 of a (T, HD) matrix with that row stride; rows past the end become zeros.
-    template <int rows> __device__ static void load(real* tile, const real* matrix, int stride, int first, int T) {
+    template <int rows>
+    __device__ static void load(real* tile, const real* matrix, int stride, int first, int T) {
         constexpr int chunks = HD / 8, rows_at_once = threads / chunks;
         int chunk = threadIdx.x % chunks;
-        #pragma unroll
+        UNROLL
         for (int i = 0; i < rows / rows_at_once; i++) {
             int row = i * rows_at_once + threadIdx.x / chunks;
             bool valid = first + row < T;
@@ -83,7 +87,7 @@ template <int HD, int WARPS> struct FlashTiles {
 
     // Two (T, HD) matrices, x and y, that pass by. While tile i is in use, i + 1 is on its way into the other buffers.
     struct Passing {
-        real* buffers;                   // 2 x {tile of x, tile of y}
+        real* buffers;  // 2 x {tile of x, tile of y}
         const real *x, *y;
         int x_stride, y_stride, T;
 
@@ -119,9 +123,9 @@ template <int HD, int WARPS> struct FlashTiles {
     template <int blocks>
     __device__ static void product_transposed(float (&result)[blocks][4], const uint32_t (&own)[HD / 16][4],
                                               const real* tile, int row) {
-        #pragma unroll
+        UNROLL
         for (int k = 0; k < HD / 16; k++) {
-            #pragma unroll
+            UNROLL
             for (int n = 0; n < blocks; n += 2) {
                 uint32_t b[4];
                 right_transposed(b, tile, row + 8 * n, k);
@@ -134,12 +138,12 @@ template <int HD, int WARPS> struct FlashTiles {
     template <int blocks>
     __device__ static void add_product(float (&sum)[HD / 8][4], const float (&weights)[blocks][4], const real* tile,
                                        int row) {
-        #pragma unroll
+        UNROLL
         for (int k = 0; k < blocks; k += 2) {
             const float *w0 = weights[k], *w1 = weights[k + 1];
             const uint32_t a[4] = {pack_pair<real>(w0[0], w0[1]), pack_pair<real>(w0[2], w0[3]),
                                    pack_pair<real>(w1[0], w1[1]), pack_pair<real>(w1[2], w1[3])};
-            #pragma unroll
+            UNROLL
             for (int n = 0; n < HD / 16; n++) {
                 uint32_t b[4];
                 right(b, tile, row + 8 * k, n);
@@ -158,14 +162,14 @@ template <int HD, int WARPS> struct FlashTiles {
             *reinterpret_cast<uint32_t*>(staging + place(row, n) + 2 * t) = pack_pair<real>(low, high);
         };
         __syncwarp();
-        #pragma unroll
+        UNROLL
         for (int n = 0; n < HD / 8; n++) {
             stage(g, n, sum[n][0] * factor0, sum[n][1] * factor0);
             stage(g + 8, n, sum[n][2] * factor1, sum[n][3] * factor1);
         }
         __syncwarp();
         constexpr int chunks = HD / 8, rows_at_once = 32 / chunks;
-        #pragma unroll
+        UNROLL
         for (int i = 0; i < 16 / rows_at_once; i++) {
             int row = i * rows_at_once + lane / chunks, chunk = lane % chunks;
             if (first + row >= T) break;
@@ -187,27 +191,30 @@ __device__ inline float row_max(float x) {
 }
 
 // How many warps a block has, and how many blocks an SM: what the registers allow (65536 of an SM, 255 of a thread).
-template <int HD> using QueryTiles = FlashTiles<HD, HD <= 64 ? 8 : 4>;
-constexpr int kQueryBlocks = 2;                                         // 128 registers a thread; 255 for HD 128
-template <int HD> using KeyTiles = FlashTiles<HD, 4>;
-template <int HD> constexpr int kKeyBlocks = HD <= 64 ? 3 : 2;          // 168 registers; two sums need more
+template <int HD>
+using QueryTiles = FlashTiles<HD, HD <= 64 ? 8 : 4>;
+constexpr int kQueryBlocks = 2;  // 128 registers a thread; 255 for HD 128
+template <int HD>
+using KeyTiles = FlashTiles<HD, 4>;
+template <int HD>
+constexpr int kKeyBlocks = HD <= 64 ? 3 : 2;  // 168 registers; two sums need more
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward. out (B,T,C), lse (B,H,T), qkv (B,T,3C). Grid (blocks of own_rows queries, H, B).
 
 template <int HD>
 __global__ void __launch_bounds__(QueryTiles<HD>::threads, kQueryBlocks)
-flash_forward_kernel(real* out, float* lse, const real* qkv, int T, int C, float scale) {
-    typedef QueryTiles<HD> Tiles;
-    DYNAMIC_SHARED(real, q_tile);                        // (own_rows, HD)
+    flash_forward_kernel(real* out, float* lse, const real* qkv, int T, int C, float scale) {
+    using Tiles = QueryTiles<HD>;
+    DYNAMIC_SHARED(real, q_tile);  // (own_rows, HD)
 
     const int b = blockIdx.z, h = blockIdx.y, H = gridDim.y;
     const int first = (gridDim.x - 1 - blockIdx.x) * Tiles::own_rows;  // the last queries, with most keys, start first
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int warp_first = first + 16 * warp;
-    const int row0 = warp_first + lane / 4;              // this lane's rows are row0 and row0 + 8
+    const int row0 = warp_first + lane / 4;  // this lane's rows are row0 and row0 + 8
     const real* q = qkv + size_t(b) * T * 3 * C + h * HD;
-    const real *k = q + C, *v = q + 2 * C;               // (T, HD), row stride 3C, as q
+    const real *k = q + C, *v = q + 2 * C;  // (T, HD), row stride 3C, as q
 
     const int last = min(first + Tiles::own_rows, T) - 1;
     const int tiles = last / Tiles::passing_rows + 1;
@@ -218,7 +225,7 @@ flash_forward_kernel(real* out, float* lse, const real* qkv, int T, int C, float
     cp_async_wait<0>();
     __syncthreads();
     uint32_t own_q[HD / 16][4];
-    #pragma unroll
+    UNROLL
     for (int i = 0; i < HD / 16; i++) Tiles::left(own_q[i], q_tile, 16 * warp, i);
 
     float o[HD / 8][4] = {};
@@ -228,36 +235,34 @@ flash_forward_kernel(real* out, float* lse, const real* qkv, int T, int C, float
     for (int tile = 0; tile < tiles; tile++) {
         if (tile + 1 < tiles) keys.load_tile(tile + 1);
         const int key = tile * Tiles::passing_rows;
-        if (key <= warp_first) {                               // else these keys are later than the warp's queries
+        if (key <= warp_first) {  // else these keys are later than the warp's queries
             constexpr int blocks = Tiles::passing_rows / 8;
             float s[blocks][4] = {};
             Tiles::product_transposed(s, own_q, keys.x_tile(tile), 0);
-            if (key + Tiles::passing_rows > warp_first) {      // on the diagonal
-                #pragma unroll
-                for (int n = 0; n < blocks; n++)
-                    #pragma unroll
-                    for (int e = 0; e < 4; e++)
-                        if (key + 8 * n + lane % 4 * 2 + e % 2 > row0 + e / 2 * 8) s[n][e] = -INFINITY;
+            if (key + Tiles::passing_rows > warp_first) {  // on the diagonal
+                UNROLL
+                for (int n = 0; n < blocks; n++) UNROLL
+                for (int e = 0; e < 4; e++)
+                    if (key + 8 * n + lane % 4 * 2 + e % 2 > row0 + e / 2 * 8) s[n][e] = -INFINITY;
             }
             // The first tile has key 0, which every query sees, so m is finite from then on.
-            #pragma unroll
+            UNROLL
             for (int r = 0; r < 2; r++) {
                 float m_new = m[r];
-                #pragma unroll
+                UNROLL
                 for (int n = 0; n < blocks; n++) m_new = fmaxf(m_new, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
                 m_new = row_max(m_new);
                 const float correction = fast_exp2((m[r] - m_new) * scale_log2);
                 const float shift = m_new * scale_log2;
                 m[r] = m_new;
                 l[r] *= correction;
-                #pragma unroll
-                for (int n = 0; n < blocks; n++)
-                    #pragma unroll
-                    for (int e = 2 * r; e < 2 * r + 2; e++) {
-                        s[n][e] = fast_exp2(s[n][e] * scale_log2 - shift);  // from here on s is P, up to exp(m - lse)
-                        l[r] += s[n][e];
-                    }
-                #pragma unroll
+                UNROLL
+                for (int n = 0; n < blocks; n++) UNROLL
+                for (int e = 2 * r; e < 2 * r + 2; e++) {
+                    s[n][e] = fast_exp2(s[n][e] * scale_log2 - shift);  // from here on s is P, up to exp(m - lse)
+                    l[r] += s[n][e];
+                }
+                UNROLL
                 for (int n = 0; n < HD / 8; n++) o[n][2 * r] *= correction, o[n][2 * r + 1] *= correction;
             }
             Tiles::add_product(o, s, keys.y_tile(tile), 0);
@@ -268,7 +273,7 @@ flash_forward_kernel(real* out, float* lse, const real* qkv, int T, int C, float
 
     l[0] = row_sum(l[0]);
     l[1] = row_sum(l[1]);
-    real* out_head = out + size_t(b) * T * C + h * HD;   // (T, HD), row stride C
+    real* out_head = out + size_t(b) * T * C + h * HD;  // (T, HD), row stride C
     Tiles::store(out_head, C, warp_first, T, o, 1.0f / l[0], 1.0f / l[1], q_tile + 16 * warp * HD);
     for (int r = 0; r < 2; r++) {
         const int row = row0 + 8 * r;
@@ -284,11 +289,11 @@ constexpr int kChunk = 16;
 // dQ and delta. dqkv (B,T,3C), delta (B,H,T), dout and out (B,T,C), lse (B,H,T). Grid as forward.
 template <int HD>
 __global__ void __launch_bounds__(QueryTiles<HD>::threads, kQueryBlocks)
-flash_dq_kernel(real* dqkv, float* delta, const real* dout, const real* qkv, const real* out, const float* lse,
-                int T, int C, float scale) {
-    typedef QueryTiles<HD> Tiles;
-    DYNAMIC_SHARED(real, q_tile);                        // (own_rows, HD)
-    real* dout_tile = q_tile + Tiles::own_elements;      // (own_rows, HD)
+    flash_dq_kernel(real* dqkv, float* delta, const real* dout, const real* qkv, const real* out, const float* lse,
+                    int T, int C, float scale) {
+    using Tiles = QueryTiles<HD>;
+    DYNAMIC_SHARED(real, q_tile);                    // (own_rows, HD)
+    real* dout_tile = q_tile + Tiles::own_elements;  // (own_rows, HD)
 
     const int b = blockIdx.z, h = blockIdx.y, H = gridDim.y;
     const int first = (gridDim.x - 1 - blockIdx.x) * Tiles::own_rows;
@@ -308,20 +313,20 @@ flash_dq_kernel(real* dqkv, float* delta, const real* dout, const real* qkv, con
     Tiles::load_own(dout_tile, dout + out_head, C, first, T);
     keys.load_tile(0);
 
-    float row_lse[2], row_delta[2] = {0.0f, 0.0f};       // of this lane's two rows; lse in units of log2
+    float row_lse[2], row_delta[2] = {0.0f, 0.0f};  // of this lane's two rows; lse in units of log2
     for (int r = 0; r < 2; r++) row_lse[r] = row0 + 8 * r < T ? lse[row0 + 8 * r] * kLog2e : 0.0f;
 
     cp_async_wait<0>();
     __syncthreads();
     uint32_t own_q[HD / 16][4], own_dout[HD / 16][4];
-    #pragma unroll
+    UNROLL
     for (int i = 0; i < HD / 16; i++) {
         Tiles::left(own_q[i], q_tile, 16 * warp, i);
         Tiles::left(own_dout[i], dout_tile, 16 * warp, i);
     }
 
     // delta = dO . O. Of the four lanes that share a row, lane t takes the chunks t, t + 4, ..
-    #pragma unroll
+    UNROLL
     for (int r = 0; r < 2; r++) {
         const int row = row0 + 8 * r;
         if (row < T) {
@@ -339,27 +344,25 @@ flash_dq_kernel(real* dqkv, float* delta, const real* dout, const real* qkv, con
     const float scale_log2 = scale * kLog2e;
     for (int tile = 0; tile < tiles; tile++) {
         if (tile + 1 < tiles) keys.load_tile(tile + 1);
-        #pragma unroll
+        UNROLL
         for (int chunk = 0; chunk < Tiles::passing_rows; chunk += kChunk) {
             const int key = tile * Tiles::passing_rows + chunk;
-            if (key > warp_first) break;                  // later than the warp's queries
+            if (key > warp_first) break;  // later than the warp's queries
             float s[kChunk / 8][4] = {}, dp[kChunk / 8][4] = {};
             Tiles::product_transposed(s, own_q, keys.x_tile(tile), chunk);
             Tiles::product_transposed(dp, own_dout, keys.y_tile(tile), chunk);
-            if (key == warp_first) {                      // on the diagonal
-                #pragma unroll
-                for (int n = 0; n < kChunk / 8; n++)
-                    #pragma unroll
-                    for (int e = 0; e < 4; e++)
-                        if (8 * n + lane % 4 * 2 + e % 2 > lane / 4 + e / 2 * 8) s[n][e] = -INFINITY;
+            if (key == warp_first) {  // on the diagonal
+                UNROLL
+                for (int n = 0; n < kChunk / 8; n++) UNROLL
+                for (int e = 0; e < 4; e++)
+                    if (8 * n + lane % 4 * 2 + e % 2 > lane / 4 + e / 2 * 8) s[n][e] = -INFINITY;
             }
-            #pragma unroll
-            for (int n = 0; n < kChunk / 8; n++)
-                #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const float p = fast_exp2(s[n][e] * scale_log2 - row_lse[e / 2]);
-                    s[n][e] = p * (dp[n][e] - row_delta[e / 2]);  // dS
-                }
+            UNROLL
+            for (int n = 0; n < kChunk / 8; n++) UNROLL
+            for (int e = 0; e < 4; e++) {
+                const float p = fast_exp2(s[n][e] * scale_log2 - row_lse[e / 2]);
+                s[n][e] = p * (dp[n][e] - row_delta[e / 2]);  // dS
+            }
             Tiles::add_product(dq, s, keys.x_tile(tile), chunk);
         }
         cp_async_wait<0>();
@@ -372,11 +375,11 @@ flash_dq_kernel(real* dqkv, float* delta, const real* dout, const real* qkv, con
 // see, start first. Everything is transposed: rows are keys, columns are queries.
 template <int HD>
 __global__ void __launch_bounds__(KeyTiles<HD>::threads, kKeyBlocks<HD>)
-flash_dkv_kernel(real* dqkv, const float* delta, const real* dout, const real* qkv, const float* lse,
-                 int T, int C, float scale) {
-    typedef KeyTiles<HD> Tiles;
-    DYNAMIC_SHARED(real, k_tile);                        // (own_rows, HD)
-    real* v_tile = k_tile + Tiles::own_elements;         // (own_rows, HD)
+    flash_dkv_kernel(real* dqkv, const float* delta, const real* dout, const real* qkv, const float* lse, int T, int C,
+                     float scale) {
+    using Tiles = KeyTiles<HD>;
+    DYNAMIC_SHARED(real, k_tile);                             // (own_rows, HD)
+    real* v_tile = k_tile + Tiles::own_elements;              // (own_rows, HD)
     __shared__ float2 passing_terms[2][Tiles::passing_rows];  // lse (in units of log2) and delta of the queries
 
     const int b = blockIdx.z, h = blockIdx.y, H = gridDim.y;
@@ -408,7 +411,7 @@ flash_dkv_kernel(real* dqkv, const float* delta, const real* dout, const real* q
     cp_async_wait<0>();
     __syncthreads();
     uint32_t own_k[HD / 16][4], own_v[HD / 16][4];
-    #pragma unroll
+    UNROLL
     for (int i = 0; i < HD / 16; i++) {
         Tiles::left(own_k[i], k_tile, 16 * warp, i);
         Tiles::left(own_v[i], v_tile, 16 * warp, i);
@@ -420,30 +423,28 @@ flash_dkv_kernel(real* dqkv, const float* delta, const real* dout, const real* q
         float2 next_terms = {};
         if (tile + 1 < tiles) {
             queries.load_tile(tile + 1);
-            next_terms = load_terms(tile + 1);            // under way in a register while this tile is computed
+            next_terms = load_terms(tile + 1);  // under way in a register while this tile is computed
         }
-        #pragma unroll
+        UNROLL
         for (int chunk = 0; chunk < Tiles::passing_rows; chunk += kChunk) {
             const int query = tile * Tiles::passing_rows + chunk;
-            if (query < warp_first) continue;             // earlier than the warp's keys
+            if (query < warp_first) continue;  // earlier than the warp's keys
             float s[kChunk / 8][4] = {}, dp[kChunk / 8][4] = {};
             Tiles::product_transposed(s, own_k, queries.x_tile(tile), chunk);
             Tiles::product_transposed(dp, own_v, queries.y_tile(tile), chunk);
-            if (query == warp_first) {                    // on the diagonal
-                #pragma unroll
-                for (int n = 0; n < kChunk / 8; n++)
-                    #pragma unroll
-                    for (int e = 0; e < 4; e++)
-                        if (8 * n + lane % 4 * 2 + e % 2 < lane / 4 + e / 2 * 8) s[n][e] = -INFINITY;
+            if (query == warp_first) {  // on the diagonal
+                UNROLL
+                for (int n = 0; n < kChunk / 8; n++) UNROLL
+                for (int e = 0; e < 4; e++)
+                    if (8 * n + lane % 4 * 2 + e % 2 < lane / 4 + e / 2 * 8) s[n][e] = -INFINITY;
             }
-            #pragma unroll
-            for (int n = 0; n < kChunk / 8; n++)
-                #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const float2 terms = passing_terms[tile % 2][chunk + 8 * n + lane % 4 * 2 + e % 2];
-                    s[n][e] = fast_exp2(s[n][e] * scale_log2 - terms.x);  // P
-                    dp[n][e] = s[n][e] * (dp[n][e] - terms.y);            // dS
-                }
+            UNROLL
+            for (int n = 0; n < kChunk / 8; n++) UNROLL
+            for (int e = 0; e < 4; e++) {
+                const float2 terms = passing_terms[tile % 2][chunk + 8 * n + lane % 4 * 2 + e % 2];
+                s[n][e] = fast_exp2(s[n][e] * scale_log2 - terms.x);  // P
+                dp[n][e] = s[n][e] * (dp[n][e] - terms.y);            // dS
+            }
             Tiles::add_product(dv, s, queries.y_tile(tile), chunk);
             Tiles::add_product(dk, dp, queries.x_tile(tile), chunk);
         }
@@ -457,263 +458,71 @@ flash_dkv_kernel(real* dqkv, const float* delta, const real* dout, const real* q
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The scalar twins: float arithmetic, `real` of either kind, heads of any hd up to 256. The same division of labour,
-// with lanes in place of fragments: a warp owns 4 rows, tiles of 32 rows pass by. For products with tile^T (scores) a
-// lane takes one row of the tile; for sums over the tile's rows it takes the columns lane, lane + 32, .. (COLUMNS of
-// them). In between, the weights change hands through shared memory.
-
-constexpr int kTwinWarps = 8;
-constexpr int kTwinThreads = kWarpSize * kTwinWarps;
-constexpr int kTwinRows = 4;                           // of a warp
-constexpr int kTwinTile = kTwinWarps * kTwinRows;      // rows of a block, and of a passing tile
-constexpr int kTwinWeights = kTwinTile * kTwinRows;    // of a warp: (row of the tile, row of the warp)
-static_assert(kTwinTile == kWarpSize, "a lane for each row of a tile");
-
-// Rows of a tile are an odd number of floats apart, so that 32 rows at the same column are in 32 banks.
-constexpr __host__ __device__ int twin_stride(int hd) { return hd | 1; }
-
-// Rows first..first+31 of a (T, hd) matrix with row stride `stride`; zeros past the end.
-__device__ inline void twin_load(float* tile, const real* matrix, int stride, int first, int T, int hd) {
-    for (int i = threadIdx.x; i < kTwinTile * hd; i += kTwinThreads) {
-        const int row = i / hd, column = i % hd;
-        const bool valid = first + row < T;
-        tile[row * twin_stride(hd) + column] = valid ? to_float(matrix[(first + row) * stride + column]) : 0.0f;
-    }
-}
-
-// A warp's 4 rows of a (T, hd) matrix. Past the end they are the last row again, computed and not stored.
-struct TwinRows {
-    const real* row[kTwinRows];
-    __device__ TwinRows(const real* matrix, int stride, int first, int T) {
-        for (int r = 0; r < kTwinRows; r++) row[r] = matrix + min(first + r, T - 1) * stride;
-    }
-    // dots[r] = row r . tile row `lane`
-    __device__ void dot(float (&dots)[kTwinRows], const float* tile, int hd) const {
-        const float* tile_row = tile + threadIdx.x % kWarpSize * twin_stride(hd);
-        for (int r = 0; r < kTwinRows; r++) dots[r] = 0.0f;
-        for (int d = 0; d < hd; d++)
-            for (int r = 0; r < kTwinRows; r++) dots[r] += to_float(row[r][d]) * tile_row[d];
-    }
-};
-
-// sum[r] += sum over rows j of the tile of weights[j][r] * tile[j]
-template <int COLUMNS>
-__device__ void twin_add(float (&sum)[kTwinRows][COLUMNS], const float* weights, const float* tile, int hd) {
-    for (int j = 0; j < kTwinTile; j++) {
-        #pragma unroll
-        for (int c = 0; c < COLUMNS; c++) {
-            const int column = threadIdx.x % kWarpSize + kWarpSize * c;
-            const float x = tile[j * twin_stride(hd) + min(column, hd - 1)];  // columns past the end are not stored
-            #pragma unroll
-            for (int r = 0; r < kTwinRows; r++) sum[r][c] += weights[j * kTwinRows + r] * x;
-        }
-    }
-}
-template <int COLUMNS>
-__device__ void twin_store(real* matrix, int stride, int first, int T, int hd, const float (&sum)[kTwinRows][COLUMNS]) {
-    #pragma unroll
-    for (int r = 0; r < kTwinRows; r++)
-        #pragma unroll
-        for (int c = 0; c < COLUMNS; c++) {
-            const int column = threadIdx.x % kWarpSize + kWarpSize * c;
-            if (first + r < T && column < hd) matrix[(first + r) * stride + column] = from_float<real>(sum[r][c]);
-        }
-}
-
-// Shapes and grids are those of the tensor-core kernels, with blocks of kTwinTile rows.
-template <int COLUMNS>
-__global__ void twin_forward_kernel(real* out, float* lse, const real* qkv, int T, int C, int hd, float scale) {
-    DYNAMIC_SHARED(float, k_tile);                                // (kTwinTile, hd)
-    float* v_tile = k_tile + kTwinTile * twin_stride(hd);         // (kTwinTile, hd)
-    const int b = blockIdx.z, h = blockIdx.y, H = gridDim.y, first = (gridDim.x - 1 - blockIdx.x) * kTwinTile;
-    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, row0 = first + kTwinRows * warp;
-    float* weights = v_tile + kTwinTile * twin_stride(hd) + warp * kTwinWeights;
-    const real* q = qkv + size_t(b) * T * 3 * C + h * hd;
-    const real *k = q + C, *v = q + 2 * C;
-    const TwinRows own_q(q, 3 * C, row0, T);
-
-    float o[kTwinRows][COLUMNS] = {}, m[kTwinRows], l[kTwinRows] = {};
-    for (float& x : m) x = -INFINITY;
-    for (int key = 0; key <= first; key += kTwinTile) {
-        __syncthreads();
-        twin_load(k_tile, k, 3 * C, key, T, hd);
-        twin_load(v_tile, v, 3 * C, key, T, hd);
-        __syncthreads();
-        float s[kTwinRows];
-        own_q.dot(s, k_tile, hd);
-        #pragma unroll
-        for (int r = 0; r < kTwinRows; r++) {
-            s[r] = key + lane <= row0 + r ? s[r] * scale : -INFINITY;
-            const float m_new = fmaxf(m[r], warp_max(s[r])), correction = expf(m[r] - m_new), p = expf(s[r] - m_new);
-            m[r] = m_new;
-            l[r] = l[r] * correction + warp_sum(p);
-            for (float& x : o[r]) x *= correction;
-            weights[lane * kTwinRows + r] = p;
-        }
-        __syncwarp();
-        twin_add(o, weights, v_tile, hd);
-        __syncwarp();
-    }
-    #pragma unroll
-    for (int r = 0; r < kTwinRows; r++) {
-        for (float& x : o[r]) x /= l[r];
-        if (lane == 0 && row0 + r < T) lse[(size_t(b) * H + h) * T + row0 + r] = m[r] + logf(l[r]);
-    }
-    twin_store(out + size_t(b) * T * C + h * hd, C, row0, T, hd, o);
-}
-
-template <int COLUMNS>
-__global__ void twin_dq_kernel(real* dqkv, float* delta, const real* dout, const real* qkv, const real* out,
-                               const float* lse, int T, int C, int hd, float scale) {
-    DYNAMIC_SHARED(float, k_tile);                                // (kTwinTile, hd)
-    float* v_tile = k_tile + kTwinTile * twin_stride(hd);         // (kTwinTile, hd)
-    const int b = blockIdx.z, h = blockIdx.y, H = gridDim.y, first = (gridDim.x - 1 - blockIdx.x) * kTwinTile;
-    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, row0 = first + kTwinRows * warp;
-    float* weights = v_tile + kTwinTile * twin_stride(hd) + warp * kTwinWeights;
-    const size_t head = size_t(b) * T * 3 * C + h * hd, out_head = size_t(b) * T * C + h * hd;
-    const real *q = qkv + head, *k = q + C, *v = q + 2 * C;
-    const TwinRows own_q(q, 3 * C, row0, T), own_dout(dout + out_head, C, row0, T), own_out(out + out_head, C, row0, T);
-    lse += (size_t(b) * H + h) * T;
-    delta += (size_t(b) * H + h) * T;
-
-    float row_lse[kTwinRows], row_delta[kTwinRows] = {}, dq[kTwinRows][COLUMNS] = {};
-    #pragma unroll
-    for (int r = 0; r < kTwinRows; r++) {
-        const real *row_dout = own_dout.row[r], *row_out = own_out.row[r];
-        for (int d = lane; d < hd; d += kWarpSize) row_delta[r] += to_float(row_dout[d]) * to_float(row_out[d]);
-        row_delta[r] = warp_sum(row_delta[r]);
-        row_lse[r] = lse[min(row0 + r, T - 1)];
-        if (lane == 0 && row0 + r < T) delta[row0 + r] = row_delta[r];
-    }
-    for (int key = 0; key <= first; key += kTwinTile) {
-        __syncthreads();
-        twin_load(k_tile, k, 3 * C, key, T, hd);
-        twin_load(v_tile, v, 3 * C, key, T, hd);
-        __syncthreads();
-        float s[kTwinRows], dp[kTwinRows];
-        own_q.dot(s, k_tile, hd);
-        own_dout.dot(dp, v_tile, hd);
-        #pragma unroll
-        for (int r = 0; r < kTwinRows; r++) {
-            const float p = key + lane <= row0 + r ? expf(s[r] * scale - row_lse[r]) : 0.0f;
-            weights[lane * kTwinRows + r] = scale * p * (dp[r] - row_delta[r]);
-        }
-        __syncwarp();
-        twin_add(dq, weights, k_tile, hd);
-        __syncwarp();
-    }
-    twin_store(dqkv + head, 3 * C, row0, T, hd, dq);
-}
-
-// Rows are keys, the tiles that pass by are queries, from the diagonal on.
-template <int COLUMNS>
-__global__ void twin_dkv_kernel(real* dqkv, const float* delta, const real* dout, const real* qkv, const float* lse,
-                                int T, int C, int hd, float scale) {
-    DYNAMIC_SHARED(float, q_tile);                                // (kTwinTile, hd)
-    float* dout_tile = q_tile + kTwinTile * twin_stride(hd);      // (kTwinTile, hd)
-    const int b = blockIdx.z, h = blockIdx.y, H = gridDim.y, first = blockIdx.x * kTwinTile;
-    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, row0 = first + kTwinRows * warp;
-    float* weights = dout_tile + kTwinTile * twin_stride(hd) + warp * kTwinWeights;
-    const size_t head = size_t(b) * T * 3 * C + h * hd;
-    const real *q = qkv + head, *k = q + C, *v = q + 2 * C;
-    lse += (size_t(b) * H + h) * T;
-    delta += (size_t(b) * H + h) * T;
-    dout += size_t(b) * T * C + h * hd;
-    const TwinRows own_k(k, 3 * C, row0, T), own_v(v, 3 * C, row0, T);
-
-    float dk[kTwinRows][COLUMNS] = {}, dv[kTwinRows][COLUMNS] = {};
-    for (int query = first; query < T; query += kTwinTile) {
-        __syncthreads();
-        twin_load(q_tile, q, 3 * C, query, T, hd);
-        twin_load(dout_tile, dout, C, query, T, hd);
-        __syncthreads();
-        float s[kTwinRows], dp[kTwinRows];
-        own_k.dot(s, q_tile, hd);
-        own_v.dot(dp, dout_tile, hd);
-        const int row = query + lane;
-        const float row_lse = row < T ? lse[row] : 0.0f, row_delta = row < T ? delta[row] : 0.0f;
-        #pragma unroll
-        for (int r = 0; r < kTwinRows; r++) {
-            s[r] = row >= row0 + r ? expf(s[r] * scale - row_lse) : 0.0f;
-            weights[lane * kTwinRows + r] = s[r];
-        }
-        __syncwarp();
-        twin_add(dv, weights, dout_tile, hd);
-        __syncwarp();
-        #pragma unroll
-        for (int r = 0; r < kTwinRows; r++) weights[lane * kTwinRows + r] = scale * s[r] * (dp[r] - row_delta);
-        __syncwarp();
-        twin_add(dk, weights, q_tile, hd);
-        __syncwarp();
-    }
-    twin_store(dqkv + head + C, 3 * C, row0, T, hd, dk);
-    twin_store(dqkv + head + 2 * C, 3 * C, row0, T, hd, dv);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
 
 struct Attention {
     static void attention_forward(real* out /*(B,T,C)*/, float* lse /*(B,H,T)*/,
-                                  const real* qkv /*(B,T,3C): q|k|v, head h at columns h*hd*/,
-                                  int B, int T, int C, int H) {
+                                  const real* qkv /*(B,T,3C): q|k|v, head h at columns h*hd*/, int B, int T, int C,
+                                  int H) {
         check_sizes(B, T, C, H);
         const int hd = C / H;
         const float scale = 1.0f / std::sqrt(float(hd));
         auto flash = [&](auto head_dim) {
             constexpr int HD = decltype(head_dim)::value;
-            typedef QueryTiles<HD> Tiles;
-            LAUNCH(flash_forward_kernel<HD>, grid<Tiles::own_rows>(B, T, H), Tiles::threads, flash_bytes<Tiles>(1),
-                   out, lse, qkv, T, C, scale);
+            using Tiles = QueryTiles<HD>;
+            LAUNCH(flash_forward_kernel<HD>, grid<Tiles::own_rows>(B, T, H), Tiles::threads, flash_bytes<Tiles>(1), out,
+                   lse, qkv, T, C, scale);
         };
         auto twin = [&](auto columns) {
             constexpr int COLUMNS = decltype(columns)::value;
-            LAUNCH(twin_forward_kernel<COLUMNS>, grid<kTwinTile>(B, T, H), kTwinThreads, twin_bytes(hd),
-                   out, lse, qkv, T, C, hd, scale);
+            LAUNCH(twin_forward_kernel<COLUMNS>, grid<kTwinTile>(B, T, H), kTwinThreads, twin_bytes(hd), out, lse, qkv,
+                   T, C, hd, scale);
         };
         dispatch(hd, flash, twin);
     }
 
     static void attention_backward(real* dqkv /*(B,T,3C) overwritten*/, float* delta /*(B,H,T) scratch*/,
                                    const real* dout /*(B,T,C)*/, const real* qkv /*(B,T,3C)*/,
-                                   const real* out /*(B,T,C)*/, const float* lse /*(B,H,T)*/,
-                                   int B, int T, int C, int H) {
+                                   const real* out /*(B,T,C)*/, const float* lse /*(B,H,T)*/, int B, int T, int C,
+                                   int H) {
         check_sizes(B, T, C, H);
         const int hd = C / H;
         const float scale = 1.0f / std::sqrt(float(hd));
         auto flash = [&](auto head_dim) {
             constexpr int HD = decltype(head_dim)::value;
-            typedef QueryTiles<HD> Queries;
-            typedef KeyTiles<HD> Keys;
+            using Queries = QueryTiles<HD>;
+            using Keys = KeyTiles<HD>;
             LAUNCH(flash_dq_kernel<HD>, grid<Queries::own_rows>(B, T, H), Queries::threads, flash_bytes<Queries>(2),
                    dqkv, delta, dout, qkv, out, lse, T, C, scale);
-            LAUNCH(flash_dkv_kernel<HD>, grid<Keys::own_rows>(B, T, H), Keys::threads, flash_bytes<Keys>(2),
-                   dqkv, delta, dout, qkv, lse, T, C, scale);
+            LAUNCH(flash_dkv_kernel<HD>, grid<Keys::own_rows>(B, T, H), Keys::threads, flash_bytes<Keys>(2), dqkv,
+                   delta, dout, qkv, lse, T, C, scale);
         };
         auto twin = [&](auto columns) {
             constexpr int COLUMNS = decltype(columns)::value;
-            LAUNCH(twin_dq_kernel<COLUMNS>, grid<kTwinTile>(B, T, H), kTwinThreads, twin_bytes(hd),
-                   dqkv, delta, dout, qkv, out, lse, T, C, hd, scale);
-            LAUNCH(twin_dkv_kernel<COLUMNS>, grid<kTwinTile>(B, T, H), kTwinThreads, twin_bytes(hd),
-                   dqkv, delta, dout, qkv, lse, T, C, hd, scale);
+            LAUNCH(twin_dq_kernel<COLUMNS>, grid<kTwinTile>(B, T, H), kTwinThreads, twin_bytes(hd), dqkv, delta, dout,
+                   qkv, out, lse, T, C, hd, scale);
+            LAUNCH(twin_dkv_kernel<COLUMNS>, grid<kTwinTile>(B, T, H), kTwinThreads, twin_bytes(hd), dqkv, delta, dout,
+                   qkv, lse, T, C, hd, scale);
         };
         dispatch(hd, flash, twin);
     }
 
-private:
-    template <int n> using Constant = std::integral_constant<int, n>;
+  private:
+    template <int n>
+    using Constant = std::integral_constant<int, n>;
 
     // Kernels take offsets within a sequence as int; a grid is (blocks of rows, H, B).
     static void check_sizes(int B, int T, int C, int H) {
-        if (C % H != 0 || C / H > max_head_size)
+        if (C % H != 0 || C / H > kMaxHeadSize)
             fail("attention: %d channels in %d heads: choose --heads that divide them, into at most %d each", C, H,
-                 max_head_size);
+                 kMaxHeadSize);
         if (size_t(T) * 3 * C > INT32_MAX)
             fail("attention: T = %d times 3 * %d channels is 2^31 or more: use a shorter --seq_len", T, C);
         if (B > 65535) fail("attention: %d sequences at once, at most 65535 fit a launch: use a smaller --batch", B);
     }
 
     // Calls one of the two with its template argument: the head dimension, or the columns of a head per lane.
-    template <class Flash, class Twin> static void dispatch(int hd, Flash flash, Twin twin) {
+    template <class Flash, class Twin>
+    static void dispatch(int hd, Flash flash, Twin twin) {
         if constexpr (std::is_same<real, __nv_bfloat16>::value) {
             if (hd == 32) return flash(Constant<32>());
             if (hd == 64) return flash(Constant<64>());
@@ -724,9 +533,13 @@ private:
         else if (hd <= 128) twin(Constant<4>());
         else twin(Constant<8>());
     }
-    template <int rows> static dim3 grid(int B, int T, int H) { return dim3(ceil_div(T, rows), H, B); }
+    template <int rows>
+    static dim3 grid(int B, int T, int H) {
+        return dim3(ceil_div(T, rows), H, B);
+    }
     // Dynamic shared memory: `own` matrices of own rows, and two pairs of passing tiles.
-    template <class Tiles> static size_t flash_bytes(int own) {
+    template <class Tiles>
+    static size_t flash_bytes(int own) {
         return (own * Tiles::own_elements + 4 * Tiles::passing_elements) * sizeof(real);
     }
     static size_t twin_bytes(int hd) {

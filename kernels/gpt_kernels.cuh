@@ -22,7 +22,7 @@ constexpr int kMultiprocessors = 132;
 __global__ void embedding_forward_kernel(real* out /*(N,C)*/, const int* tokens /*(N)*/,
                                          const real* __restrict__ wte /*(Vp,C)*/,
                                          const real* __restrict__ wpe /*(maxT,C)*/, int T, int C) {
-    typedef Pack<real> P;
+    using P = Pack<real>;
     size_t row = blockIdx.x;
     const real* token = wte + size_t(tokens[row]) * C;
     const real* position = wpe + (row % T) * C;
@@ -36,11 +36,11 @@ __global__ void embedding_forward_kernel(real* out /*(N,C)*/, const int* tokens 
 // dwpe[t] += sum over the sequences of dout[b,t]. One thread per pack of (T,C).
 __global__ void position_backward_kernel(float* dwpe /*(maxT,C) +=*/, const real* __restrict__ dout /*(B,T,C)*/, int B,
                                          int T, int C) {
-    typedef Pack<real> P;
+    using P = Pack<real>;
     size_t TC = size_t(T) * C, i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * P::size;
     if (i >= TC) return;
     float sum[P::size] = {};
-    #pragma unroll 4
+    UNROLL_BY(4)
     for (int b = 0; b < B; b++) {
         P d = P::load(dout + b * TC + i);
         for (int k = 0; k < P::size; k++) sum[k] += to_float(d[k]);
@@ -55,12 +55,12 @@ constexpr int kTokenColumns = kWarpSize * Pack<real>::size;  // of one warp
 __device__ inline int add_token_rows(float (&sum)[Pack<real>::size], const real* __restrict__ dout,
                                      const int* __restrict__ tokens, const int* __restrict__ order, int token,
                                      int first, int N, int C, int column) {
-    typedef Pack<real> P;
+    using P = Pack<real>;
     int lane = threadIdx.x % kWarpSize;
     int row = first + lane < N ? order[first + lane] : -1;
     unsigned others = __ballot_sync(kAllLanes, row < 0 || tokens[row] != token);
     int count = others ? __ffs(others) - 1 : kWarpSize;
-    #pragma unroll 4
+    UNROLL_BY(4)
     for (int i = 0; i < count; i++) {
         size_t from = __shfl_sync(kAllLanes, row, i);
         if (column >= C) continue;
@@ -78,7 +78,7 @@ __device__ inline int add_token_rows(float (&sum)[Pack<real>::size], const real*
 __global__ void token_backward_kernel(float* dwte /*(Vp,C) +=*/, const real* __restrict__ dout /*(N,C)*/,
                                       const int* __restrict__ tokens /*(N)*/, const int* __restrict__ order /*(N)*/,
                                       int N, int C) {
-    typedef Pack<real> P;
+    using P = Pack<real>;
     __shared__ float of_warps[kTokenWarps][kTokenColumns];
     int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     int column = blockIdx.y * kTokenColumns + lane * P::size;
@@ -119,20 +119,21 @@ __global__ void token_backward_kernel(float* dwte /*(Vp,C) +=*/, const real* __r
 constexpr int kLayerNormWarps = 4;
 
 // One warp per row, the row in registers (above 4096 channels a little spills), `packs` of them in each lane. With add,
-// x = a + b, also written to residual; else x = a. Mean and variance take two passes over the registers: no cancellation.
+// x = a + b, also written to residual; else x = a. Mean and variance take two passes over the registers: no
+// cancellation.
 template <int packs, bool add>
 __global__ void layernorm_forward_kernel(real* residual /*(N,C)*/, real* out /*(N,C)*/, float* mean /*(N)*/,
                                          float* rstd /*(N)*/, const real* a /*(N,C)*/, const real* b /*(N,C)*/,
                                          const real* __restrict__ weight /*(C)*/, const real* __restrict__ bias /*(C)*/,
                                          int N, int C) {
-    typedef Pack<real> P;
+    using P = Pack<real>;
     int lane = threadIdx.x % kWarpSize, row = blockIdx.x * kLayerNormWarps + threadIdx.x / kWarpSize;
     if (row >= N) return;
     size_t offset = size_t(row) * C;
 
     P x[packs];
     float sum = 0;
-    #pragma unroll
+    UNROLL
     for (int p = 0; p < packs; p++) {
         int c = (p * kWarpSize + lane) * P::size;
         if (c >= C) continue;
@@ -147,7 +148,7 @@ __global__ void layernorm_forward_kernel(real* residual /*(N,C)*/, real* out /*(
     float m = warp_sum(sum) / C;
 
     float squares = 0;
-    #pragma unroll
+    UNROLL
     for (int p = 0; p < packs; p++) {
         if ((p * kWarpSize + lane) * P::size >= C) continue;
         for (int k = 0; k < P::size; k++) {
@@ -155,9 +156,9 @@ __global__ void layernorm_forward_kernel(real* residual /*(N,C)*/, real* out /*(
             squares += d * d;
         }
     }
-    float s = rsqrtf(warp_sum(squares) / C + layernorm_epsilon);
+    float s = rsqrtf(warp_sum(squares) / C + kLayerNormEpsilon);
 
-    #pragma unroll
+    UNROLL
     for (int p = 0; p < packs; p++) {
         int c = (p * kWarpSize + lane) * P::size;
         if (c >= C) continue;
@@ -184,10 +185,10 @@ __global__ void __launch_bounds__(kLayerNormThreads, packs == 1 ? 2 : 1)
                               const real* __restrict__ dout /*(N,C)*/, const real* __restrict__ x /*(N,C)*/,
                               const real* __restrict__ weight /*(C)*/, const float* __restrict__ mean /*(N)*/,
                               const float* __restrict__ rstd /*(N)*/, int N, int C) {
-    typedef Pack<real> P;
+    using P = Pack<real>;
     P w[packs];
     float dweight[packs][P::size] = {}, dbias[packs][P::size] = {};
-    #pragma unroll
+    UNROLL
     for (int p = 0; p < packs; p++) {
         int c = (p * blockDim.x + threadIdx.x) * P::size;
         if (c < C) w[p] = P::load(weight + c);
@@ -196,13 +197,13 @@ __global__ void __launch_bounds__(kLayerNormThreads, packs == 1 ? 2 : 1)
     for (int row0 = blockIdx.x * rows; row0 < N; row0 += gridDim.x * rows) {
         P d[rows][packs], v[rows][packs], old[rows][packs];
         float m[rows], s[rows], sums[2 * rows] = {};  // of g and of g*xhat, for each row
-        #pragma unroll
+        UNROLL
         for (int r = 0; r < rows; r++) {
             int row = row0 + r;
             if (row >= N) continue;
             m[r] = mean[row];
             s[r] = rstd[row];
-            #pragma unroll
+            UNROLL
             for (int p = 0; p < packs; p++) {
                 int c = (p * blockDim.x + threadIdx.x) * P::size;
                 if (c >= C) continue;
@@ -212,9 +213,9 @@ __global__ void __launch_bounds__(kLayerNormThreads, packs == 1 ? 2 : 1)
                 old[r][p] = P::load(dx + at);
             }
         }
-        #pragma unroll
+        UNROLL
         for (int r = 0; r < rows; r++) {
-            #pragma unroll
+            UNROLL
             for (int p = 0; p < packs; p++) {
                 int c = (p * blockDim.x + threadIdx.x) * P::size;
                 if (row0 + r >= N || c >= C) continue;
@@ -229,10 +230,10 @@ __global__ void __launch_bounds__(kLayerNormThreads, packs == 1 ? 2 : 1)
             }
         }
         block_sums(sums);
-        #pragma unroll
+        UNROLL
         for (int r = 0; r < rows; r++) {
             float mean_g = sums[2 * r] / C, mean_gx = sums[2 * r + 1] / C;
-            #pragma unroll
+            UNROLL
             for (int p = 0; p < packs; p++) {
                 int c = (p * blockDim.x + threadIdx.x) * P::size;
                 if (row0 + r >= N || c >= C) continue;
@@ -247,7 +248,7 @@ __global__ void __launch_bounds__(kLayerNormThreads, packs == 1 ? 2 : 1)
     }
 
     float* partial = partials + size_t(blockIdx.x) * 2 * C;
-    #pragma unroll
+    UNROLL
     for (int p = 0; p < packs; p++) {
         int c = (p * blockDim.x + threadIdx.x) * P::size;
         if (c >= C) continue;
@@ -271,7 +272,7 @@ __device__ inline float gelu_sigmoid(float x) {
 }
 
 __global__ void gelu_forward_kernel(real* out, const real* x, size_t n) {
-    typedef Pack<real> P;
+    using P = Pack<real>;
     size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * P::size;
     if (i >= n) return;
     P v = P::load_once(x + i), y;
@@ -280,7 +281,7 @@ __global__ void gelu_forward_kernel(real* out, const real* x, size_t n) {
 }
 
 __global__ void gelu_backward_kernel(real* dx /*may be dout*/, const real* dout, const real* x, size_t n) {
-    typedef Pack<real> P;
+    using P = Pack<real>;
     size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * P::size;
     if (i >= n) return;
     P d = P::load(dout + i), v = P::load_once(x + i), y;
@@ -297,7 +298,7 @@ __global__ void gelu_backward_kernel(real* dx /*may be dout*/, const real* dout,
 // goes backwards over what the first has just left in the caches, so that most of the row is fetched only once.
 
 __device__ inline Pack<real> load_logits(const real* row, int c, int V) {  // masked: -infinity from column V on
-    typedef Pack<real> P;
+    using P = Pack<real>;
     P x = P::load(row + c);
     if (c + P::size > V)
         for (int k = 0; k < P::size; k++)
@@ -309,7 +310,7 @@ __device__ inline Pack<real> load_logits(const real* row, int c, int V) {  // ma
 __global__ void __launch_bounds__(1024, 2)
     classifier_kernel(float* losses /*(N)*/, real* logits /*(N,Vp)*/, const int* targets /*(N)*/, float dloss, int V,
                       int Vp, bool write_dlogits) {
-    typedef Pack<real> P;
+    using P = Pack<real>;
     real* row = logits + size_t(blockIdx.x) * Vp;
     int stride = blockDim.x * P::size, target = targets[blockIdx.x];
     float target_logit = to_float(row[target]);
@@ -359,13 +360,13 @@ constexpr int kBiasColumns = kWarpSize * Pack<real>::size;  // of one block
 // First stage of the bias gradient: a block takes kBiasColumns columns of every gridDim.y-th group of rows.
 __global__ void bias_backward_kernel(float* partials /*(gridDim.y,OC)*/, const real* __restrict__ dout /*(N,OC)*/,
                                      int N, int OC) {
-    typedef Pack<real> P;
+    using P = Pack<real>;
     __shared__ float of_warps[kBiasWarps][kBiasColumns];
     int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     int column = blockIdx.x * kBiasColumns + lane * P::size;
     float sum[P::size] = {};
     if (column < OC) {
-        #pragma unroll 4
+        UNROLL_BY(4)
         for (int row = blockIdx.y * kBiasWarps + warp; row < N; row += gridDim.y * kBiasWarps) {
             P d = P::load(dout + size_t(row) * OC + column);
             for (int k = 0; k < P::size; k++) sum[k] += to_float(d[k]);
@@ -389,7 +390,7 @@ __global__ void add_partials_kernel(float* first /*(C) +=*/, float* second /*(C)
     int column = blockIdx.x * kWarpSize + lane;
     float sum = 0;
     if (column < C) {
-        #pragma unroll 4
+        UNROLL_BY(4)
         for (int p = warp; p < P; p += kWarpSize) sum += partials[(size_t(p) * gridDim.y + blockIdx.y) * C + column];
     }
     of_warps[warp][lane] = sum;
@@ -404,8 +405,8 @@ __global__ void add_partials_kernel(float* first /*(C) +=*/, float* second /*(C)
 // Optimizer. Four elements per thread: 16 bytes of each float array; the last few of n one by one.
 
 constexpr int kQuad = 4;
-typedef Pack<float, kQuad> FloatQuad;
-typedef Pack<real, kQuad> RealQuad;
+using FloatQuad = Pack<float, kQuad>;
+using RealQuad = Pack<real, kQuad>;
 
 // sums[i] = sum of the squares of range i, in double: one block per range, which may begin anywhere.
 __global__ void sum_squares_kernel(double* sums, const float* __restrict__ x, const Range* __restrict__ ranges) {
@@ -413,7 +414,7 @@ __global__ void sum_squares_kernel(double* sums, const float* __restrict__ x, co
     const float* values = x + range.begin;
     size_t in_quads = range.begin % kQuad == 0 ? range.count / kQuad * kQuad : 0;
     double sum = 0;
-    #pragma unroll 4
+    UNROLL_BY(4)
     for (size_t i = threadIdx.x * kQuad; i < in_quads; i += blockDim.x * kQuad) {
         FloatQuad v = FloatQuad::load(values + i);
         for (int k = 0; k < kQuad; k++) sum += double(v[k]) * double(v[k]);
@@ -554,7 +555,7 @@ struct GptKernels {
                                    float* scratch /*layernorm_scratch_floats(C)*/) {
         check_channels(C);
         int threads = std::min(whole_warps(C), kLayerNormThreads), blocks = std::min(layernorm_backward_blocks(C), N);
-        constexpr int most_packs = max_channels / kLayerNormThreads / Pack<real>::size;
+        constexpr int most_packs = kMaxChannels / kLayerNormThreads / Pack<real>::size;
         auto kernel =
             whole_warps(C) == threads ? layernorm_backward_kernel<1, 2> : layernorm_backward_kernel<most_packs, 1>;
         LAUNCH(kernel, blocks, threads, 0, dx, scratch, dout, x, weight, mean, rstd, N, C);
@@ -615,7 +616,7 @@ struct GptKernels {
         if (n > 0) LAUNCH(cast_params_kernel, quad_blocks(n), kThreads, 0, params, master, n);
     }
 
-private:
+  private:
     static constexpr int kThreads = 256;
 
     // Threads for one pack each of a row of C elements, in whole warps.
@@ -629,12 +630,13 @@ private:
     static unsigned quad_blocks(size_t n) { return unsigned(ceil_div(n, size_t(kThreads * kQuad))); }
 
     static void check_channels(int C) {
-        if (C % 8 != 0 || C > max_channels)
-            fail("%d channels: LayerNorm handles multiples of 8 up to %d", C, max_channels);
+        if (C % 8 != 0 || C > kMaxChannels)
+            fail("%d channels: LayerNorm handles multiples of 8 up to %d", C, kMaxChannels);
     }
 
     // Calls f with the number of packs of a row that each lane of a warp holds, as a compile-time constant.
-    template <class F> static void with_packs_per_lane(int C, F f) {
+    template <class F>
+    static void with_packs_per_lane(int C, F f) {
         check_channels(C);
         int packs = ceil_div(C, kWarpSize * Pack<real>::size);
         if (packs <= 2) f(std::integral_constant<int, 2>());
@@ -643,7 +645,7 @@ private:
         else if (packs <= 5) f(std::integral_constant<int, 5>());  // 1280
         else if (packs <= 7) f(std::integral_constant<int, 7>());  // 1600
         else if (packs <= 16) f(std::integral_constant<int, 16>());
-        else f(std::integral_constant<int, max_channels / kWarpSize / Pack<real>::size>());
+        else f(std::integral_constant<int, kMaxChannels / kWarpSize / Pack<real>::size>());
     }
 
     // All resident at once: the kernel's 100 registers allow 600 threads on each multiprocessor.
