@@ -473,7 +473,7 @@ static std::vector<std::vector<int>> windows_by_step(const Shards& shards, int r
     for (int rank = 0; rank < ranks; rank++) {
         loaders.emplace_back(new DataLoader(shards, 42, batch, rank, ranks, accumulation, first_step, test_alloc));
     }
-    std::vector<std::vector<int>> result(size_t(steps));
+    std::vector<std::vector<int>> result(steps);
     for (std::vector<int>& windows : result) {
         for (int m = 0; m < accumulation; m++) {
             for (auto& loader : loaders) {
@@ -692,7 +692,7 @@ TEST_CASE("loader: a shard of 5 GB") {
 static std::string tokenizer_bytes(int32_t magic, int32_t version, int32_t vocab, int32_t end, const Args& texts) {
     int32_t header[256] = {magic, version, vocab, end};
     std::string content(reinterpret_cast<const char*>(header), sizeof(header));
-    for (const std::string& text : texts) content += char(uint8_t) text.size() + text;
+    for (const std::string& text : texts) content += char(uint8_t(text.size())) + text;
     return content;
 }
 
