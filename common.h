@@ -62,6 +62,11 @@ constexpr int kMaxChannels = 8192, kMaxHeadSize = 256;
 
 constexpr float kLayerNormEpsilon = 1e-5f, kAdamWEpsilon = 1e-8f;
 
+// GPT-2's GELU: x/2 (1 + tanh(u)), u = kGeluScale (x + kGeluCubic x^3). With s = sigmoid(2u) it equals x s: no
+// cancellation for negative x, and one exponential. Its derivative is s + x s (1 - s) 2u'.
+constexpr float kGeluScale = 0.7978845608f;  // sqrt(2/pi)
+constexpr float kGeluCubic = 0.044715f;
+
 // A run of elements in one of the arenas (parameters, gradients, optimizer state).
 struct Range {
     size_t begin, count;

@@ -454,11 +454,9 @@ struct CpuOps {
         }
     }
 
-    // GPT-2's GELU: x/2 * (1 + tanh(u)), u = sqrt(2/pi) * (x + 0.044715 x^3). Since (1 + tanh(u))/2 = 1/(1 + e^-2u), it
-    // is x * s with s = sigmoid(2u), and its derivative is s + x * s*(1-s) * 2 du/dx.
-    static constexpr float kTwoRootTwoOverPi = 1.5957691216f;
+    // The formulas are at GELU's constants, in common.h.
     static inline float gelu_sigmoid(float x) {
-        return 1.0f / (1.0f + exponential(-kTwoRootTwoOverPi * (x + 0.044715f * x * x * x)));
+        return 1.0f / (1.0f + exponential(-2.0f * kGeluScale * (x + kGeluCubic * x * x * x)));
     }
     static void gelu_forward(real* out, const real* x, size_t n) {
 #pragma omp parallel for simd
@@ -468,7 +466,7 @@ struct CpuOps {
 #pragma omp parallel for simd
         for (size_t i = 0; i < n; i++) {
             const float s = gelu_sigmoid(x[i]);
-            const float slope = kTwoRootTwoOverPi * (1.0f + 3.0f * 0.044715f * x[i] * x[i]);
+            const float slope = 2.0f * kGeluScale * (1.0f + 3.0f * kGeluCubic * x[i] * x[i]);
             dx[i] = dout[i] * (s + x[i] * s * (1.0f - s) * slope);
         }
     }
