@@ -13,8 +13,6 @@
 #pragma once
 #include <dirent.h>
 #include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -242,15 +240,15 @@ class Checkpoint {
     Meta meta;
     std::vector<TensorInfo> tensors;
 
-    explicit Checkpoint(const std::string& path) : path_(path) {
-        map_file();
-        const char* table = map_.data + ckpt::kHeaderBytes;
+    explicit Checkpoint(const std::string& path) : file_(path, "checkpoint") {
+        if (file_.bytes == 0) damaged("it is empty");
+        const char* table = file_.data + ckpt::kHeaderBytes;
         uint64_t header[2] = {};  // bytes of the table, its checksum
-        if (map_.bytes < ckpt::kHeaderBytes || memcmp(map_.data, ckpt::kMagic, 8) != 0) {
-            fail("%s is not a checkpoint of train_gpt", path_.c_str());
+        if (file_.bytes < ckpt::kHeaderBytes || memcmp(file_.data, ckpt::kMagic, 8) != 0) {
+            fail("%s is not a checkpoint of train_gpt", file_.path.c_str());
         }
-        memcpy(header, map_.data + 8, sizeof(header));
-        if (header[0] > map_.bytes - ckpt::kHeaderBytes) damaged("it ends within its table");
+        memcpy(header, file_.data + 8, sizeof(header));
+        if (header[0] > file_.bytes - ckpt::kHeaderBytes) damaged("it ends within its table");
         if (Checksum::of(table, header[0]) != header[1]) damaged("its table has changed");
         parse_table(std::string(table, header[0]));
 
@@ -261,14 +259,14 @@ class Checkpoint {
             end += sections.back().count;
         }
         const uint64_t sums_bytes = tensors.size() * sizeof(uint64_t), expected = end + sums_bytes + sizeof(uint64_t);
-        if (map_.bytes != expected) {
-            damaged(strprintf("it has %zu bytes, its table asks for %llu", map_.bytes, (unsigned long long)expected));
+        if (file_.bytes != expected) {
+            damaged(strprintf("it has %zu bytes, its table asks for %llu", file_.bytes, (unsigned long long)expected));
         }
         std::vector<uint64_t> sums(tensors.size() + 1);
-        memcpy(sums.data(), map_.data + end, sums_bytes + sizeof(uint64_t));
+        memcpy(sums.data(), file_.data + end, sums_bytes + sizeof(uint64_t));
         if (Checksum::of(sums.data(), sums_bytes) != sums.back()) damaged("its list of checksums has changed");
         for (size_t i = 0; i < tensors.size(); i++) {
-            const char* begin = map_.data + sections[i].begin;
+            const char* begin = file_.data + sections[i].begin;
             const bool same = Checksum::of(begin, sections[i].count) == sums[i];
             if (!same) damaged("tensor " + tensors[i].name + " has changed");
             data_[tensors[i].name] = {reinterpret_cast<const float*>(begin), tensors[i].elements()};
@@ -279,49 +277,22 @@ class Checkpoint {
     const float* data(const std::string& name, uint64_t elements) const {
         const auto found = data_.find(name);
         if (found == data_.end()) {
-            fail("checkpoint %s is of another model: it has no tensor %s", path_.c_str(), name.c_str());
+            fail("checkpoint %s is of another model: it has no tensor %s", file_.path.c_str(), name.c_str());
         }
         const auto [values, count] = found->second;
         if (count != elements) {
-            fail("checkpoint %s is of another model: its tensor %s has %llu elements, not %llu", path_.c_str(),
+            fail("checkpoint %s is of another model: its tensor %s has %llu elements, not %llu", file_.path.c_str(),
                  name.c_str(), (unsigned long long)count, (unsigned long long)elements);
         }
         return values;
     }
 
   private:
-    struct Mapping {
-        char* data = nullptr;
-        size_t bytes = 0;
-        Mapping() = default;
-        Mapping(const Mapping&) = delete;
-        ~Mapping() {
-            if (data) munmap(data, bytes);
-        }
-    };
-
-    const std::string path_;
-    Mapping map_;
+    const MappedFile file_;
     std::map<std::string, std::pair<const float*, uint64_t>> data_;  // name -> values, how many
 
     [[noreturn]] void damaged(const std::string& fault) const {
-        fail("checkpoint %s is damaged: %s. Resume from an older one", path_.c_str(), fault.c_str());
-    }
-
-    void map_file() {
-        const int fd = open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-        if (fd < 0) fail("cannot open checkpoint %s: %s", path_.c_str(), strerror(errno));
-        struct stat info;
-        const bool file = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
-        void* memory = MAP_FAILED;
-        if (file && info.st_size > 0) memory = mmap(nullptr, size_t(info.st_size), PROT_READ, MAP_SHARED, fd, 0);
-        const int error = errno;
-        close(fd);
-        if (!file) fail("%s is not a checkpoint: not a file", path_.c_str());
-        if (info.st_size == 0) damaged("it is empty");
-        if (memory == MAP_FAILED) fail("cannot map checkpoint %s: %s", path_.c_str(), strerror(error));
-        map_.data = static_cast<char*>(memory);
-        map_.bytes = size_t(info.st_size);
+        fail("checkpoint %s is damaged: %s. Resume from an older one", file_.path.c_str(), fault.c_str());
     }
 
     // The table is what was written, by its checksum; the checks are for files of another version or make.
@@ -336,7 +307,7 @@ class Checkpoint {
             } else if (kind == "tensor") {
                 TensorInfo tensor = {name, {}};
                 words >> type;
-                uint64_t left = map_.bytes / sizeof(float);  // a tensor has no more elements than the file has room for
+                uint64_t left = file_.bytes / sizeof(float);  // no tensor has more elements than the file has room for
                 for (int64_t size; words >> size;) {
                     if (size < 1 || uint64_t(size) > left) damaged("tensor " + name + " has an impossible shape");
                     left /= uint64_t(size);
