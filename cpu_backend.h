@@ -3,15 +3,16 @@
 // machine without a GPU, and is the truth that the CUDA kernels are tested against, so it is clear before it is fast.
 //
 // Read in this order: the start and memory; sums, exp and gemm, which the rest stands on; the model from the embedding
-// to the classifier, each forward beside its backward; the optimizer, AdamW first, then Newton-Schulz.
+// to the classifier, each forward beside its backward; the optimizer, AdamW first, then Newton-Schulz; struct Cpu.
 //
 // Results do not depend on the number of threads. Work is cut into tiles and slices (the words of dmuon.cuh) by shapes
 // alone, each is computed by one thread, and sums over slices are taken in a fixed order. Sums inside a slice are
 // written as partial sums (lanes) in the source: the compiler may then vectorise them without being allowed to reorder
-// anything.
+// anything. So one binary gives the same bits on one type of machine, every time. Elsewhere they may differ by
+// rounding: a compiler for another machine contracts other products and sums to fused ones, and a BLAS chooses its
+// kernels by the machine (one other than OpenBLAS may also bring threads of its own).
 //
-// Letters: B sequences, T positions, N = B*T rows, C channels, OC output channels, H heads, hd = C/H, V vocabulary,
-// Vp = V rounded up (the padding is masked). Tensors are row-major and contiguous unless a comment says otherwise.
+// Letters, shapes and what each operation computes: backend.h.
 #pragma once
 #include <unistd.h>
 
@@ -29,6 +30,8 @@
 #include <omp.h>
 #endif
 
+#include "backend.h"
+#include "comm.h"
 #include "common.h"
 
 #ifdef HAVE_CBLAS
@@ -60,7 +63,7 @@ struct CpuOps {
 #endif
     }
 
-    static const char* device_name() {
+    static std::string device_name() {
         static const std::string name = [] {
             std::ifstream cpuinfo("/proc/cpuinfo");
             for (std::string line; std::getline(cpuinfo, line);) {
@@ -69,7 +72,7 @@ struct CpuOps {
             }
             return std::string("CPU");
         }();
-        return name.c_str();
+        return name;
     }
 
     static double peak_flops() { return 0; }  // unknown: utilisation is then printed as n/a
@@ -105,7 +108,7 @@ struct CpuOps {
     struct Event {
         std::chrono::steady_clock::time_point time;
         void record() { time = std::chrono::steady_clock::now(); }
-        bool done() { return true; }
+        bool done() const { return true; }
         static float ms(const Event& a, const Event& b) {
             return std::chrono::duration<float, std::milli>(b.time - a.time).count();
         }
@@ -114,7 +117,7 @@ struct CpuOps {
     // ----------------------------------------------------------------------------------------------------------------
     // What the rest stands on: sums, exp, matrix products
 
-    // sum of term(i) over i < n: kLanes partial sums, then one after the other. The same bits on every machine width.
+    // sum of term(i) over i < n: kLanes partial sums, then one after the other.
     static constexpr int kLanes = 16;
     template <class Sum = float, class Term>
     static Sum sum(size_t n, Term term) {
@@ -143,11 +146,13 @@ struct CpuOps {
 
     // e^x to about one unit in the last place, without a call or a branch, so that loops over it vectorise (loops over
     // std::exp do not). x = n ln2 + r with |r| <= ln2/2; e^r by its Taylor series, 2^n by writing the exponent's bits.
+    // A NaN stays one.
     static inline float exponential(float x) {
         x = x < -87.0f ? -87.0f : x;  // e^-87 = 1.6e-38 and e^88 = 1.7e38: near the ends of fp32's range
         x = x > 88.0f ? 88.0f : x;
-        const float magic = 12582912.0f;  // 1.5 * 2^23: added, it leaves no bits for a fraction: the sum is rounded
-        const float n = (x * 1.44269504f + magic) - magic;
+        const float magic = 12582912.0f;  // 1.5 * 2^23: added, it leaves no bits for a fraction: the sum is rounded,
+        const float rounded = x * 1.44269504f + magic;  // and its lowest bits are n
+        const float n = rounded - magic;
         const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln2 in two parts; n times the first is exact
         float p = 1.0f / 5040;
         p = p * r + 1.0f / 720;
@@ -157,7 +162,9 @@ struct CpuOps {
         p = p * r + 0.5f;
         p = p * r + 1.0f;
         p = p * r + 1.0f;
-        const uint32_t power_bits = uint32_t(int32_t(n) + 127) << 23;
+        uint32_t power_bits;
+        memcpy(&power_bits, &rounded, sizeof(power_bits));
+        power_bits = (power_bits + 127) << 23;
         float power;
         memcpy(&power, &power_bits, sizeof(power));
         return p * power;
@@ -703,3 +710,15 @@ struct CpuOps {
         }
     }
 };
+
+// The backend: the operations above, and the collectives of comm.h.
+struct Cpu : CpuOps, CpuComm {
+    static constexpr const char* kBackendName = "cpu fp32";
+    static size_t memory_available() { return CpuOps::memory_available() / world.local_size; }  // a rank's share
+    static void start(const World& r) {
+        CpuOps::start(r.local_size);
+        CpuComm::start();
+    }
+    static void stop() { CpuComm::stop(); }
+};
+static_assert(is_backend<Cpu>());
