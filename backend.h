@@ -19,19 +19,19 @@
 struct World;  // ranks.h
 
 template <class Function>
-using Pointer = Function*;
+using FunctionPointer = Function*;
 template <class Class, class Function>
-using Member = Function Class::*;
+using MethodPointer = Function Class::*;
 
-#define OPERATION(name, ...)                                  \
-    {                                                         \
-        constexpr Pointer<__VA_ARGS__> name = &Backend::name; \
-        (void)name;                                           \
+#define OPERATION(name, ...)                                          \
+    {                                                                 \
+        constexpr FunctionPointer<__VA_ARGS__> name = &Backend::name; \
+        (void)name;                                                   \
     }
-#define METHOD(type, name, ...)                                 \
-    {                                                           \
-        constexpr Member<type, __VA_ARGS__> name = &type::name; \
-        (void)name;                                             \
+#define METHOD(type, name, ...)                                        \
+    {                                                                  \
+        constexpr MethodPointer<type, __VA_ARGS__> name = &type::name; \
+        (void)name;                                                    \
     }
 
 // clang-format off
@@ -61,7 +61,8 @@ constexpr bool is_backend() {
     static_assert(std::is_default_constructible<Event>::value, "Event()");
     METHOD(Event, record, void());
     METHOD(Event, done, bool() const);  // whether the device has passed it; asking does not wait
-    constexpr Pointer<float(const Event& a, const Event& b)> ms = &Event::ms;  // milliseconds of the device from a to b
+    // milliseconds of the device from a to b
+    constexpr FunctionPointer<float(const Event& a, const Event& b)> ms = &Event::ms;
     (void)ms;
 
     // Collectives, over all ranks; every rank calls the same ones in the same order. Those called while a
