@@ -52,7 +52,7 @@
 // beyond that number, data parallelism wants to be split otherwise.
 
 // What a parameter tensor is: decides its optimizer, its weight decay and its initial values.
-enum class TensorKind { embedding, matrix, residual_projection, layernorm_weight, bias };
+enum class TensorKind { token_embedding, position_embedding, matrix, residual_projection, layernorm_weight, bias };
 
 // A parameter tensor as the model declares it.
 struct TensorSpec {
@@ -71,7 +71,9 @@ struct TensorSpec {
     size_t stored_size() const { return size_t(stored_rows) * cols; }
     // A hidden 2-D matrix: Muon's. Everything else is AdamW's.
     bool hidden() const { return kind == TensorKind::matrix || kind == TensorKind::residual_projection; }
-    bool decays() const { return hidden() || kind == TensorKind::embedding; }  // the 2-D tensors have weight decay
+    bool decays() const {  // the 2-D tensors have weight decay
+        return kind != TensorKind::layernorm_weight && kind != TensorKind::bias;
+    }
 };
 
 enum class Method { adamw, muon, dmuon };
@@ -124,6 +126,7 @@ struct Plan {
     size_t arena = 0;             // elements of the parameter and gradient arenas
     size_t state = 0;             // elements of one rank's fp32 state: its chunk of every bucket, one after the other
     int layers_per_bucket = 0;
+    int64_t ns_matrices = 0;  // matrices (or tiles) that a step puts through Newton-Schulz, over all ranks
 
     Plan(std::vector<TensorSpec> specs, const Options& options, int ranks_)
         : method(method_of(options)), ranks(ranks_), tensors(std::move(specs)) {
@@ -136,6 +139,10 @@ struct Plan {
         const Bucket& last = buckets.back();
         arena = last.begin + last.chunk * (last.replicated ? 1 : ranks);
         for (const Bucket& bucket : buckets) state += bucket.chunk;
+        for (const Piece& piece : pieces)
+            if (is_muon(piece.tensor))
+                for_each_tile(piece, tensors[piece.tensor], options,
+                              [&](int, int, int, int) { ns_matrices += piece.owner < 0 ? ranks : 1; });
     }
 
     // Where rank `rank` keeps the fp32 state of the element at `offset` of the arena, which it must own.

@@ -104,7 +104,7 @@ static uint64_t updated_weights(const char* method, const char* owner) {
     Options options;
     options.optimizer = method;
     options.owner = owner;
-    std::vector<TensorSpec> specs = {{"wte.weight", TensorKind::embedding, 256, 24}};
+    std::vector<TensorSpec> specs = {{"wte.weight", TensorKind::token_embedding, 256, 24}};
     specs[0].stored_rows = 250;
     for (int layer = 0; layer < 3; layer++) {
         specs.push_back({"ln.weight", TensorKind::layernorm_weight, 1, 24, layer});
