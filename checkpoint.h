@@ -13,8 +13,6 @@
 #pragma once
 #include <dirent.h>
 #include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -255,14 +253,14 @@ class Checkpoint {
     Meta meta;
     std::vector<TensorInfo> tensors;
 
-    explicit Checkpoint(const std::string& file) : path(file) {
-        map_file();
-        const char* table = map_.data + ckpt::kHeaderBytes;
+    explicit Checkpoint(const std::string& path_) : path(path_), file_(path_, "checkpoint") {
+        if (file_.bytes == 0) damaged("it is empty");
+        const char* table = file_.data + ckpt::kHeaderBytes;
         uint64_t header[2] = {};  // bytes of the table, its checksum
-        if (map_.bytes < ckpt::kHeaderBytes || memcmp(map_.data, ckpt::kMagic, 8) != 0)
+        if (file_.bytes < ckpt::kHeaderBytes || memcmp(file_.data, ckpt::kMagic, 8) != 0)
             throw Damaged(path + " is not a checkpoint of train_gpt", 1);
-        memcpy(header, map_.data + 8, sizeof(header));
-        if (header[0] > map_.bytes - ckpt::kHeaderBytes) damaged("it ends within its table");
+        memcpy(header, file_.data + 8, sizeof(header));
+        if (header[0] > file_.bytes - ckpt::kHeaderBytes) damaged("it ends within its table");
         if (Checksum::of(table, header[0]) != header[1]) damaged("its table has changed");
         parse_table(std::string(table, header[0]));
 
@@ -273,11 +271,11 @@ class Checkpoint {
             index_[tensors[i].name] = i;
         }
         const uint64_t sums_bytes = tensors.size() * sizeof(uint64_t), expected = end + sums_bytes + sizeof(uint64_t);
-        if (map_.bytes != expected) {
-            damaged(strprintf("it has %zu bytes, its table asks for %llu", map_.bytes, (unsigned long long)expected));
+        if (file_.bytes != expected) {
+            damaged(strprintf("it has %zu bytes, its table asks for %llu", file_.bytes, (unsigned long long)expected));
         }
         sums_.resize(tensors.size() + 1);
-        memcpy(sums_.data(), map_.data + end, sums_bytes + sizeof(uint64_t));
+        memcpy(sums_.data(), file_.data + end, sums_bytes + sizeof(uint64_t));
         if (Checksum::of(sums_.data(), sums_bytes) != sums_.back()) damaged("its list of checksums has changed");
     }
 
@@ -298,21 +296,11 @@ class Checkpoint {
                  name.c_str(), (unsigned long long)count, (unsigned long long)elements);
         }
         verify(found->second);
-        return reinterpret_cast<const float*>(map_.data + sections_[found->second].begin);
+        return reinterpret_cast<const float*>(file_.data + sections_[found->second].begin);
     }
 
   private:
-    struct Mapping {
-        char* data = nullptr;
-        size_t bytes = 0;
-        Mapping() = default;
-        Mapping(const Mapping&) = delete;
-        ~Mapping() {
-            if (data) munmap(data, bytes);
-        }
-    };
-
-    Mapping map_;
+    const MappedFile file_;
     std::vector<Range> sections_;          // (tensors) bytes of each, with its zeros
     std::vector<uint64_t> sums_;           // (tensors + 1) checksum of each, and of these
     std::map<std::string, size_t> index_;  // name -> number of the tensor
@@ -323,24 +311,8 @@ class Checkpoint {
 
     void verify(size_t i) const {
         const Range& section = sections_[i];
-        const bool same = Checksum::of(map_.data + section.begin, section.count) == sums_[i];
+        const bool same = Checksum::of(file_.data + section.begin, section.count) == sums_[i];
         if (!same) damaged("tensor " + tensors[i].name + " has changed");
-    }
-
-    void map_file() {
-        const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-        if (fd < 0) fail("cannot open checkpoint %s: %s", path.c_str(), strerror(errno));
-        struct stat info;
-        const bool file = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
-        void* memory = MAP_FAILED;
-        if (file && info.st_size > 0) memory = mmap(nullptr, size_t(info.st_size), PROT_READ, MAP_SHARED, fd, 0);
-        const int error = errno;
-        close(fd);
-        if (!file) fail("%s is not a checkpoint: not a file", path.c_str());
-        if (info.st_size == 0) damaged("it is empty");
-        if (memory == MAP_FAILED) fail("cannot map checkpoint %s: %s", path.c_str(), strerror(error));
-        map_.data = static_cast<char*>(memory);
-        map_.bytes = size_t(info.st_size);
     }
 
     // The table is what was written, by its checksum; the checks are for files of another version or make.
@@ -355,7 +327,7 @@ class Checkpoint {
             } else if (kind == "tensor") {
                 TensorInfo tensor = {name, {}};
                 words >> type;
-                uint64_t left = map_.bytes / sizeof(float);  // a tensor has no more elements than the file has room for
+                uint64_t left = file_.bytes / sizeof(float);  // no tensor has more elements than the file has room for
                 for (int64_t size; words >> size;) {
                     if (size < 1 || uint64_t(size) > left) damaged("tensor " + name + " has an impossible shape");
                     left /= uint64_t(size);

@@ -6,19 +6,15 @@
 // The sample order is a pure function: sample number g of a run is the same seq_len + 1 tokens whatever the ranks, the
 // micro-batch or the history of interruptions. So the data position of a checkpoint is just its step.
 #pragma once
-#include <fcntl.h>
 #include <glob.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <climits>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
 #include <exception>
+#include <filesystem>
 #include <fstream>
 #include <future>
 #include <mutex>
@@ -32,71 +28,38 @@
 // One token file, in llm.c's format (little endian): 256 int32 of header {20240520, version 1, token count, 0...}, then
 // one uint16 a token. The count is read as unsigned, so a shard may hold 2^32 - 1 tokens (8 GiB).
 struct Shard {
-    std::string path;
-    const uint16_t* tokens = nullptr;  // (count), mapped: the page cache is shared by all ranks of a machine
+    const MappedFile file;
+    const uint16_t* tokens = nullptr;  // (count), in place
     uint64_t count = 0;
 
     static constexpr size_t kHeaderBytes = 256 * sizeof(int32_t);
 
-    explicit Shard(const std::string& file) : path(file) {
-        const char* name = path.c_str();
-        const int fd = open(name, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-        if (fd < 0) fail("cannot open token shard %s: %s", name, strerror(errno));
-        struct stat info = {};
-        const bool regular = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
-        const size_t bytes = regular ? size_t(info.st_size) : 0;
-        void* memory = bytes > 0 ? mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fd, 0) : nullptr;
-        const int error = errno;
-        close(fd);  // the mapping stays
-        if (S_ISDIR(info.st_mode)) fail("%s is a directory: name its files, as in '%s/train_*.bin'", name, name);
-        if (!regular) fail("token shard %s is not a file", name);
-        if (bytes == 0) broken("is empty");
-        if (memory == MAP_FAILED) fail("cannot map token shard %s: %s", name, strerror(error));
-        map_.memory = memory;
-        map_.bytes = bytes;
-        inode_ = info.st_ino;
+    explicit Shard(const std::string& path) : file(path, "token shard") {
+        if (file.bytes == 0) broken("is empty");
         check_header();
-        tokens = reinterpret_cast<const uint16_t*>(static_cast<const char*>(memory) + kHeaderBytes);
+        tokens = reinterpret_cast<const uint16_t*>(file.data + kHeaderBytes);
     }
 
-    const void* header() const { return map_.memory; }  // (kHeaderBytes)
-
-    // Reading a mapped page that the file no longer has kills the process without a word (SIGBUS). A look at the size
-    // before each read costs a microsecond and turns almost every such case into a sentence.
     void check_still_whole() const {
-        struct stat info;
-        const bool same_file = stat(path.c_str(), &info) == 0 && info.st_ino == inode_;
-        if (same_file && uint64_t(info.st_size) < map_.bytes) broken("was cut short while it was being read");
+        if (file.was_cut_short()) broken("was cut short while it was being read");
     }
 
   private:
-    struct Mapping {  // of its own, so that it is undone when the constructor above throws as well
-        void* memory = nullptr;
-        size_t bytes = 0;
-        Mapping() = default;
-        Mapping(const Mapping&) = delete;
-        ~Mapping() {
-            if (memory) munmap(memory, bytes);
-        }
-    };
-    Mapping map_;
-    ino_t inode_ = 0;
-
     [[noreturn]] void broken(const std::string& fault) const {
-        fail("token shard %s %s: make it again with scripts/data.py", path.c_str(), fault.c_str());
+        fail("token shard %s %s: make it again with scripts/data.py", file.path.c_str(), fault.c_str());
     }
 
     void check_header() {
-        const int32_t* header = static_cast<const int32_t*>(map_.memory);
-        if (map_.bytes < kHeaderBytes) broken(strprintf("has %zu bytes, less than its header", map_.bytes));
+        const int32_t* header = reinterpret_cast<const int32_t*>(file.data);
+        if (file.bytes < kHeaderBytes) broken(strprintf("has %zu bytes, less than its header", file.bytes));
         if (header[0] == 20240328) broken("is a tokenizer, not tokens (does the glob match too much?)");
         if (header[0] != 20240520) broken(strprintf("has magic number %d, not 20240520", header[0]));
         if (header[1] != 1) broken(strprintf("has format version %d, not 1", header[1]));
         count = uint32_t(header[2]);
         if (count == 0) broken("holds no tokens");
         const uint64_t expected = kHeaderBytes + count * sizeof(uint16_t);
-        if (map_.bytes != expected) {
-            broken(strprintf("has %zu bytes, but its header promises %llu tokens, which makes %llu bytes", map_.bytes,
+        if (file.bytes != expected) {
+            broken(strprintf("has %zu bytes, but its header promises %llu tokens, which makes %llu bytes", file.bytes,
                              (unsigned long long)count, (unsigned long long)expected));
         }
     }
@@ -135,6 +98,9 @@ class Shards {
     const int seq_len;
 
     Shards(const std::string& pattern, int seq_len) : seq_len(seq_len) {
+        std::error_code unknown;
+        if (std::filesystem::is_directory(pattern, unknown))
+            fail("%s is a directory: name its files, as in '%s/train_*.bin'", pattern.c_str(), pattern.c_str());
         glob_t found;
         const bool any = glob(pattern.c_str(), 0, nullptr, &found) == 0;
         if (any) paths_.assign(found.gl_pathv, found.gl_pathv + found.gl_pathc);
@@ -169,7 +135,7 @@ class Shards {
         };
         constexpr uint64_t kPlaces = 16, kTokens = 64;
         for (const Shard& shard : shards_) {
-            add(shard.header(), Shard::kHeaderBytes);
+            add(shard.file.data, Shard::kHeaderBytes);
             const uint64_t length = std::min(kTokens, shard.count);
             for (uint64_t place = 0; place < kPlaces; place++)
                 add(shard.tokens + (shard.count - length) * place / (kPlaces - 1), length * sizeof(uint16_t));
@@ -195,7 +161,7 @@ class Shards {
             fail(
                 "token shard %s has token %d at position %llu, outside the vocabulary of %d: was it made with another "
                 "tokenizer, or overwritten? Give --vocab, or make it again with scripts/data.py",
-                shard.path.c_str(), target ? targets[where] : inputs[where],
+                shard.file.path.c_str(), target ? targets[where] : inputs[where],
                 (unsigned long long)(uint64_t(window - shard.tokens) + where + target), vocab);
         }
     }
@@ -225,7 +191,7 @@ class Shards {
 
   private:
     std::vector<std::string> paths_;
-    std::deque<Shard> shards_;  // a deque, because a Shard owns its mapping and doesn't move
+    std::deque<Shard> shards_;  // a deque, because a Shard owns its file and doesn't move
     uint64_t tokens_ = 0, windows_ = 0;
 
     uint64_t windows_in(const Shard& shard) const { return (shard.count - 1) / uint64_t(seq_len); }

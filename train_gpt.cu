@@ -7,9 +7,10 @@
 //   4. main
 //
 // Every operation of the model is a static function of the backend: struct Cuda (hand-written kernels) or struct Cpu
-// (plain C++), with the same signatures. nvcc builds both, a C++17 compiler (-x c++) the CPU one alone. Shapes stand
-// beside every tensor: L layers, B sequences of T tokens, N = B T rows, C channels, H heads, V vocabulary, Vp its size
-// padded to a multiple of 128.
+// (plain C++), with the same signatures; backend.h has the table. nvcc builds both, a C++17 compiler (-x c++) the CPU
+// one alone. Shapes stand beside every tensor: L layers, B sequences of T tokens, N = B T rows, C channels, H heads, V
+// vocabulary, Vp its size padded to a multiple of 128.
+
 // defines: Options, parse_flags, print_help, ModelPreset
 #include "flags.h"
 // defines: Shards, DataLoader, Batch, Tokenizer
@@ -24,7 +25,9 @@
 #include "ranks.h"
 // defines: CpuComm, CudaComm
 #include "comm.h"
-// defines: CpuOps
+// defines: is_backend, the table of all operations
+#include "backend.h"
+// defines: Cpu
 #include "cpu_backend.h"
 // defines: Cuda
 #ifdef __CUDACC__
@@ -44,16 +47,6 @@
 #include <fstream>
 #include <functional>
 #include <limits>
-
-struct Cpu : CpuOps, CpuComm {
-    static constexpr const char* kBackendName = "cpu fp32";
-    static size_t memory_available() { return CpuOps::memory_available() / world.local_size; }  // a rank's share
-    static void start(const World& r) {
-        CpuOps::start(r.local_size);
-        CpuComm::start();
-    }
-    static void stop() { CpuComm::stop(); }
-};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 1. Model config

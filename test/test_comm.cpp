@@ -95,8 +95,6 @@ static void check_broadcast_host() {
     for (size_t bytes : {0, 1, 128, 4000, 4001, 100000}) check_broadcast(bytes, 0, broadcast);
 }
 
-struct Cpu : CpuOps, CpuComm {};
-
 // Ten steps on gradients that do not depend on the number of ranks: of each element one rank holds all, the others
 // zero, so every order of addition is exact. The weights must not depend on it either, nor on owners, nor on muon or
 // dmuon. Returns a checksum of the weights of all steps.
