@@ -52,11 +52,10 @@ struct HopperProduct {
 };
 
 struct HopperChain {
-    static constexpr int kMaps = 16, kProducts = 36;
+    static constexpr int kMaps = 16;
     CUtensorMap maps[kMaps];
-    HopperProduct products[kProducts];
+    HopperProduct products[kNsChainProducts];
     int product_count, batch;
-    int group;             // matrices that go through the chain together: few enough that the L2 keeps them
     int tiles_per_matrix;  // of all products
     int* counters;         // the next tile; then (product, batch): tiles done
 };
@@ -73,13 +72,10 @@ __device__ inline HopperTile hopper_tile(const HopperChain& chain, int t) {
         tile.product = -1;
         return tile;
     }
-    const int first = t / (chain.group * chain.tiles_per_matrix) * chain.group;
-    const int matrices = min(chain.group, chain.batch - first);
-    t -= first * chain.tiles_per_matrix;
-    for (tile.product = 0; t >= matrices * chain.products[tile.product].tiles(); tile.product++)
-        t -= matrices * chain.products[tile.product].tiles();
+    for (tile.product = 0; t >= chain.batch * chain.products[tile.product].tiles(); tile.product++)
+        t -= chain.batch * chain.products[tile.product].tiles();
     const HopperProduct& p = chain.products[tile.product];
-    tile.matrix = first + t / p.tiles();
+    tile.matrix = t / p.tiles();
     t %= p.tiles();
     tile.narrow = t >= p.wide;
     if (tile.narrow) t -= p.wide;
@@ -375,7 +371,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1) hopper_chain_kernel(const _
 }
 
 // Collects products, with the contract of NsKernels::ns_product, and launches them as one chain: each may use what the
-// ones before it have made of the same matrix. counters: (1 + HopperChain::kProducts * batch) ints on the device.
+// ones before it have made of the same matrix. counters: ns_chain_counters(batch).
 class HopperRecorder {
     const NsType type;
     HopperChain chain = {};
@@ -398,14 +394,13 @@ class HopperRecorder {
     }
 
   public:
-    HopperRecorder(NsType type_, int batch, int group, int* counters) : type(type_) {
+    HopperRecorder(NsType type_, int batch, int* counters) : type(type_) {
         chain.batch = batch;
-        chain.group = group;
         chain.counters = counters;
     }
     void add(NsProduct kind, void* D, const void* A, const void* B, const void* C, float alpha, float beta, float diag,
              int M, int N, int K) {
-        if (chain.product_count == HopperChain::kProducts)
+        if (chain.product_count == kNsChainProducts)
             fail("internal: a chain of more than %d products", chain.product_count);
         HopperProduct& p = chain.products[chain.product_count++];
         p = {};
