@@ -1,6 +1,7 @@
 // dataloader.h: from token shards on disk to batches in memory, and back from tokens to text.
 // Read: Shard (one file, mapped and checked), permute() (a shuffle that needs no memory), Shards (which window is
-// sample g), DataLoader (which samples a rank's batch holds; a thread prepares the next one), Tokenizer.
+// sample g, and its tokens checked), DataLoader (which samples a rank's batch holds; a thread prepares the next one),
+// Tokenizer, printable().
 //
 // The sample order is a pure function: sample number g of a run is the same seq_len + 1 tokens whatever the ranks, the
 // micro-batch or the history of interruptions. So the data position of a checkpoint is just its step.
@@ -121,17 +122,48 @@ class Shards {
     uint64_t windows() const { return windows_; }  // also the samples of an epoch
     const std::vector<std::string>& paths() const { return paths_; }
 
-    // A token outside the vocabulary would read outside the embedding, so all of them are looked at once, at start: one
-    // pass at the speed of memory or disk, some shards at a time.
-    void check_tokens(int vocab) const {
-        const size_t threads = std::min<size_t>({shards_.size(), std::max(1u, std::thread::hardware_concurrency()), 8});
-        std::vector<std::future<void>> parts;
-        for (size_t t = 0; t < threads; t++) {
-            parts.push_back(std::async(std::launch::async, [this, vocab, threads, t] {
-                for (size_t k = t; k < shards_.size(); k += threads) check_shard(shards_[k], vocab);
-            }));
+    // A digest of all headers and of 16 places of each shard's content: tells other data of the same size without
+    // reading it all.
+    std::string digest() const {
+        uint64_t hash = 0;
+        auto add = [&](const void* data, size_t bytes) {
+            for (size_t at = 0; at < bytes; at += sizeof(uint64_t)) {
+                uint64_t word = 0;
+                memcpy(&word, static_cast<const char*>(data) + at, std::min(sizeof word, bytes - at));
+                hash = mix(hash + word + 1);
+            }
+        };
+        constexpr uint64_t kPlaces = 16, kTokens = 64;
+        for (const Shard& shard : shards_) {
+            add(shard.file.data, Shard::kHeaderBytes);
+            const uint64_t length = std::min(kTokens, shard.count);
+            for (uint64_t place = 0; place < kPlaces; place++)
+                add(shard.tokens + (shard.count - length) * place / (kPlaces - 1), length * sizeof(uint16_t));
         }
-        for (std::future<void>& part : parts) part.get();  // throws what its thread threw
+        return strprintf("%016llx", (unsigned long long)hash);
+    }
+
+    // A window (seq_len + 1) as a model reads it: inputs (seq_len), and targets (seq_len), moved on by one token. A
+    // token outside the vocabulary would read outside the embedding. The file may change under us at any time, so what
+    // is looked at is what was copied.
+    void read(const uint16_t* window, int* inputs, int* targets, int vocab) const {
+        int highest = 0;
+        for (int t = 0; t < seq_len; t++) inputs[t] = window[t];
+        for (int t = 0; t + 1 < seq_len; t++) targets[t] = inputs[t + 1];
+        targets[seq_len - 1] = window[seq_len];
+        for (int t = 0; t < seq_len; t++) highest = std::max({highest, inputs[t], targets[t]});
+        if (highest < vocab) return;
+        for (const Shard& shard : shards_) {
+            if (window < shard.tokens || window >= shard.tokens + shard.count) continue;
+            uint64_t where = 0;
+            while (inputs[where] < vocab && targets[where] < vocab) where++;
+            const bool target = inputs[where] < vocab;
+            fail(
+                "token shard %s has token %d at position %llu, outside the vocabulary of %d: was it made with another "
+                "tokenizer, or overwritten? Give --vocab, or make it again with scripts/data.py",
+                shard.file.path.c_str(), target ? targets[where] : inputs[where],
+                (unsigned long long)(uint64_t(window - shard.tokens) + where + target), vocab);
+        }
     }
 
     // Sample g: windows in an order that is new in each epoch. Shards are shuffled, and windows within a shard, so that
@@ -147,14 +179,14 @@ class Shards {
         }
     }
 
-    // Window g in the order of the files, from the first again after the last: evaluation.
+    // Window g in the order of the files: evaluation.
     const uint16_t* in_order(uint64_t g) const {  // -> (seq_len + 1)
-        uint64_t i = g % windows_;
+        uint64_t i = g;
         for (const Shard& shard : shards_) {
             if (i < windows_in(shard)) return window(shard, i);
             i -= windows_in(shard);
         }
-        fail("window %llu does not exist", (unsigned long long)g);  // not reached: i < windows_, their sum
+        fail("internal: window %llu of %llu", (unsigned long long)g, (unsigned long long)windows_);
     }
 
   private:
@@ -167,25 +199,6 @@ class Shards {
     const uint16_t* window(const Shard& shard, uint64_t w) const {
         shard.check_still_whole();
         return shard.tokens + w * uint64_t(seq_len);
-    }
-
-    static void check_shard(const Shard& shard, int vocab) {
-        constexpr uint64_t kBlock = 4096;  // a constant trip count lets the compiler use vector instructions at -O2 too
-        for (uint64_t begin = 0; begin < shard.count; begin += kBlock) {
-            uint16_t highest = 0;
-            if (shard.count - begin >= kBlock) {
-                for (uint64_t i = 0; i < kBlock; i++) highest = std::max(highest, shard.tokens[begin + i]);
-            } else {
-                for (uint64_t i = begin; i < shard.count; i++) highest = std::max(highest, shard.tokens[i]);
-            }
-            if (highest < vocab) continue;
-            uint64_t where = begin;
-            while (shard.tokens[where] < vocab) where++;
-            fail(
-                "token shard %s has token %d at position %llu, outside the vocabulary of %d: was it made with another "
-                "tokenizer? Give --vocab, or make it again with scripts/data.py",
-                shard.file.path.c_str(), int(shard.tokens[where]), (unsigned long long)where, vocab);
-        }
     }
 };
 
@@ -202,16 +215,13 @@ struct Batch {
 // only divide a step's samples: which ones it reads depends on the step alone. Steps count from 0 here.
 class DataLoader {
   public:
-    // Order::in_order is for evaluation: each step reads windows 0, 1, 2, ... of the files again, unshuffled.
-    enum class Order { shuffled, in_order };
-
     // accumulation: micro-steps of a step. alloc: where batches live (pinned memory for CUDA); called once, not freed
     // here. The shards must outlive the loader.
-    DataLoader(const Shards& shards, uint64_t seed, int batch, int rank, int ranks, int accumulation,
-               uint64_t first_step, void* (*alloc)(size_t), Order order = Order::shuffled)
+    DataLoader(const Shards& shards, int vocab, uint64_t seed, int batch, int rank, int ranks, int accumulation,
+               uint64_t first_step, void* (*alloc)(size_t))
         : shards_(shards),
+          vocab_(vocab),
           seed_(seed),
-          order_(order),
           batch_(batch),
           rank_(rank),
           ranks_(ranks),
@@ -249,8 +259,8 @@ class DataLoader {
     static constexpr uint64_t kSlots = 3;  // two that the caller may still read, one being filled
 
     const Shards& shards_;
+    const int vocab_;
     const uint64_t seed_;
-    const Order order_;
     const int batch_, rank_, ranks_, accumulation_;
     uint64_t step_;  // of the batch being prepared; only the thread reads and writes step_ and micro_step_
     int micro_step_ = 0;
@@ -293,18 +303,13 @@ class DataLoader {
     void fill(const Batch& out) {
         const int T = shards_.seq_len;
         const uint64_t ranks = uint64_t(ranks_), batch = uint64_t(batch_);
-        uint64_t first = (uint64_t(micro_step_) * ranks + uint64_t(rank_)) * batch;
-        if (order_ == Order::shuffled) first += step_ * uint64_t(accumulation_) * ranks * batch;
-        std::vector<int> begins(65537, 0);  // where each token's positions begin in order; any uint16 is in range
-        for (uint64_t b = 0; b < batch; b++) {
-            const uint16_t* tokens =
-                order_ == Order::shuffled ? shards_.sample(first + b, seed_) : shards_.in_order(first + b);
-            for (int t = 0; t < T; t++) {
-                out.inputs[b * T + t] = tokens[t];
-                out.targets[b * T + t] = tokens[t + 1];
-                begins[tokens[t] + 1]++;
-            }
-        }
+        const uint64_t micro_batch =
+            (step_ * uint64_t(accumulation_) + uint64_t(micro_step_)) * ranks + uint64_t(rank_);
+        for (uint64_t b = 0; b < batch; b++)
+            shards_.read(shards_.sample(micro_batch * batch + b, seed_), out.inputs + b * T, out.targets + b * T,
+                         vocab_);
+        std::vector<int> begins(size_t(vocab_) + 1, 0);  // where each token's positions begin in order
+        for (size_t i = 0; i < positions_; i++) begins[size_t(out.inputs[i]) + 1]++;
         for (size_t token = 1; token < begins.size(); token++) begins[token] += begins[token - 1];
         for (size_t i = 0; i < positions_; i++) out.order[begins[out.inputs[i]]++] = int(i);  // a counting sort, stable
 
@@ -324,12 +329,17 @@ struct Tokenizer {
         auto broken = [&](const std::string& fault) {
             fail("tokenizer %s %s: make it again with scripts/data.py", name, fault.c_str());
         };
+        int32_t header[256];
+        constexpr size_t kLargest = sizeof(header) + 65536 * 256;  // as many tokens as there can be, as long as can be
+        struct stat info;
+        if (stat(name, &info) != 0) fail("cannot open tokenizer %s: %s", name, strerror(errno));
+        if (!S_ISREG(info.st_mode)) broken("is not a file");
+        if (size_t(info.st_size) > kLargest) broken(strprintf("has %zu bytes: too many", size_t(info.st_size)));
         std::ifstream file(path, std::ios::binary);
         if (!file) fail("cannot open tokenizer %s: %s", name, strerror(errno));
-        std::ostringstream all;
-        all << file.rdbuf();
-        const std::string content = all.str();
-        int32_t header[256];
+        std::string content(size_t(info.st_size), '\0');
+        file.read(&content[0], std::streamsize(content.size()));
+        if (size_t(file.gcount()) != content.size()) broken("ends before its end");
         if (content.size() < sizeof(header)) broken("is shorter than its header");
         memcpy(header, content.data(), sizeof(header));
         if (header[0] != 20240328) broken(strprintf("has magic number %d, not 20240328", header[0]));
@@ -360,3 +370,25 @@ struct Tokenizer {
   private:
     std::vector<std::string> texts_;  // (vocab)
 };
+
+// Text from a model as it may go to a terminal: bytes that would steer it, and bytes that are no UTF-8, as \xHH.
+inline std::string printable(const std::string& text) {
+    std::string shown;
+    for (size_t i = 0; i < text.size();) {
+        const uint8_t c = uint8_t(text[i]);
+        const size_t length = c < 0x80 ? 1 : c >= 0xc2 && c < 0xe0 ? 2 : c >= 0xe0 && c < 0xf0 ? 3 : c < 0xf5 ? 4 : 0;
+        uint32_t point = length == 1 ? c : c & (0xff >> (length + 1));
+        bool good = length == 1 ? c == '\n' || c == '\t' || (c >= 0x20 && c != 0x7f) : c >= 0xc2 && length > 0;
+        for (size_t k = 1; good && k < length; k++) {
+            good = i + k < text.size() && (text[i + k] & 0xc0) == 0x80;
+            if (good) point = point << 6 | (text[i + k] & 0x3f);
+        }
+        // Control characters again, forms longer than need be, surrogates, beyond Unicode.
+        const uint32_t least[] = {0, 0, 0xa0, 0x800, 0x10000};
+        good = good && point >= least[length] && !(point >= 0xd800 && point < 0xe000) && point <= 0x10ffff;
+        if (good) shown.append(text, i, length);
+        else shown += strprintf("\\x%02x", c);
+        i += good ? length : 1;
+    }
+    return shown;
+}

@@ -62,17 +62,29 @@
 // matrices a chunk is still a whole matrix, so memory and traffic grow with the ranks (--print_plan says by how much):
 // beyond that number, data parallelism wants to be split otherwise.
 
-// A parameter tensor as the model declares it. Vectors have rows == 1.
+// What a parameter tensor is: decides its optimizer, its weight decay and its initial values.
+enum class TensorKind { token_embedding, position_embedding, matrix, residual_projection, layernorm_weight, bias };
+
+// A parameter tensor as the model declares it.
 struct TensorSpec {
     std::string name;
-    int rows, cols;
-    int stored_rows;    // rows that a checkpoint keeps: all but the padding of the vocabulary
-    bool hidden;        // a hidden 2-D matrix: Muon's; everything else is AdamW's
-    bool decay;         // weight decay applies (2-D tensors)
+    TensorKind kind;
+    int rows, cols;     // a vector is one row
     int layer;          // -1: outside the layers
-    int split;          // how many equal matrices its rows stack: 3 for qkv (Q, K, V), else 1
+    int stored_rows;    // rows that a checkpoint keeps: all but the padding of the vocabulary
+    int split = 1;      // how many equal matrices its rows stack: 3 for qkv (Q, K, V)
     int head_rows = 0;  // of qkv: the rows of one head
+
+    TensorSpec(const std::string& name_, TensorKind kind_, int rows_, int cols_, int layer_ = -1)
+        : name(name_), kind(kind_), rows(rows_), cols(cols_), layer(layer_), stored_rows(rows_) {}
+
     size_t size() const { return size_t(rows) * cols; }
+    size_t stored_size() const { return size_t(stored_rows) * cols; }
+    // A hidden 2-D matrix: Muon's. Everything else is AdamW's.
+    bool hidden() const { return kind == TensorKind::matrix || kind == TensorKind::residual_projection; }
+    bool decays() const {  // the 2-D tensors have weight decay
+        return kind != TensorKind::layernorm_weight && kind != TensorKind::bias;
+    }
 };
 
 enum class Method { adamw, muon, dmuon };
@@ -125,6 +137,7 @@ struct Plan {
     size_t arena = 0;             // elements of each arena
     size_t state_elements = 0;    // of one rank, each moment by itself
     int layers_per_bucket = 0;
+    int64_t ns_matrices = 0;  // matrices (or tiles) that a step puts through Newton-Schulz, over all ranks
 
     Plan(std::vector<TensorSpec> specs, const Options& options, int ranks_)
         : method(method_of(options)), ranks(ranks_), tensors(std::move(specs)) {
@@ -140,6 +153,10 @@ struct Plan {
             bucket.state_begin = state_elements;
             state_elements += bucket.chunk;
         }
+        for (const Piece& piece : pieces)
+            if (is_muon(piece.tensor))
+                for_each_tile(piece, tensors[piece.tensor], options,
+                              [&](int, int, int, int) { ns_matrices += piece.owner < 0 ? ranks : 1; });
     }
 
     // Where rank `rank` has its chunk of a bucket, in the arenas.
@@ -156,7 +173,7 @@ struct Plan {
         fail("internal: element %zu is not in a chunk of rank %d", offset, rank);
     }
 
-    bool is_muon(int tensor) const { return method != Method::adamw && tensors[tensor].hidden; }
+    bool is_muon(int tensor) const { return method != Method::adamw && tensors[tensor].hidden(); }
 
     // The offset of the element `begin` of a tensor, where a piece starts.
     size_t offset_of(int tensor, size_t begin = 0) const {
@@ -172,13 +189,13 @@ struct Plan {
         std::vector<int> order;
         for (bool decay : {true, false})
             for (int t = 0; t < int(tensors.size()); t++)
-                if (tensors[t].decay == decay && !is_muon(t)) order.push_back(t);
+                if (tensors[t].decays() == decay && !is_muon(t)) order.push_back(t);
         size_t total = 0;
         std::vector<size_t> starts;
         for (int t : order) {
             starts.push_back(total);
             total += round_up<size_t>(tensors[t].size(), 64);  // 128-byte aligned tensors
-            if (tensors[t].decay) decay_end = total;
+            if (tensors[t].decays()) decay_end = total;
         }
         flat = total;
         size_t chunk = round_up(ceil_div<size_t>(total, ranks), kNormRange);
@@ -197,7 +214,7 @@ struct Plan {
         std::vector<Piece> all;
         for (int t = 0; t < int(tensors.size()); t++) {
             const TensorSpec& spec = tensors[t];
-            if (!spec.hidden) continue;
+            if (!spec.hidden()) continue;
             int stacked = options.muon_qkv == "fused" ? 1 : spec.split, rows = spec.rows / stacked;
             for (int i = 0; i < stacked; i++)
                 all.push_back({t, size_t(i) * rows * spec.cols, size_t(rows) * spec.cols, rows, spec.cols, -1, 0});
@@ -348,14 +365,17 @@ inline NsConfig ns_config(const Options& options, int m, int n) {
 struct NsWorkspace {
     void *X, *Y;
     void* S[4];
+    int* counters;  // of the backend's NsChain
     static size_t bytes(int count, int m, int n, NsType type) {
-        return count * (2 * size_t(m) * n + 4 * size_t(m) * m) * ns_type_bytes(type);
+        return count * (2 * size_t(m) * n + 4 * size_t(m) * m) * ns_type_bytes(type) +
+               ns_chain_counters(count) * sizeof(int);
     }
     NsWorkspace(void* memory, int count, int m, int n, NsType type) {
         size_t wide = count * size_t(m) * n * ns_type_bytes(type), square = count * size_t(m) * m * ns_type_bytes(type);
         char* at = static_cast<char*>(memory);
         X = at, Y = at + wide, at += 2 * wide;
         for (void*& s : S) s = at, at += square;
+        counters = reinterpret_cast<int*>(at);
     }
 };
 
@@ -369,6 +389,7 @@ struct NsWorkspace {
 // they commute and every product of them is symmetric, so only half of its tiles is computed.
 template <class Backend>
 void newton_schulz(NsWorkspace& w, int count, int m, int n, const NsConfig& config) {
+    typename Backend::NsChain one_launch(count, config.type, w.counters);
     auto symmetric = [&](void* D, const void* A, const void* B, const void* C, double alpha, double beta, int k,
                          double diag = 0) {
         Backend::ns_product(D, A, B, C, float(alpha), float(beta), float(diag), count, m, m, k, NsProduct::symmetric_nt,
@@ -414,6 +435,9 @@ void newton_schulz(NsWorkspace& w, int count, int m, int n, const NsConfig& conf
 // The floating-point operations of Newton-Schulz on one matrix: the iteration itself, run on a backend that only
 // counts.
 struct FlopCounter {
+    struct NsChain {
+        NsChain(int, NsType, int*) {}
+    };
     static double& flops() {
         static double count;
         return count;
