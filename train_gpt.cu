@@ -998,9 +998,9 @@ class Trainer {
 
 #ifndef TRAIN_GPT_NO_MAIN
 
-// What this binary was built with, for `--version` and for bug reports.
-inline void print_version() {
-    std::string parts = "cpu";
+// What this binary was built with, for `--version`, for bug reports, and to tell two programs apart.
+inline std::string version() {
+    std::string parts = "train_gpt: cpu";
 #ifdef HAVE_CBLAS
     parts += " blas";
 #endif
@@ -1016,7 +1016,16 @@ inline void print_version() {
 #ifdef USE_MPI
     parts += " mpi";
 #endif
-    printf("train_gpt: %s\n", parts.c_str());
+    return parts;
+}
+
+// What the ranks of a run must have in common before any of them looks at data, one fact a line.
+inline std::string program_and_flags(const Options& options) {
+    std::string facts = version();
+    for (const Flag& flag : flag_table())
+        if (flag.name != std::string("rank_timeout"))  // each waits for the others as long as it likes
+            facts += strprintf("\n--%s %s", flag.name, flag_value(flag, options).c_str());
+    return facts;
 }
 
 template <class Backend>
@@ -1027,11 +1036,11 @@ void train(const Options& options) {
 }
 
 // auto: the GPU if there is one. All ranks must come to the same answer as rank 0, or they would wait for each other in
-// different collectives.
-inline bool use_cuda(const Options& options) {
+// different collectives. gpus: how many this process must see.
+inline bool use_cuda(const Options& options, [[maybe_unused]] int gpus = 1) {
     if (options.device == "cpu") return false;
 #ifdef __CUDACC__
-    const std::string why = Cuda::unavailable();
+    const std::string why = Cuda::unavailable(gpus);
     if (why.empty()) return true;
     if (options.device == "cuda" || options.gpus > 0)
         fail("no GPU can be used: %s; --device cpu trains without one", why.c_str());
@@ -1046,7 +1055,7 @@ int main(int argc, char** argv) {
     try {
         const Options options = parse_flags(argc, argv);
         if (options.help) return print_help(stdout), 0;
-        if (options.version) return print_version(), 0;
+        if (options.version) return puts(version().c_str()), 0;
         if (options.print_plan) {
             const ModelConfig config = model_config(options, options.vocab > 0 ? options.vocab : 50257);
             const Plan plan(tensor_specs(config), options,
@@ -1054,7 +1063,8 @@ int main(int argc, char** argv) {
             if (world.rank == 0) print_plan(plan, options, 2, stdout);
             return 0;
         }
-        start_ranks(argv, options.gpus, options.rank_timeout);
+        start_ranks(argv, options.gpus, options.rank_timeout, [&] { use_cuda(options, options.gpus); });
+        require_same(program_and_flags(options));
 #ifdef __CUDACC__
         const bool cuda = use_cuda(options);
         bool first_rank = cuda;

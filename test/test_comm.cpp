@@ -91,8 +91,12 @@ static void check_collectives() {
 }
 
 static void check_broadcast_host() {
-    auto broadcast = [](void* x, size_t bytes, int) { broadcast_host(x, bytes); };
-    for (size_t bytes : {0, 1, 128, 4000, 4001, 100000}) check_broadcast(bytes, 0, broadcast);
+    for (int root = 0; root < world.size; root++)
+        for (size_t bytes : {0, 1, 128, 4000, 4001, 100000}) check_broadcast(bytes, root, broadcast_host);
+    auto text = [](int rank) { return std::string(rank == 1 ? 0 : 3000 * rank + 1, char('a' + rank)); };
+    const std::vector<std::string> texts = gather_host(text(world.rank));
+    expect(int(texts.size()) == world.size, "gather_host: as many texts as ranks");
+    for (int rank = 0; rank < world.size; rank++) expect(texts[rank] == text(rank), "gather_host");
 }
 
 struct Cpu : CpuOps, CpuComm {};
@@ -198,6 +202,14 @@ static void work(const std::string& job) {
         return;
     }
     if (job == "updates") return check_updates();
+    if (job == "same" || job == "other_fact" || job == "fewer_facts") {
+        std::string facts = "build 1\n--batch 4\n--lr 0.1";
+        if (chosen && job == "other_fact") facts = "build 1\n--batch 8\n--lr 0.1";
+        if (chosen && job == "fewer_facts") facts = "build 1\n--batch 4";
+        require_same(facts);
+        if (world.rank == 0) printf("the ranks agree\n");
+        return;
+    }
     if (job == "slow_disk") {  // longer than the others would wait for a collective
         bool done = false;
         while_others_wait([&] { sleep_seconds(2.5 * world.timeout), done = true; });
@@ -303,6 +315,23 @@ TEST_CASE("the environment says who we are") {
     for (const char* name : names) unsetenv(name);
 }
 
+TEST_CASE("ranks that share a GPU are named, and it; others are not, whatever number it has on their machine") {
+    const std::string a = "GPU-0a (0000:17:00.0 on node1)", b = "GPU-0b (0000:18:00.0 on node1)",
+                      c = "GPU-0c (0000:17:00.0 on node2)", a_elsewhere = "GPU-0a (0000:01:00.0 on container)";
+    CHECK(shared_device({a}) == "");
+    CHECK(shared_device({a, b, c}) == "");
+    CHECK(shared_device({a, c, b, c}) == "ranks 1 and 3 share GPU " + c);
+    CHECK(shared_device({b, b, b}) == "ranks 0 and 1 share GPU " + b);
+    CHECK(shared_device({b, a, c, a_elsewhere}) == "ranks 1 and 3 share GPU " + a_elsewhere);
+}
+
+TEST_CASE("the first difference of two texts") {
+    using Pair = std::pair<std::string, std::string>;
+    CHECK(first_difference("a\nb\nc", "a\nx\ny") == Pair("b", "x"));
+    CHECK(first_difference("a\nb", "a") == Pair("b", "nothing"));
+    CHECK(first_difference("", "a") == Pair("nothing", "a"));
+}
+
 TEST_CASE("one process: every collective is a no-op") {
     check_collectives();
     check_broadcast_host();
@@ -373,6 +402,20 @@ TEST_CASE("mpirun: an error of one rank ends the run, one that all meet is said 
     o = mpirun(3, "all_error");
     CHECK(o.code != 0);
     CHECK(o.count("no such file") == 1);
+}
+
+TEST_CASE("ranks that were given different things are refused, with what and who") {
+    for (bool by_mpirun : {true, false}) {
+        auto start = [&](const char* job) { return by_mpirun ? mpirun(3, job) : gpus(3, job); };
+        CHECK(start("same").output == "the ranks agree\n");
+        const Outcome other = start("other_fact"), fewer = start("fewer_facts");
+        INFO(other.output, fewer.output);
+        CHECK(other.code == 2);
+        CHECK(other.says("train_gpt: rank 0: rank 0 has --batch 4, rank 2 has --batch 8: give"));
+        CHECK(other.count("train_gpt: ") == 1);
+        CHECK(fewer.code == 2);
+        CHECK(fewer.says("train_gpt: rank 0: rank 0 has --lr 0.1, rank 2 has nothing: give"));
+    }
 }
 
 TEST_CASE("mpirun: rank 0 may take long over a disk") {
@@ -494,7 +537,7 @@ TEST_CASE("--gpus: the ranks end with their parent") {
 int main(int argc, char** argv) {
     if (argc == 5 && argv[1] == std::string("worker")) {  // worker JOB GPUS TIMEOUT
         try {
-            start_ranks(argv, atoi(argv[3]), atof(argv[4]));
+            start_ranks(argv, atoi(argv[3]), atof(argv[4]), [] {});
             work(argv[2]);
             stop_ranks();
             return 0;
