@@ -51,17 +51,27 @@
 // matrices a chunk is still a whole matrix, so memory and traffic grow with the ranks (--print_plan says by how much):
 // beyond that number, data parallelism wants to be split otherwise.
 
-// A parameter tensor as the model declares it. Vectors have rows == 1.
+// What a parameter tensor is: decides its optimizer, its weight decay and its initial values.
+enum class TensorKind { embedding, matrix, residual_projection, layernorm_weight, bias };
+
+// A parameter tensor as the model declares it.
 struct TensorSpec {
     std::string name;
-    int rows, cols;
-    int stored_rows;    // rows that a checkpoint keeps: all but the padding of the vocabulary
-    bool hidden;        // a hidden 2-D matrix: Muon's; everything else is AdamW's
-    bool decay;         // weight decay applies (2-D tensors)
+    TensorKind kind;
+    int rows, cols;     // a vector is one row
     int layer;          // -1: outside the layers
-    int split;          // how many equal matrices its rows stack: 3 for qkv (Q, K, V), else 1
+    int stored_rows;    // rows that a checkpoint keeps: all but the padding of the vocabulary
+    int split = 1;      // how many equal matrices its rows stack: 3 for qkv (Q, K, V)
     int head_rows = 0;  // of qkv: the rows of one head
+
+    TensorSpec(const std::string& name_, TensorKind kind_, int rows_, int cols_, int layer_ = -1)
+        : name(name_), kind(kind_), rows(rows_), cols(cols_), layer(layer_), stored_rows(rows_) {}
+
     size_t size() const { return size_t(rows) * cols; }
+    size_t stored_size() const { return size_t(stored_rows) * cols; }
+    // A hidden 2-D matrix: Muon's. Everything else is AdamW's.
+    bool hidden() const { return kind == TensorKind::matrix || kind == TensorKind::residual_projection; }
+    bool decays() const { return hidden() || kind == TensorKind::embedding; }  // the 2-D tensors have weight decay
 };
 
 enum class Method { adamw, muon, dmuon };
@@ -139,7 +149,7 @@ struct Plan {
         fail("internal: element %zu is not in a chunk of rank %d", offset, rank);
     }
 
-    bool is_muon(int tensor) const { return method != Method::adamw && tensors[tensor].hidden; }
+    bool is_muon(int tensor) const { return method != Method::adamw && tensors[tensor].hidden(); }
 
     // The offset of the element `begin` of a tensor, where a piece starts.
     size_t offset_of(int tensor, size_t begin = 0) const {
@@ -155,13 +165,13 @@ struct Plan {
         std::vector<int> order;
         for (bool decay : {true, false})
             for (int t = 0; t < int(tensors.size()); t++)
-                if (tensors[t].decay == decay && !is_muon(t)) order.push_back(t);
+                if (tensors[t].decays() == decay && !is_muon(t)) order.push_back(t);
         size_t total = 0;
         std::vector<size_t> starts;
         for (int t : order) {
             starts.push_back(total);
             total += round_up<size_t>(tensors[t].size(), 64);  // 128-byte aligned tensors
-            if (tensors[t].decay) decay_end = total;
+            if (tensors[t].decays()) decay_end = total;
         }
         flat = total;
         size_t chunk = round_up(ceil_div<size_t>(total, ranks), kNormBlock);
@@ -180,7 +190,7 @@ struct Plan {
         std::vector<Piece> all;
         for (int t = 0; t < int(tensors.size()); t++) {
             const TensorSpec& spec = tensors[t];
-            if (!spec.hidden) continue;
+            if (!spec.hidden()) continue;
             int parts = options.muon_qkv == "fused" ? 1 : spec.split, rows = spec.rows / parts;
             for (int p = 0; p < parts; p++)
                 all.push_back({t, size_t(p) * rows * spec.cols, size_t(rows) * spec.cols, rows, spec.cols, -1, 0});

@@ -92,49 +92,9 @@ inline ModelConfig model_config(const Options& options, int vocab) {
     return {preset->layers, preset->heads, preset->channels, options.seq_len, vocab};
 }
 
-// The parameters of GPT-2, by the names of its published checkpoints; matrices are (outputs, inputs).
-inline std::vector<TensorSpec> tensor_specs(const ModelConfig& config) {
-    const int C = config.channels;
-    std::vector<TensorSpec> specs;
-    auto matrix = [&](std::string name, int rows, int cols, int layer, int split = 1) {
-        specs.push_back({name, rows, cols, rows, layer >= 0, true, layer, split});
-    };
-    auto vector = [&](std::string name, int size, int layer) {
-        specs.push_back({name, 1, size, 1, false, false, layer, 1});
-    };
-    matrix("wte.weight", config.padded_vocab(), C, -1);
-    specs.back().stored_rows = config.vocab;
-    matrix("wpe.weight", config.seq_len, C, -1);
-    for (int l = 0; l < config.layers; l++) {
-        const std::string h = "h." + std::to_string(l) + ".";
-        vector(h + "ln_1.weight", C, l);
-        vector(h + "ln_1.bias", C, l);
-        matrix(h + "attn.c_attn.weight", 3 * C, C, l, 3);
-        specs.back().head_rows = C / config.heads;
-        vector(h + "attn.c_attn.bias", 3 * C, l);
-        matrix(h + "attn.c_proj.weight", C, C, l);
-        vector(h + "attn.c_proj.bias", C, l);
-        vector(h + "ln_2.weight", C, l);
-        vector(h + "ln_2.bias", C, l);
-        matrix(h + "mlp.c_fc.weight", 4 * C, C, l);
-        vector(h + "mlp.c_fc.bias", 4 * C, l);
-        matrix(h + "mlp.c_proj.weight", C, 4 * C, l);
-        vector(h + "mlp.c_proj.bias", C, l);
-    }
-    vector("ln_f.weight", C, -1);
-    vector("ln_f.bias", C, -1);
-    return specs;
-}
-
-inline size_t parameter_count(const std::vector<TensorSpec>& specs) {
-    size_t count = 0;
-    for (const TensorSpec& spec : specs) count += size_t(spec.stored_rows) * spec.cols;
-    return count;
-}
-
-// Pointers to the tensors in an arena: real* into the parameters, float* into the gradients. Gradients are fp32 because
-// they accumulate over micro-steps: a bf16 sum drops every addend below 2^-9 of it, so that many small batches would
-// not add up to a large one. Q, K and V may have different owners and then lie apart.
+// The parameters of GPT-2 as pointers into an arena: real* into the parameters, float* into the gradients. Gradients
+// are fp32 because they accumulate over micro-steps: a bf16 sum drops every addend below 2^-9 of it, so that many small
+// batches would not add up to a large one. Q, K and V may have different owners and then lie apart.
 template <class T>
 struct Tensors {
     struct Layer {
@@ -149,22 +109,61 @@ struct Tensors {
     std::vector<Layer> layers;
     T *lnfw, *lnfb;  // (C)
 
-    Tensors(T* arena, const Plan& plan, const ModelConfig& config) : layers(config.layers) {
-        int t = 0;  // in the order of tensor_specs
-        auto next = [&] { return arena + plan.offset_of(t++); };
-        wte = next(), wpe = next();
-        for (Layer& layer : layers) {
-            layer.ln1w = next(), layer.ln1b = next();
-            for (int i = 0; i < 3; i++)
-                layer.qkvw[i] = arena + plan.offset_of(t, i * size_t(config.channels) * config.channels);
+    explicit Tensors(const ModelConfig& config) : layers(config.layers) {}
+    Tensors(T* arena, const Plan& plan, const ModelConfig& config) : Tensors(config) {
+        int t = 0;
+        for_each(config, [&](const TensorSpec& spec, T** pointers) {
+            for (int i = 0; i < spec.split; i++)
+                pointers[i] = arena + plan.offset_of(t, i * (spec.size() / spec.split));
             t++;
-            layer.qkvb = next(), layer.attprojw = next(), layer.attprojb = next(), layer.ln2w = next(),
-            layer.ln2b = next();
-            layer.fcw = next(), layer.fcb = next(), layer.fcprojw = next(), layer.fcprojb = next();
+        });
+    }
+
+    // The one list of the model's tensors, by the names of GPT-2's published checkpoints; matrices are (outputs,
+    // inputs). Calls f(spec, pointers): as many pointers as the tensor is split into. The order is that of the plan, of
+    // the random numbers of initialisation, and of checkpoints.
+    template <class F>
+    void for_each(const ModelConfig& config, F f) {
+        using Kind = TensorKind;
+        const int C = config.channels;
+        TensorSpec token_embedding("wte.weight", Kind::embedding, config.padded_vocab(), C);
+        token_embedding.stored_rows = config.vocab;
+        f(token_embedding, &wte);
+        f({"wpe.weight", Kind::embedding, config.seq_len, C}, &wpe);
+        for (int l = 0; l < config.layers; l++) {
+            const std::string h = "h." + std::to_string(l) + ".";
+            Layer& layer = layers[l];
+            f({h + "ln_1.weight", Kind::layernorm_weight, 1, C, l}, &layer.ln1w);
+            f({h + "ln_1.bias", Kind::bias, 1, C, l}, &layer.ln1b);
+            TensorSpec qkv(h + "attn.c_attn.weight", Kind::matrix, 3 * C, C, l);
+            qkv.split = 3, qkv.head_rows = C / config.heads;
+            f(qkv, layer.qkvw);
+            f({h + "attn.c_attn.bias", Kind::bias, 1, 3 * C, l}, &layer.qkvb);
+            f({h + "attn.c_proj.weight", Kind::residual_projection, C, C, l}, &layer.attprojw);
+            f({h + "attn.c_proj.bias", Kind::bias, 1, C, l}, &layer.attprojb);
+            f({h + "ln_2.weight", Kind::layernorm_weight, 1, C, l}, &layer.ln2w);
+            f({h + "ln_2.bias", Kind::bias, 1, C, l}, &layer.ln2b);
+            f({h + "mlp.c_fc.weight", Kind::matrix, 4 * C, C, l}, &layer.fcw);
+            f({h + "mlp.c_fc.bias", Kind::bias, 1, 4 * C, l}, &layer.fcb);
+            f({h + "mlp.c_proj.weight", Kind::residual_projection, C, 4 * C, l}, &layer.fcprojw);
+            f({h + "mlp.c_proj.bias", Kind::bias, 1, C, l}, &layer.fcprojb);
         }
-        lnfw = next(), lnfb = next();
+        f({"ln_f.weight", Kind::layernorm_weight, 1, C}, &lnfw);
+        f({"ln_f.bias", Kind::bias, 1, C}, &lnfb);
     }
 };
+
+inline std::vector<TensorSpec> tensor_specs(const ModelConfig& config) {
+    std::vector<TensorSpec> specs;
+    Tensors<float>(config).for_each(config, [&](const TensorSpec& spec, float**) { specs.push_back(spec); });
+    return specs;
+}
+
+inline size_t parameter_count(const std::vector<TensorSpec>& specs) {
+    size_t count = 0;
+    for (const TensorSpec& spec : specs) count += spec.stored_size();
+    return count;
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 2. Model
@@ -378,22 +377,26 @@ inline float normal(uint64_t seed, int tensor, uint64_t element) {
 }
 
 // GPT-2: N(0, 0.02), the projections into the residual stream smaller by sqrt(2L), LayerNorm weights 1, biases 0.
+// Padding of the vocabulary is 0.
 inline void initial_values(float* out, const TensorSpec& spec, int tensor, size_t begin, size_t count, uint64_t seed,
                            int layers) {
-    auto ends_with = [&](const char* end) {
-        const size_t n = strlen(end);
-        return spec.name.size() >= n && spec.name.compare(spec.name.size() - n, n, end) == 0;
-    };
-    if (!spec.decay) {  // vectors
-        std::fill(out, out + count, spec.name.find("ln_") != std::string::npos && ends_with("weight") ? 1.0f : 0.0f);
-        return;
+    float deviation = 0.02f;
+    switch (spec.kind) {
+        case TensorKind::layernorm_weight:
+            return std::fill(out, out + count, 1.0f);
+        case TensorKind::bias:
+            return std::fill(out, out + count, 0.0f);
+        case TensorKind::residual_projection:
+            deviation /= std::sqrt(2.0f * float(layers));
+            break;
+        case TensorKind::embedding:
+        case TensorKind::matrix:
+            break;
     }
-    const float deviation = ends_with("c_proj.weight") ? 0.02f / std::sqrt(2.0f * float(layers)) : 0.02f;
-    const size_t stored = size_t(spec.stored_rows) * spec.cols;
 #pragma omp parallel for
     for (int64_t i = 0; i < int64_t(count); i++) {
         const size_t element = begin + size_t(i);
-        out[i] = element < stored ? deviation * normal(seed, tensor, element) : 0.0f;
+        out[i] = element < spec.stored_size() ? deviation * normal(seed, tensor, element) : 0.0f;
     }
 }
 
@@ -842,7 +845,7 @@ class Trainer {
         for (int t = 0; t < int(tensors.size()); t++)
             for (const StateKind& kind : state_of(t)) {
                 TensorInfo info{kind.prefix + tensors[t].name, {tensors[t].cols}};
-                if (tensors[t].decay) info.shape = {tensors[t].stored_rows, tensors[t].cols};
+                if (tensors[t].decays()) info.shape = {tensors[t].stored_rows, tensors[t].cols};
                 table.push_back(info);
             }
         const Meta meta = {{"step", std::to_string(step)},
