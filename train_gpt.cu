@@ -33,7 +33,9 @@
 // defines: Plan, newton_schulz, Optimizer, print_plan
 #include "dmuon.cuh"
 
+#include <fcntl.h>
 #include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <charconv>
@@ -43,6 +45,7 @@
 #include <fstream>
 #include <functional>
 #include <limits>
+#include <set>
 
 struct Cpu : CpuOps, CpuComm {
     static constexpr const char* kBackendName = "cpu fp32";
@@ -424,6 +427,28 @@ inline std::string directory_of(const std::string& path) {
     return slash == std::string::npos ? "." : path.substr(0, slash);
 }
 
+// A file as ranks compare it: name, size, and a checksum of a sample that has its first and its last bytes (a shard's
+// header, the checksums of a checkpoint). A file of another run, another version or cut short shows; a single changed
+// byte need not.
+inline std::string describe_file(const std::string& path) {
+    constexpr size_t kBlock = 4096, kBlocks = 9;
+    const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    struct stat info = {};
+    if (fd < 0 || fstat(fd, &info) != 0) return strprintf("%s: %s", path.c_str(), strerror(errno));
+    Checksum checksum;
+    char block[kBlock];
+    const size_t bytes = size_t(info.st_size), last = bytes > kBlock ? bytes - kBlock : 0;
+    for (size_t i = 0; i < kBlocks; i++) {
+        memset(block, 0, kBlock);
+        if (pread(fd, block, kBlock, off_t(last * i / (kBlocks - 1))) < 0)
+            break;  // whoever reads it later will say why
+        checksum.update(block, kBlock);
+    }
+    close(fd);
+    return strprintf("%s of %zu bytes with content %016" PRIx64, path.substr(path.rfind('/') + 1).c_str(), bytes,
+                     checksum.value());
+}
+
 // DIR/log.jsonl, one line a step. A resumed run cuts it back to the step it goes on from.
 class StepLog {
     FILE* file = nullptr;
@@ -509,7 +534,7 @@ class Trainer {
           train(new Shards(options_.train, options_.seq_len)),
           val(options_.val.empty() ? nullptr : new Shards(options_.val, options_.seq_len)),
           tokenizer(find_tokenizer()),
-          config(model_config(options_, find_vocab())),
+          config(agreed_config()),
           total_batch(find_total_batch()),
           accumulation(int(total_batch / (int64_t(options_.batch) * options_.seq_len * world.size))),
           eval_batches(ceil_div<int64_t>(options_.eval_batches, world.size)),
@@ -638,8 +663,33 @@ class Trainer {
     // What the run is made of
 
     std::unique_ptr<Tokenizer> find_tokenizer() const {
-        const std::string path = directory_of(train->paths()[0]) + "/tokenizer.bin";
-        return std::unique_ptr<Tokenizer>(access(path.c_str(), F_OK) == 0 ? new Tokenizer(path) : nullptr);
+        std::set<std::string> directories;
+        for (const Shards* shards : {train.get(), val.get()})
+            for (size_t i = 0; shards && i < shards->paths().size(); i++)
+                directories.insert(directory_of(shards->paths()[i]));
+        std::unique_ptr<Tokenizer> found;
+        std::string first;
+        for (const std::string& directory : directories) {
+            const std::string path = directory + "/tokenizer.bin";
+            if (access(path.c_str(), F_OK) != 0) continue;
+            std::unique_ptr<Tokenizer> tokenizer(new Tokenizer(path));
+            if (found && found->identity != tokenizer->identity)
+                fail("%s and %s differ: shards of one run must be of one tokenizer", first.c_str(), path.c_str());
+            if (!found) first = path, found = std::move(tokenizer);
+        }
+        return found;
+    }
+
+    // Before anything large is allocated: the ranks have found the same data, tokenizer and model.
+    ModelConfig agreed_config() const {
+        std::string facts;
+        for (const auto& [name, shards] : {std::pair{"train", train.get()}, std::pair{"val", val.get()}})
+            for (size_t i = 0; shards && i < shards->paths().size(); i++)
+                facts += strprintf("%s shard %s\n", name, describe_file(shards->paths()[i]).c_str());
+        facts += strprintf("tokenizer %s\n", tokenizer ? tokenizer->identity.c_str() : "none");
+        if (!options.model.empty() && !find_preset(options.model)) facts += "--model " + describe_file(options.model);
+        require_same(facts);
+        return model_config(options, find_vocab());
     }
 
     int find_vocab() const { return options.vocab > 0 ? options.vocab : tokenizer ? tokenizer->vocab : 50257; }
@@ -771,7 +821,9 @@ class Trainer {
             if (path.empty())
                 say("--resume auto: no checkpoint in %s yet, starting from step 1\n", options.out.c_str());
         }
-        if (!path.empty()) say("resuming from %s\n", path.c_str());
+        if (path.empty()) return path;
+        require_same("checkpoint " + describe_file(path));
+        say("resuming from %s\n", path.c_str());
         return path;
     }
 

@@ -407,6 +407,47 @@ def test_both_launchers_agree():
     expect_same_state(a, b, "mpirun against --gpus")
 
 
+def test_ranks_must_be_given_the_same():
+    """A rank with another flag, or that finds other files, is refused with what it has and who it is."""
+    here, there = WORK + "/rank_0", WORK + "/rank_1"
+    data = ["--train", "train_*.bin", "--val", "val.bin"]
+    flags = [*MODEL, *data, "--batch", 2, "--steps", 2, "--total_batch", 4 * SEQ_LEN, "--eval_every", 1]
+
+    def refused(words, *changed, in_there=lambda: None):
+        for directory in (here, there):
+            shutil.rmtree(directory, ignore_errors=True)
+            os.mkdir(directory)
+            for name in ("train_000.bin", "train_001.bin", "val.bin"):
+                shutil.copyfile(WORK + "/source_train.bin", directory + "/" + name)
+        in_there()
+        one = lambda where, *more: ["-n", "1", "-wdir", where, PROGRAM, *[str(flag) for flag in (*flags, *more)]]
+        arguments = ["mpirun", "--allow-run-as-root", "--oversubscribe", *one(here), ":", *one(there, *changed)]
+        if not words:
+            return execute(arguments)
+        said = execute(arguments, code=2)
+        expect(said.count("train_gpt: ") == 1, "not said once: " + said)
+        expect(re.search(words, said), "%s: %s" % (words, said))
+
+    def change_a_token():
+        with open(there + "/train_000.bin", "r+b") as file:
+            file.seek(1024)
+            file.write(b"\1")
+
+    refused(None)
+    refused(None, "--rank_timeout", 100)
+    refused("rank 0 has --batch 2, rank 1 has --batch 1:", "--batch", 1)
+    refused("rank 0 has --seed 1337, rank 1 has --seed 2:", "--seed", 2)
+    refused("rank 0 has --lr 0.003, rank 1 has --lr 0.004:", "--lr", 0.004)
+    refused("rank 0 has --eval_every 1, rank 1 has --eval_every 2:", "--eval_every", 2)
+    refused("rank 0 has --channels %d, rank 1 has --channels 64:" % CHANNELS, "--channels", 64)
+    refused("rank 0 has --train train_..bin, rank 1 has --train train_000.bin:", "--train", "train_000.bin")
+    refused("rank 0 has train shard train_001.bin of [0-9]+ bytes.*, rank 1 has val shard val.bin",
+            in_there=lambda: os.remove(there + "/train_001.bin"))
+    refused("rank 0 has train shard train_000.bin of .* rank 1 has train shard train_000.bin of",
+            in_there=change_a_token)
+    refused("rank 0 has tokenizer none, rank 1 has tokenizer [0-9a-f]{16}:", in_there=lambda: write_tokenizer(there))
+
+
 def test_errors_are_said_once():
     said = execute(command(max(2, MANY), *MODEL, "--train", WORK + "/nothing_here*.bin"), code=1)
     expect(said.count("train_gpt: ") == 1, said)
@@ -426,6 +467,12 @@ def write_shard():
     with open(WORK + "/source_train.bin", "wb") as file:
         file.write(struct.pack("<256i", 20240520, 1, len(text), *[0] * 253))
         file.write(struct.pack("<%dH" % len(text), *text))
+
+
+def write_tokenizer(directory):
+    with open(directory + "/tokenizer.bin", "wb") as file:
+        file.write(struct.pack("<256i", 20240328, 2, 256, 10, *[0] * 252))
+        file.write(b"".join(bytes([1, byte]) for byte in range(256)))
 
 
 def main():

@@ -239,6 +239,18 @@ class Train(unittest.TestCase):
         (shards / "tokenizer.bin").write_bytes((data / "tokenizer.bin").read_bytes()[:-1])
         self.refused(1, "tokenizer.bin", *TINY, "--steps", 2, shards=shards)
 
+    def test_tokenizers_must_agree(self):
+        two = work / "two_tokenizers"
+        shutil.rmtree(two, ignore_errors=True)
+        shutil.copytree(data, two)
+        content = bytearray((data / "tokenizer.bin").read_bytes())
+        content[1024 + 2 * 65 + 1] = ord("B")  # token 65, "A", is now another "B"
+        (two / "tokenizer.bin").write_bytes(content)
+        for flags in (["--val", f"{two}/val_*.bin"], ["--train", f"{work}/[dt][aw]*[as]/train_*.bin"]):
+            self.refused(1, [f"{data}/tokenizer.bin and {two}/tokenizer.bin differ"], *TINY, "--steps", 2, *flags)
+        (two / "tokenizer.bin").unlink()
+        self.trained(*TINY, "--steps", 2, "--val", f"{two}/val_*.bin")
+
     def test_no_run_is_cut_off_or_misread(self):
         one, other = work / "one", work / "other"
         self.trained(*TINY, "--steps", 4, "--save_every", 2, "--out", one)
