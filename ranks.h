@@ -2,6 +2,7 @@
 // Read in this order:
 //   World, launched_world         who am I, of how many; read from the environment that the launcher left
 //   abort_ranks .. wait_until     ending a run with one clear line; deadlines
+//   stop_signal                   ending a run on request, after its step
 //   start_by_mpi, start_children  the two ways to be many: mpirun or srun, and --gpus N (this program starts itself)
 //   broadcast_host, gather_host   what one rank knows or does alone, before and between the collectives of comm.h
 //   require_same, shared_device   what makes ranks no run: other flags or data than rank 0's, one GPU for two
@@ -210,6 +211,36 @@ void wait_until(Done done, const char* what) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// A run that is asked to stop: kill, Ctrl-C, a lost terminal, Slurm's warning before its time limit
+
+constexpr int kStopSignals[] = {SIGTERM, SIGINT, SIGHUP, SIGUSR1};
+
+inline std::atomic<int> stop_signal{0};  // the first that this process has received
+
+// What was ignored when we started stays so: nohup, and jobs that a script puts in the background.
+inline bool is_ignored(int number) {
+    struct sigaction before;
+    return sigaction(number, nullptr, &before) == 0 && before.sa_handler == SIG_IGN;
+}
+
+// From here on the first such signal is noted in stop_signal, and a second one ends the process at once.
+inline void note_stop_signals() {
+    static std::atomic<int> received{0};
+    static const pid_t parent = getppid();
+    struct sigaction action = {};
+    action.sa_flags = SA_SIGINFO | SA_RESTART;
+    action.sa_sigaction = [](int number, siginfo_t* info, void*) {
+        int none = 0;
+        stop_signal.compare_exchange_strong(none, number);
+        // With --gpus, Ctrl-C reaches the ranks and their parent, which hands it on: its word alone counts.
+        if (world.launcher == Launcher::self && info->si_pid != parent) return;
+        if (received++ > 0) _exit(128 + number);
+    };
+    for (int number : kStopSignals)
+        if (!is_ignored(number)) sigaction(number, &action, nullptr);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // MPI: mpirun, srun
 
 #ifdef USE_MPI
@@ -272,27 +303,29 @@ inline void start_by_mpi() {
 // ---------------------------------------------------------------------------------------------------------------------
 // --gpus N: this process becomes the parent and starts N copies of itself
 
-// Waits for the children; when one fails, or the user stops the run, ends the others. Does not return.
+// Waits for the children, hands on the first request to stop, and ends them all at the second or when one fails. Does
+// not return.
 [[noreturn]] inline void watch_children(std::vector<pid_t> children, const sigset_t& signals) {
     using clock = std::chrono::steady_clock;
-    const std::chrono::seconds grace(10);  // from asking (SIGTERM) to ending (SIGKILL works on a stopped one too)
+    const std::chrono::seconds grace(10);  // from a second request to stop to SIGKILL
     clock::time_point kill_time = clock::time_point::max();
-    int exit_code = 0;
+    int exit_code = 0, stopped = 0;  // of a rank that failed, of one that has stopped as asked
+    int asked = 0;                   // the signal that did
     size_t alive = children.size();
-    auto end_all = [&](int signal_number) {
+    auto tell_all = [&](int signal_number) {
         for (pid_t child : children) {
             if (child == 0) continue;
             kill(child, signal_number);
             kill(child, SIGCONT);  // a stopped process hears nothing but SIGKILL before it is continued
         }
-        kill_time = clock::now() + grace;
     };
     while (alive > 0) {
         timespec second = {1, 0};
         const int signal_number = sigtimedwait(&signals, nullptr, &second);
         if (signal_number > 0 && signal_number != SIGCHLD) {
-            if (!exit_code) exit_code = 128 + signal_number;
-            end_all(signal_number);
+            tell_all(signal_number);  // at the first they finish their step and save, however long that takes
+            if (asked) kill_time = clock::now() + grace;
+            asked = signal_number;
         }
         int status = 0;
         for (pid_t pid; (pid = waitpid(-1, &status, WNOHANG)) > 0;) {
@@ -301,8 +334,14 @@ inline void start_by_mpi() {
             children[rank] = 0;
             alive--;
             if (status == 0 || exit_code) continue;
-            exit_code = WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
-            if (!shared_page->explained) {
+            const int code = WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+            const bool as_asked = asked && code == 128 + asked;
+            if (as_asked && WIFEXITED(status)) {  // and so will the others
+                stopped = code;
+                continue;
+            }
+            exit_code = code;
+            if (!as_asked && !shared_page->explained) {
                 if (WIFSIGNALED(status))
                     fprintf(stderr, "train_gpt: rank %zu was killed by signal %d (%s); ending the other ranks\n", rank,
                             WTERMSIG(status), strsignal(WTERMSIG(status)));
@@ -310,11 +349,11 @@ inline void start_by_mpi() {
                     fprintf(stderr, "train_gpt: rank %zu ended with exit code %d; ending the other ranks\n", rank,
                             exit_code);
             }
-            end_all(SIGTERM);
+            tell_all(SIGKILL);  // they would wait for it
         }
-        if (alive > 0 && clock::now() > kill_time) end_all(SIGKILL);
+        if (alive > 0 && clock::now() > kill_time) tell_all(SIGKILL);
     }
-    exit(exit_code);
+    exit(exit_code ? exit_code : stopped);
 }
 
 template <class Check>
@@ -329,7 +368,9 @@ template <class Check>
     // The parent takes these signals one by one in watch_children; the children get the mask we started with.
     sigset_t signals, before;
     sigemptyset(&signals);
-    for (int number : {SIGCHLD, SIGINT, SIGTERM, SIGHUP}) sigaddset(&signals, number);
+    sigaddset(&signals, SIGCHLD);
+    for (int number : kStopSignals)
+        if (!is_ignored(number)) sigaddset(&signals, number);
     sigprocmask(SIG_BLOCK, &signals, &before);
     check();  // after that: the threads that a driver may start inherit the mask, and leave the signals to us
     const pid_t parent = getpid();

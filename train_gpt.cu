@@ -508,8 +508,9 @@ class Trainer {
     // What the device leaves for the host at the end of a step. The host reads it one step later, so it never waits
     // inside a step; two slots, used in turn.
     struct Stats {
-        double loss, orthogonalised;  // sums over all ranks: of the losses, of the matrices through Newton-Schulz
-        float clip[2];                // scale, norm
+        // sums over all ranks: of the losses, of the matrices through Newton-Schulz, of those that are asked to stop
+        double loss, orthogonalised, stopping;
+        float clip[2];  // scale, norm
     };
     struct Slot {
         Event begin, optimizer_begin, end;  // of the step's work on the device
@@ -521,8 +522,9 @@ class Trainer {
         double lr = 0;
     };
     Slot slots[2];
-    double* sums;       // [2] device: loss, orthogonalised
-    double* ns_counts;  // [2] pinned, by slot
+    double* sums;           // [3] device: loss, orthogonalised, stopping
+    double* host_counts;    // [2][2] pinned, by slot: orthogonalised, stopping
+    bool stopping = false;  // some rank was asked to stop, and all know
     static constexpr size_t kStagingFloats = size_t(4) << 20;
     float *staging = nullptr, *staging_host = nullptr;  // (kStagingFloats) what save() moves at a time
     int64_t skipped = 0;                                // updates skipped in a row
@@ -562,8 +564,8 @@ class Trainer {
         if (val)
             val_loader.reset(new DataLoader(*val, 0, options.batch, world.rank, world.size, int(eval_batches), 0,
                                             Backend::alloc_host, DataLoader::Order::in_order));
-        sums = static_cast<double*>(Backend::alloc(2 * sizeof(double), "sums"));
-        ns_counts = static_cast<double*>(Backend::alloc_host(2 * sizeof(double)));
+        sums = static_cast<double*>(Backend::alloc(3 * sizeof(double), "sums"));
+        host_counts = static_cast<double*>(Backend::alloc_host(4 * sizeof(double)));
         for (Slot& slot : slots) {
             slot.host = static_cast<Stats*>(Backend::alloc_host(sizeof(Stats)));
             if (options.profile) slot.marks = std::vector<Event>(optimizer.phase_calls());
@@ -578,20 +580,22 @@ class Trainer {
                           6.0 * config.layers * config.channels * config.seq_len;
     }
 
-    void run() {
+    // Returns the exit code: 0, or 128 + the signal that asked it to stop before its last step.
+    int run() {
         start_weights();
         print_table();
         if (first_step >= options.steps) {
             say("the run is at step %" PRId64 " of %" PRId64
                 ": nothing left to do (--steps is the total, also after a resume)\n",
                 first_step, options.steps);
-            return;
+            return 0;
         }
         DataLoader loader(*train, uint64_t(options.seed), options.batch, world.rank, world.size, accumulation,
                           uint64_t(first_step), Backend::alloc_host);
         Event uploaded[3];  // as many batches as the loader keeps: a batch is refilled only after its upload
         int64_t micro_steps = 0;
         typename Backend::EnqueueDeadline deadline;
+        note_stop_signals();
         for (int64_t step = first_step + 1; step <= options.steps; step++) {
             Slot& slot = slots[step % 2];
             const size_t tokens = size_t(options.batch) * options.seq_len;
@@ -626,10 +630,12 @@ class Trainer {
                 slot.phases.push_back(phase);
             });
             slot.end.record();
-            ns_counts[step % 2] = double(optimizer.orthogonalised - before);
-            Backend::upload(&sums[1], &ns_counts[step % 2], sizeof(double));
-            Backend::all_reduce(sums, 2);
-            Backend::download(&slot.host->loss, sums, 2 * sizeof(double));
+            double* counts = host_counts + 2 * (step % 2);
+            counts[0] = double(optimizer.orthogonalised - before);
+            counts[1] = stop_signal != 0;
+            Backend::upload(&sums[1], counts, 2 * sizeof(double));
+            Backend::all_reduce(sums, 3);
+            Backend::download(&slot.host->loss, sums, 3 * sizeof(double));
             Backend::download(slot.host->clip, optimizer.clip, 2 * sizeof(float));
             slot.read.record();
             slot.step = step;
@@ -639,14 +645,17 @@ class Trainer {
             report(slots[(step - 1) % 2]);  // the previous step, while this one runs
             if (val && due(options.eval_every)) report(slot, evaluate());
             if (options.sample_every > 0 && due(options.sample_every)) report(slot), sample(step);
-            if (!options.out.empty() && due(options.save_every)) {
+            // All ranks read in the same place that one of them is to stop, so they stop after the same step.
+            if (!options.out.empty() && (stopping || due(options.save_every))) {
                 report(slot);
                 // A step that was skipped changed nothing, and must not push out what was saved before the trouble.
-                if (skipped == 0 || last) save(step);
+                if (skipped == 0 || last || stopping) save(step);
                 else say("not saved: the update was skipped\n");
             }
-            if (last) report(slot);
+            if (last || stopping) report(slot);
+            if (stopping && !last) return stopped(step);
         }
+        return 0;
     }
 
   private:
@@ -934,6 +943,17 @@ class Trainer {
         say("saved %s/step_%08" PRId64 ".ckpt\n", options.out.c_str(), step);
     }
 
+    // The line and the exit code of a run that was asked to stop. Not every rank need have received the signal.
+    int stopped(int64_t step) {
+        int number = 0;
+        for (const std::string& received : gather_host(std::to_string(stop_signal)))
+            number = std::max(number, atoi(received.c_str()));
+        say("stopped after step %" PRId64 " of %" PRId64 " by signal %d (%s): %s\n", step, options.steps, number,
+            strsignal(number),
+            options.out.empty() ? "nothing is saved without --out" : "--resume auto goes on from here");
+        return 128 + number;
+    }
+
     // -----------------------------------------------------------------------------------------------------------------
     // Evaluation, samples, the step line
 
@@ -1040,6 +1060,7 @@ class Trainer {
         say("%s\n", line.c_str());
         log.write(json + "}");
         slot.step = 0;
+        stopping = stopping || slot.host->stopping > 0;
         skipped = skip ? skipped + 1 : 0;
         if (skipped == 10)
             fail(
@@ -1084,10 +1105,11 @@ inline std::string program_and_flags(const Options& options) {
 }
 
 template <class Backend>
-void train(const Options& options) {
+int train(const Options& options) {
     Backend::start(world);
-    Trainer<Backend>(options).run();
+    const int exit_code = Trainer<Backend>(options).run();
     Backend::stop();
+    return exit_code;
 }
 
 // auto: the GPU if there is one. All ranks must come to the same answer as rank 0, or they would wait for each other in
@@ -1107,6 +1129,7 @@ inline bool use_cuda(const Options& options, [[maybe_unused]] int gpus = 1) {
 }
 
 int main(int argc, char** argv) {
+    signal(SIGXFSZ, SIG_IGN);  // a write past the limit of file sizes (ulimit -f) then fails, and says so
     try {
         const Options options = parse_flags(argc, argv);
         if (options.help) return print_help(stdout), 0;
@@ -1127,13 +1150,13 @@ int main(int argc, char** argv) {
         if (cuda != first_rank)
             fail("rank 0 uses a %s and this rank a %s: give every machine a GPU that works, or pass --device cpu",
                  first_rank ? "GPU" : "CPU", cuda ? "GPU" : "CPU");
-        if (cuda) train<Cuda>(options);
-        else train<Cpu>(options);
+        const int exit_code = cuda ? train<Cuda>(options) : train<Cpu>(options);
 #else
         use_cuda(options);
-        train<Cpu>(options);
+        const int exit_code = train<Cpu>(options);
 #endif
         stop_ranks();
+        return exit_code;
     } catch (const Error& error) {
         fail_ranks(error.what(), error.exit_code);
     } catch (const std::bad_alloc&) {

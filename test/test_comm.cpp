@@ -219,7 +219,21 @@ static void work(const std::string& job) {
         if (world.rank == 0) printf("the disk was slow\n");
         while_others_wait([] { fail("the disk is full"); });
     }
-    keep_busy(100);  // under way
+    if (job == "stop_signal" || job == "long_step") note_stop_signals();
+    keep_busy(100);              // under way
+    if (job == "stop_signal") {  // all agree each round, as the trainer does each step
+        if (world.rank == 0) printf("parent %d\n", int(getppid())), fflush(stdout);
+        for (int stopping = 0; !stopping; sleep_seconds(0.001))
+            for (const std::string& text : gather_host(std::to_string(stop_signal))) stopping |= atoi(text.c_str());
+        sleep_seconds(1.5);  // saves
+        if (world.rank == 0) printf("saved\n"), fflush(stdout);
+        stop_ranks();
+        exit(128 + SIGUSR1);
+    }
+    if (job == "long_step") {
+        printf("pid %d\n", int(getpid()));
+        fflush(stdout);
+    }
     if (job == "pids") {
         printf("pid %d\n", int(getpid()));
         fflush(stdout);
@@ -536,6 +550,41 @@ TEST_CASE("--gpus: the ranks end with their parent") {
     }
 }
 
+TEST_CASE("--gpus: ranks that are asked to stop, by their parent or one alone, have the time to save") {
+    for (bool whole_group : {false, true}) {  // Ctrl-C in a terminal reaches parent and ranks: that is one request
+        CAPTURE(whole_group);
+        FILE* pipe = popen(strprintf("exec setsid %s worker stop_signal 3 60", self().c_str()).c_str(), "r");
+        REQUIRE(pipe);
+        int parent = 0;
+        REQUIRE(fscanf(pipe, " parent %d", &parent) == 1);
+        REQUIRE(kill(whole_group ? -parent : parent, SIGUSR1) == 0);
+        char said[100] = "";
+        CHECK(fscanf(pipe, " %99s", said) == 1);
+        CHECK(said == std::string("saved"));
+        const int status = pclose(pipe);
+        CHECK((WIFEXITED(status) && WEXITSTATUS(status) == 128 + SIGUSR1));
+    }
+}
+
+TEST_CASE("--gpus: a second request ends the ranks at once") {
+    FILE* pipe = popen(strprintf("exec %s worker long_step 2 60", self().c_str()).c_str(), "r");
+    REQUIRE(pipe);
+    int pids[2] = {};
+    for (int& pid : pids) REQUIRE(fscanf(pipe, " pid %d", &pid) == 1);
+    FILE* file = fopen(strprintf("/proc/%d/stat", pids[0]).c_str(), "r");
+    REQUIRE(file);
+    int parent = 0;
+    CHECK(fscanf(file, "%*d %*s %*c %d", &parent) == 1);
+    fclose(file);
+    REQUIRE(kill(parent, SIGTERM) == 0);
+    sleep_seconds(1);
+    for (int pid : pids) CHECK(alive(pid));
+    REQUIRE(kill(parent, SIGTERM) == 0);
+    const int status = pclose(pipe);
+    CHECK((WIFEXITED(status) && WEXITSTATUS(status) == 128 + SIGTERM));
+    for (int pid : pids) CHECK(!alive(pid));
+}
+
 int main(int argc, char** argv) {
     if (argc == 5 && argv[1] == std::string("worker")) {  // worker JOB GPUS TIMEOUT
         try {
@@ -547,7 +596,8 @@ int main(int argc, char** argv) {
             fail_ranks(e.what(), e.exit_code);
         }
     }
-    setenv("OMP_NUM_THREADS", "1", 0);  // for the workers: they share few cores
+    for (int number : kStopSignals) signal(number, SIG_DFL);  // a shell may have had us ignore some of them
+    setenv("OMP_NUM_THREADS", "1", 0);                        // for the workers: they share few cores
     setenv("OPENBLAS_NUM_THREADS", "1", 0);
     return doctest::Context(argc, argv).run();
 }

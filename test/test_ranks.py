@@ -330,9 +330,9 @@ WAITS_EVERYWHERE = [*MODEL, "--batch", 2, "--optimizer", "dmuon", "--val", WORK 
 
 
 def fault(number, rank, launcher, flags=WAITS_EVERYWHERE):
-    """Sends a signal to one rank of a run that is under way: (output, exit code, seconds until the run was over)."""
+    """Sends a signal to one rank of a run that is under way, None: to its launcher: (output, exit code, seconds until
+    the run was over)."""
     ranks = min(3, MANY)
-    rank = min(rank, ranks - 1)
     out = tempfile.mkdtemp(dir=WORK)
     flags = [*flags, "--steps", 1000000, "--rank_timeout", 5, "--out", out]
     with open(out + "/said", "w+") as said:
@@ -346,7 +346,7 @@ def fault(number, rank, launcher, flags=WAITS_EVERYWHERE):
             pids, everyone = processes_below(run.pid)
             expect(sorted(pids) == list(range(ranks)), "%d ranks expected, found %s" % (ranks, pids))
             begin = time.time()
-            os.kill(pids[rank], number)
+            os.kill(run.pid if rank is None else pids[min(rank, ranks - 1)], number)
             try:
                 code = run.wait(timeout=5 + 60)
             except subprocess.TimeoutExpired:
@@ -386,6 +386,21 @@ def test_stopped_rank():
             expect(len(lines) == 1, "%s: not one line about the deadline: %s" % (launcher, said))
             expect(int(lines[0]) != rank, "%s: the stopped rank spoke" % launcher)
             expect(4 < seconds < 40, "%s: the run ended after %.0f s" % (launcher, seconds))
+
+
+def test_asked_to_stop():
+    """A request to one rank or to the launcher: all finish the same step, save it, say so once."""
+    for launcher in LAUNCHERS:
+        requests = [(signal.SIGTERM, 0), (signal.SIGHUP, 1), (signal.SIGUSR1, None)]
+        if launcher == "gpus":  # mpirun makes of these a SIGTERM, and gives the ranks a second
+            requests += [(signal.SIGTERM, None), (signal.SIGINT, None), (signal.SIGHUP, None)]
+        for number, rank in requests:
+            said, code, seconds = fault(number, rank, launcher, [*MODEL, "--batch", 2])
+            what = "%s: %s to %s: " % (launcher, number.name, "the launcher" if rank is None else "rank %d" % rank)
+            expect(code == 128 + number, what + "exit code %d: %s" % (code, said))
+            expect(said.count("stopped after step") == 1, what + said)
+            step = int(re.search(r"^stopped after step (\d+) of 1000000 by signal %d " % number, said, re.M).group(1))
+            expect("step_%08d.ckpt\n" % step in said, what + "not saved: " + said)
 
 
 def test_stopped_rank_behind_many_launches():
