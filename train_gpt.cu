@@ -752,7 +752,10 @@ class RunState {
                 });
             }
         }
-        if (with_state) optimizer.steps_done = meta_number(checkpoint, "optimizer_steps");
+        if (!with_state) return;
+        const int64_t updates = meta_number(checkpoint, "optimizer_steps");
+        Backend::upload(optimizer.updates, &updates, sizeof updates);
+        Backend::synchronize();
     }
 
   public:
@@ -786,7 +789,10 @@ class RunState {
                 if (tensors[t].decays()) info.shape = {tensors[t].stored_rows, tensors[t].cols};
                 table.push_back(info);
             }
-        const Meta meta = run.meta(step, optimizer.steps_done);
+        int64_t updates = 0;
+        Backend::download(&updates, optimizer.updates, sizeof updates);
+        finish<Backend>("a checkpoint");
+        const Meta meta = run.meta(step, updates);
         const std::string& out = run.options.out;
         std::unique_ptr<CheckpointWriter> writer;  // rank 0's
         while_others_wait([&] { writer.reset(new CheckpointWriter(out, step, meta, table)); });
