@@ -135,22 +135,25 @@ constexpr bool is_backend() {
                                int N, int V, int Vp, bool write_dlogits));
     OPERATION(sum_losses, void(double* sum /*(1) +=*/, const float* losses /*(n)*/, int n));
 
-    // ---- The optimizer. clip[0] scales every gradient; where it is 0 the updates change nothing.
+    // ---- The optimizer. clip (4) is the scale of every gradient, where it is 0 the updates change nothing; the norm; and
+    // AdamW's bias corrections 1 - beta1^t and 1 - beta2^t. Its t is the number of updates that were not skipped, which
+    // only the device knows.
 
     // sums[i] = the sum of squares of range i of x
     OPERATION(sum_squares, void(double* sums /*(n)*/, const float* x, const Range* ranges /*(n)*/, int n));
-    // norm = sqrt(sum of sums); scale = 0 if that is not finite, else min(1, max_norm / norm), or 1 without a max_norm
-    OPERATION(clip_scale, void(float* clip /*(2): scale, norm*/, const double* sums /*(n)*/, int n, float max_norm));
+    // norm = sqrt(sum of sums); scale = 0 if that is not finite, else min(1, max_norm / norm), or 1 without a max_norm;
+    // t += 1 and the corrections follow unless the scale is 0
+    OPERATION(clip_scale, void(float* clip /*(4)*/, int64_t* t /*(1)*/, const double* sums /*(n)*/, int n,
+                               float max_norm, double beta1, double beta2));
     // g = scale grads; m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2;
-    // master = (1 - lr weight_decay) master - lr (m / correction1) / (sqrt(v / correction2) + eps); params = master
+    // master = (1 - lr weight_decay) master - lr (m / clip[2]) / (sqrt(v / clip[3]) + eps); params = master
     OPERATION(adamw, void(real* params /*(n)*/, float* master /*(n)*/, float* m /*(n)*/, float* v /*(n)*/,
                           const float* grads /*(n)*/, size_t n, float lr, float beta1, float beta2, float eps,
-                          float weight_decay, float correction1 /*1 - beta1^t*/, float correction2 /*1 - beta2^t*/,
-                          const float* clip /*(2)*/));
+                          float weight_decay, const float* clip /*(4)*/));
     OPERATION(cast_params, void(real* params /*(n)*/, const float* master /*(n)*/, size_t n));
     // g = scale grads; momentum = mu momentum + g; grads = momentum, or under Nesterov g + mu momentum
     OPERATION(muon_momentum, void(float* grads /*(n)*/, float* momentum /*(n)*/, size_t n, float mu, bool nesterov,
-                                  const float* clip /*(2)*/));
+                                  const float* clip /*(4)*/));
 
     // Newton-Schulz (dmuon.cuh) on `count` matrices of one shape (rows, cols), which lie where refs says. Iterates are
     // of type `type` and lie down: m = min(rows, cols), n = max(rows, cols), transposed if rows > cols, padded with
@@ -174,7 +177,7 @@ constexpr bool is_backend() {
     OPERATION(muon_update, void(real* params, float* master, const void* U /*(count,mp,np)*/,
                                 const MatrixRef* refs /*(count)*/, int count, int rows, int cols,
                                 float decay /*1 - lr wd*/, float step /*lr scale*/, NsType type,
-                                const float* clip /*(2)*/));
+                                const float* clip /*(4)*/));
     return true;
 }
 // clang-format on
