@@ -236,9 +236,10 @@ struct CpuOps {
                                       int N, int C, int OC) {
         parallel_gemm(false, false, N, C, OC, dout, OC, weight, C, 0.0f, dinp, C);
     }
-    static void matmul_backward_weight(float* dweight /*(OC,C) +=*/, const real* dout /*(N,OC), row stride ldo*/,
-                                       int ldo, const real* inp /*(N,C)*/, int N, int C, int OC) {
-        parallel_gemm(true, false, OC, C, N, dout, ldo, inp, C, 1.0f, dweight, C);
+    static void matmul_backward_weight(float* dweight /*(OC,C), += with accumulate*/,
+                                       const real* dout /*(N,OC), row stride ldo*/, int ldo, const real* inp /*(N,C)*/,
+                                       int N, int C, int OC, bool accumulate) {
+        parallel_gemm(true, false, OC, C, N, dout, ldo, inp, C, accumulate ? 1.0f : 0.0f, dweight, C);
     }
 
     // Sums over rows are taken in kSlices runs of rows, each by one thread into its own partial sums.

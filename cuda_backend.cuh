@@ -149,10 +149,11 @@ struct CudaMatmul {
         product({false, false, C, N, OC, C, OC, C, false, false}, dinp, weight, dout, nullptr, 0.0f);
     }
 
-    // dweight (OC,C) += dout(N,OC)^T inp (N,C); dout has row stride ldo, the sum over micro-steps is fp32
-    static void matmul_backward_weight(float* dweight, const real* dout, int ldo, const real* inp, int N, int C,
-                                       int OC) {
-        product({false, true, C, OC, N, C, ldo, C, true, false}, dweight, inp, dout, nullptr, 1.0f);
+    // dweight (OC,C) = dout(N,OC)^T inp (N,C), or += with accumulate; dout has row stride ldo, the sum over micro-steps
+    // is fp32
+    static void matmul_backward_weight(float* dweight, const real* dout, int ldo, const real* inp, int N, int C, int OC,
+                                       bool accumulate) {
+        product({false, true, C, OC, N, C, ldo, C, true, false}, dweight, inp, dout, nullptr, accumulate ? 1.0f : 0.0f);
     }
 
     // Before the first step, so that nothing is allocated in it but the plans.

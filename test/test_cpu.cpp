@@ -264,7 +264,7 @@ TEST_CASE("matrix products: bias, row strides, tails of every tile") {
         CHECK(error(dinp, truth::matmul(false, false, N, C, OC, dout_tight, OC, weight, C)) < 2e-6);
 
         const Doubles want_dweight = plus(dweight, truth::matmul(true, false, OC, C, N, dout, ldo, inp, C));
-        CpuOps::matmul_backward_weight(dweight.data(), dout.data(), ldo, inp.data(), N, C, OC);
+        CpuOps::matmul_backward_weight(dweight.data(), dout.data(), ldo, inp.data(), N, C, OC, true);
         CHECK(error(dweight, want_dweight) < 2e-6);
 
         const Doubles want_dbias =
@@ -658,7 +658,7 @@ TEST_CASE("results do not depend on the number of threads") {
         CpuOps::layernorm_backward(d, result(C), result(C), out, x.data(), gain.data(), mean, rstd, N, C, scratch);
         CpuOps::matmul_forward(qkv, 3 * C, x.data(), weight.data(), nullptr, N, C, 3 * C);
         CpuOps::matmul_backward_input(result(N * C), dout.data(), weight.data(), N, C, 3 * C);
-        CpuOps::matmul_backward_weight(result(3 * C * C), dout.data(), 3 * C, x.data(), N, C, 3 * C);
+        CpuOps::matmul_backward_weight(result(3 * C * C), dout.data(), 3 * C, x.data(), N, C, 3 * C, true);
         CpuOps::bias_backward(result(3 * C), dout.data(), N, 3 * C, scratch);
         CpuOps::attention_forward(out, lse, qkv, B, T, C, H);
         CpuOps::attention_backward(result(N * 3 * C), delta, x.data(), qkv, out, lse, B, T, C, H);

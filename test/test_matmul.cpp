@@ -47,12 +47,12 @@ TEST_CASE("cuBLASLt: matmul_forward, matmul_backward_input, matmul_backward_weig
             for (bool accumulate : {false, true}) {
                 CAPTURE(accumulate);
                 const Floats dout = random_reals(size_t(N) * ldo),
-                             before = accumulate ? normal(weights) : Floats(weights);
+                             before = accumulate ? normal(weights) : Floats(weights, NAN);
                 Floats want = before;
-                CpuOps::matmul_backward_weight(want.data(), dout.data() + slice, ldo, inp.data(), N, C, OC);
+                CpuOps::matmul_backward_weight(want.data(), dout.data() + slice, ldo, inp.data(), N, C, OC, accumulate);
                 DeviceBuffer<real> device_dout(narrow(dout));
                 DeviceBuffer<float> dweight(before);
-                CudaMatmul::matmul_backward_weight(dweight, device_dout + slice, ldo, device_inp, N, C, OC);
+                CudaMatmul::matmul_backward_weight(dweight, device_dout + slice, ldo, device_inp, N, C, OC, accumulate);
                 check_close(dweight.download(), want, C, 1e-5, std::sqrt(double(N)));
             }
         }
