@@ -335,12 +335,14 @@ struct CpuOps {
         layernorm_forward(out, mean, rstd, residual, weight, bias, N, C);
     }
 
-    // With y = (x - mean) * rstd and g = dout * weight:  dx = rstd * (g - mean(g) - y * mean(g * y)).
+    // With y = (x - mean) * rstd and g = dout * weight:  dx = before + rstd * (g - mean(g) - y * mean(g * y)). dsum
+    // receives the column sums of dx: the bias gradient of the product whose output was added to the residual there.
     static size_t layernorm_scratch_floats(int C) { return size_t(kSlices) * 2 * C; }
-    static void layernorm_backward(real* dx /*(N,C) +=*/, float* dweight /*(C) +=*/, float* dbias /*(C) +=*/,
-                                   const real* dout /*(N,C)*/, const real* x /*(N,C)*/, const real* weight /*(C)*/,
-                                   const float* mean /*(N)*/, const float* rstd /*(N)*/, int N, int C,
-                                   float* scratch /*(kSlices,2,C)*/) {
+    static void layernorm_backward(real* dx /*(N,C)*/, float* dweight /*(C) +=*/, float* dbias /*(C) +=*/,
+                                   float* dsum /*(C) +=, or null*/,
+                                   const real* before /*(N,C), may be dx; null: zeros*/, const real* dout /*(N,C)*/,
+                                   const real* x /*(N,C)*/, const real* weight /*(C)*/, const float* mean /*(N)*/,
+                                   const float* rstd /*(N)*/, int N, int C, float* scratch /*(kSlices,2,C)*/) {
 #pragma omp parallel for
         for (int slice = 0; slice < kSlices; slice++) {
             float* dweight_partial = scratch + size_t(slice) * 2 * C;
@@ -353,6 +355,8 @@ struct CpuOps {
                 const float mean_g = sum(C, [&](size_t i) { return d[i] * weight[i]; }) / C;
                 const float mean_gy = sum(C, [&](size_t i) { return d[i] * weight[i] * ((row[i] - m) * r); }) / C;
                 real* o = dx + size_t(n) * C;
+                if (!before) std::fill(o, o + C, 0.0f);
+                else if (before != dx) std::copy(before + size_t(n) * C, before + size_t(n + 1) * C, o);
 #pragma omp simd
                 for (int i = 0; i < C; i++) {
                     const float y = (row[i] - m) * r;
@@ -364,6 +368,7 @@ struct CpuOps {
         }
         add_partials(dweight, scratch, 2 * C, C);
         add_partials(dbias, scratch + C, 2 * C, C);
+        if (dsum) bias_backward(dsum, dx, N, C, scratch);
     }
 
     // Causal attention, one head of one sequence at a time: blocks of kQueryBlock queries against all keys up to the

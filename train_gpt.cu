@@ -275,10 +275,10 @@ class Model {
         }
         Backend::matmul_backward_input(scratch_c, logits, params.wte, N, C, Vp);
         Backend::matmul_backward_weight(grads.wte, logits, Vp, lnf, N, C, Vp, accumulate);
-        // dresidual (N,C): the gradient of the residual stream, which LayerNorm's backward adds to all the way down
-        Backend::zero(dresidual, size_t(N) * C * sizeof(real));
-        Backend::layernorm_backward(dresidual, grads.lnfw, grads.lnfb, scratch_c, acts[L - 1].residual3, params.lnfw,
-                                    lnf_mean, lnf_rstd, N, C, partials);
+        // dresidual (N,C): the gradient of the residual stream, which LayerNorm's backward adds to all the way down.
+        // Its column sums are the bias gradient of the projection that was added to the stream just before.
+        Backend::layernorm_backward(dresidual, grads.lnfw, grads.lnfb, grads.layers[L - 1].fcprojb, nullptr, scratch_c,
+                                    acts[L - 1].residual3, params.lnfw, lnf_mean, lnf_rstd, N, C, partials);
         for (int l = L - 1; l >= 0; l--) {
             const auto& w = params.layers[l];
             const auto& dw = grads.layers[l];
@@ -291,17 +291,15 @@ class Model {
                 Backend::layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, w.ln2w, w.ln2b, N, C);
             }
             Backend::matmul_backward_weight(dw.fcprojw, dresidual, C, a.gelu, N, 4 * C, C, accumulate);
-            Backend::bias_backward(dw.fcprojb, dresidual, N, C, partials);
             Backend::matmul_backward_input(dfc, dresidual, w.fcprojw, N, 4 * C, C);
             Backend::gelu_backward(dfc, dfc, a.fc, size_t(N) * 4 * C);
             Backend::matmul_backward_weight(dw.fcw, dfc, 4 * C, a.ln2, N, C, 4 * C, accumulate);
             Backend::bias_backward(dw.fcb, dfc, N, 4 * C, partials);
             Backend::matmul_backward_input(scratch_c, dfc, w.fcw, N, C, 4 * C);
-            Backend::layernorm_backward(dresidual, dw.ln2w, dw.ln2b, scratch_c, a.residual2, w.ln2w, a.ln2_mean,
-                                        a.ln2_rstd, N, C, partials);
+            Backend::layernorm_backward(dresidual, dw.ln2w, dw.ln2b, dw.attprojb, dresidual, scratch_c, a.residual2,
+                                        w.ln2w, a.ln2_mean, a.ln2_rstd, N, C, partials);
             // attention
             Backend::matmul_backward_weight(dw.attprojw, dresidual, C, a.att, N, C, C, accumulate);
-            Backend::bias_backward(dw.attprojb, dresidual, N, C, partials);
             Backend::matmul_backward_input(scratch_c, dresidual, w.attprojw, N, C, C);
             Backend::attention_backward(dqkv, delta, scratch_c, a.qkv, a.att, a.lse, B, T, C, H);
             if (recompute)
@@ -315,8 +313,9 @@ class Model {
                     Backend::matmul_backward_weight(dw.qkvw[i], dqkv + i * C, 3 * C, a.ln1, N, C, C, accumulate);
             Backend::bias_backward(dw.qkvb, dqkv, N, 3 * C, partials);
             Backend::matmul_backward_input(scratch_c, dqkv, qkvw(l), N, C, 3 * C);
-            Backend::layernorm_backward(dresidual, dw.ln1w, dw.ln1b, scratch_c, residual_in(l), w.ln1w, a.ln1_mean,
-                                        a.ln1_rstd, N, C, partials);
+            Backend::layernorm_backward(dresidual, dw.ln1w, dw.ln1b, l > 0 ? grads.layers[l - 1].fcprojb : nullptr,
+                                        dresidual, scratch_c, residual_in(l), w.ln1w, a.ln1_mean, a.ln1_rstd, N, C,
+                                        partials);
         }
         Backend::embedding_backward(grads.wte, grads.wpe, dresidual, inputs, order, B, T, C);
     }
