@@ -242,6 +242,23 @@ struct CpuOps {
         parallel_gemm(true, false, OC, C, N, dout, ldo, inp, C, accumulate ? 1.0f : 0.0f, dweight, C);
     }
 
+    // The two products beside a GELU, as the GPU fuses them: out = gelu(pre), pre = inp weight^T + bias; and
+    // dpre = (dout weight) * gelu'(pre).
+    static void matmul_gelu_forward(real* out /*(N,OC)*/, real* pre /*(N,OC)*/, const real* inp /*(N,C)*/,
+                                    const real* weight /*(OC,C)*/, const real* bias /*(OC)*/, int N, int C, int OC) {
+        matmul_forward(pre, OC, inp, weight, bias, N, C, OC);
+        gelu_forward(out, pre, size_t(N) * OC);
+    }
+    static void matmul_backward_input_gelu(real* dpre /*(N,C)*/, const real* dout /*(N,OC)*/,
+                                           const real* weight /*(OC,C)*/, const real* pre /*(N,C)*/, int N, int C,
+                                           int OC) {
+        matmul_backward_input(dpre, dout, weight, N, C, OC);
+        gelu_backward(dpre, dpre, pre, size_t(N) * C);
+    }
+
+    template <class MicroStep>
+    static void tune(MicroStep) {}  // there is one algorithm
+
     // Sums over rows are taken in kSlices runs of rows, each by one thread into its own partial sums.
     static constexpr int kSlices = 32;
     static int slice_begin(int N, int slice) { return int(int64_t(N) * slice / kSlices); }
