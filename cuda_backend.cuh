@@ -1,7 +1,7 @@
 // cuda_backend.cuh: struct Cuda, the GPU half of the seam. What is here: memory, events, the device, and the model's
 // matrix products on cuBLASLt. What it inherits: the hand-written kernels (gpt_kernels.cuh, attention.cuh,
 // ns_kernels.cuh) and the collectives (comm.h). Everything is enqueued on the one stream `cuda_stream`; only
-// synchronize() waits for it. Its twin with the same signatures is struct Cpu (cpu_backend.h).
+// synchronize() waits for it. Every operation, with its shapes: backend.h; its twin is struct Cpu (cpu_backend.h).
 #pragma once
 #include <cublasLt.h>
 #include <unistd.h>
@@ -12,9 +12,11 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <map>
 #include <tuple>
 
+#include "backend.h"
 #include "comm.h"
 #include "common.h"
 #include "kernels/attention.cuh"
@@ -200,8 +202,7 @@ struct CudaMatmul {
     // Runs micro_step, a forward and backward pass that does not accumulate, and takes for every product in it that has
     // no plan yet the algorithm that is fastest on its operands. Rank 0 decides for all ranks. What it measured is read
     // from, and added to, a file that belongs to this GPU, driver and library.
-    template <class MicroStep>
-    static void tune(MicroStep micro_step) {
+    static void tune(const std::function<void()>& micro_step) {
         const std::string path = choices_path();
         if (world.rank == 0) read_choices(path);
         const size_t known = choices().size();
@@ -468,3 +469,4 @@ struct Cuda : CudaRuntime, CudaMatmul, GptKernels, Attention, NsKernels, CudaCom
         CudaRuntime::stop();
     }
 };
+static_assert(is_backend<Cuda>());

@@ -95,8 +95,6 @@ static void check_broadcast_host() {
     for (size_t bytes : {0, 1, 128, 4000, 4001, 100000}) check_broadcast(bytes, 0, broadcast);
 }
 
-struct Cpu : CpuOps, CpuComm {};
-
 // Ten steps on gradients that do not depend on the number of ranks: of each element one rank holds all, the others
 // zero, so every order of addition is exact. The weights must not depend on it either, nor on owners, nor on muon or
 // dmuon. Returns a checksum of the weights of all steps.
@@ -104,13 +102,15 @@ static uint64_t updated_weights(const char* method, const char* owner) {
     Options options;
     options.optimizer = method;
     options.owner = owner;
-    std::vector<TensorSpec> specs = {{"wte.weight", 256, 24, 250, false, true, -1, 1}};
+    std::vector<TensorSpec> specs = {{"wte.weight", TensorKind::token_embedding, 256, 24}};
+    specs[0].stored_rows = 250;
     for (int layer = 0; layer < 3; layer++) {
-        specs.push_back({"ln.weight", 1, 24, 1, false, false, layer, 1});
-        specs.push_back({"qkv.weight", 72, 24, 72, true, true, layer, 3});
-        specs.push_back({"proj.weight", 24, 24, 24, true, true, layer, 1});
-        specs.push_back({"fc.weight", 96, 24, 96, true, true, layer, 1});
-        specs.push_back({"fcproj.weight", 24, 96, 24, true, true, layer, 1});
+        specs.push_back({"ln.weight", TensorKind::layernorm_weight, 1, 24, layer});
+        specs.push_back({"qkv.weight", TensorKind::matrix, 72, 24, layer});
+        specs.back().split = 3;
+        specs.push_back({"proj.weight", TensorKind::residual_projection, 24, 24, layer});
+        specs.push_back({"fc.weight", TensorKind::matrix, 96, 24, layer});
+        specs.push_back({"fcproj.weight", TensorKind::residual_projection, 24, 96, layer});
     }
     const int matrices = 18, steps = 10;
     Optimizer<Cpu> optimizer(specs, options);

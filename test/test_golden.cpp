@@ -77,7 +77,7 @@ std::vector<float> get_master(const Optimizer<Backend>& optimizer, int tensor) {
         const std::vector<float> run = to_host<Backend>(optimizer.master + part.state, part.count);
         std::copy(run.begin(), run.end(), values.begin() + long(part.begin));
     }
-    values.resize(size_t(spec.stored_rows) * spec.cols);
+    values.resize(spec.stored_size());
     return values;
 }
 
@@ -146,7 +146,7 @@ struct TinyGpt {
     }
     std::vector<float> gradient(int t) const {
         const TensorSpec& spec = optimizer.plan.tensors[t];
-        return to_host<Backend>(optimizer.grads + optimizer.plan.offset_of(t), size_t(spec.stored_rows) * spec.cols);
+        return to_host<Backend>(optimizer.grads + optimizer.plan.offset_of(t), spec.stored_size());
     }
 };
 
@@ -218,10 +218,10 @@ template <class Backend>
 void check_muon() {
     const std::vector<float>& settings = file()["muon/settings"];
     auto record = [](int i, const std::string& what) { return "muon/" + std::to_string(i) + "/" + what; };
-    std::vector<TensorSpec> specs = {{"vector", 1, 8, 1, false, false, -1, 1}};
+    std::vector<TensorSpec> specs = {{"vector", TensorKind::bias, 1, 8}};
     for (int i = 0; i < 4; i++) {
         const std::vector<int>& shape = file().shape(record(i, "start"));
-        specs.push_back({"matrix" + std::to_string(i), shape[0], shape[1], shape[0], true, true, i, 1});
+        specs.push_back({"matrix" + std::to_string(i), TensorKind::matrix, shape[0], shape[1], i});
     }
     for (const char* method : {"muon", "dmuon"}) {
         for (const char* scale : {"keller", "moonlight"}) {
