@@ -13,8 +13,6 @@
 #pragma once
 #include <dirent.h>
 #include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -42,6 +40,11 @@ struct TensorInfo {
         return n;
     }
     uint64_t bytes() const { return elements() * sizeof(float); }
+};
+
+// A file that is not what was written: cut short, or changed. --resume auto passes over such a file, and over no other.
+struct Damaged : Error {
+    using Error::Error;
 };
 
 // A 64-bit checksum against accidents, near the speed of memory: four lanes, so that the multiplications overlap. Each
@@ -96,13 +99,19 @@ inline int64_t step_in_name(const std::string& name, const std::string& ending) 
 // (step, path) of the files of DIR with that ending, newest first; none if there is no DIR.
 inline std::vector<std::pair<int64_t, std::string>> files(const std::string& dir, const std::string& ending) {
     std::vector<std::pair<int64_t, std::string>> found;
-    if (DIR* entries = opendir(dir.c_str())) {
-        while (const dirent* entry = readdir(entries)) {
-            const int64_t step = step_in_name(entry->d_name, ending);
-            if (step >= 0) found.emplace_back(step, dir + "/" + entry->d_name);
-        }
-        closedir(entries);
+    DIR* entries = opendir(dir.c_str());
+    if (!entries && errno == ENOENT) return found;
+    int error = entries ? 0 : errno;
+    while (entries) {
+        errno = 0;  // the end and an error look alike else
+        const dirent* entry = readdir(entries);
+        error = errno;
+        if (!entry) break;
+        const int64_t step = step_in_name(entry->d_name, ending);
+        if (step >= 0) found.emplace_back(step, dir + "/" + entry->d_name);
     }
+    if (entries) closedir(entries);
+    if (error) fail("cannot list the checkpoints in %s: %s", dir.c_str(), strerror(error));
     std::sort(found.rbegin(), found.rend());
     return found;
 }
@@ -236,92 +245,74 @@ class CheckpointWriter {
     }
 };
 
-// A checkpoint that has been verified from the first byte to the last; the tensors are read in place (mapped).
+// A checkpoint, whose tensors are read in place (mapped). The constructor reads and verifies the table and the size of
+// the file, which takes no time; a tensor is verified before it is handed out.
 class Checkpoint {
   public:
+    const std::string path;
     Meta meta;
     std::vector<TensorInfo> tensors;
 
-    explicit Checkpoint(const std::string& path) : path_(path) {
-        map_file();
-        const char* table = map_.data + ckpt::kHeaderBytes;
+    explicit Checkpoint(const std::string& path_) : path(path_), file_(path_, "checkpoint") {
+        if (file_.bytes == 0) damaged("it is empty");
+        const char* table = file_.data + ckpt::kHeaderBytes;
         uint64_t header[2] = {};  // bytes of the table, its checksum
-        if (map_.bytes < ckpt::kHeaderBytes || memcmp(map_.data, ckpt::kMagic, 8) != 0) {
-            fail("%s is not a checkpoint of train_gpt", path_.c_str());
-        }
-        memcpy(header, map_.data + 8, sizeof(header));
-        if (header[0] > map_.bytes - ckpt::kHeaderBytes) damaged("it ends within its table");
+        if (file_.bytes < ckpt::kHeaderBytes || memcmp(file_.data, ckpt::kMagic, 8) != 0)
+            throw Damaged(path + " is not a checkpoint of train_gpt", 1);
+        memcpy(header, file_.data + 8, sizeof(header));
+        if (header[0] > file_.bytes - ckpt::kHeaderBytes) damaged("it ends within its table");
         if (Checksum::of(table, header[0]) != header[1]) damaged("its table has changed");
         parse_table(std::string(table, header[0]));
 
         uint64_t end = ckpt::kHeaderBytes + header[0];  // of what is known so far
-        std::vector<Range> sections;                    // bytes of each tensor, with its zeros
-        for (const TensorInfo& tensor : tensors) {
-            sections.push_back({end, round_up(tensor.bytes(), ckpt::kAlignment)});
-            end += sections.back().count;
+        for (size_t i = 0; i < tensors.size(); i++) {
+            sections_.push_back({end, round_up(tensors[i].bytes(), ckpt::kAlignment)});
+            end += sections_.back().count;
+            index_[tensors[i].name] = i;
         }
         const uint64_t sums_bytes = tensors.size() * sizeof(uint64_t), expected = end + sums_bytes + sizeof(uint64_t);
-        if (map_.bytes != expected) {
-            damaged(strprintf("it has %zu bytes, its table asks for %llu", map_.bytes, (unsigned long long)expected));
+        if (file_.bytes != expected) {
+            damaged(strprintf("it has %zu bytes, its table asks for %llu", file_.bytes, (unsigned long long)expected));
         }
-        std::vector<uint64_t> sums(tensors.size() + 1);
-        memcpy(sums.data(), map_.data + end, sums_bytes + sizeof(uint64_t));
-        if (Checksum::of(sums.data(), sums_bytes) != sums.back()) damaged("its list of checksums has changed");
-        for (size_t i = 0; i < tensors.size(); i++) {
-            const char* begin = map_.data + sections[i].begin;
-            const bool same = Checksum::of(begin, sections[i].count) == sums[i];
-            if (!same) damaged("tensor " + tensors[i].name + " has changed");
-            data_[tensors[i].name] = {reinterpret_cast<const float*>(begin), tensors[i].elements()};
-        }
+        sums_.resize(tensors.size() + 1);
+        memcpy(sums_.data(), file_.data + end, sums_bytes + sizeof(uint64_t));
+        if (Checksum::of(sums_.data(), sums_bytes) != sums_.back()) damaged("its list of checksums has changed");
+    }
+
+    // All of it, from the first byte to the last.
+    void verify() const {
+        for (size_t i = 0; i < tensors.size(); i++) verify(i);
     }
 
     // The values of a tensor that must have this many.
     const float* data(const std::string& name, uint64_t elements) const {
-        const auto found = data_.find(name);
-        if (found == data_.end()) {
-            fail("checkpoint %s is of another model: it has no tensor %s", path_.c_str(), name.c_str());
+        const auto found = index_.find(name);
+        if (found == index_.end()) {
+            fail("checkpoint %s is of another model: it has no tensor %s", path.c_str(), name.c_str());
         }
-        const auto [values, count] = found->second;
+        const uint64_t count = tensors[found->second].elements();
         if (count != elements) {
-            fail("checkpoint %s is of another model: its tensor %s has %llu elements, not %llu", path_.c_str(),
+            fail("checkpoint %s is of another model: its tensor %s has %llu elements, not %llu", path.c_str(),
                  name.c_str(), (unsigned long long)count, (unsigned long long)elements);
         }
-        return values;
+        verify(found->second);
+        return reinterpret_cast<const float*>(file_.data + sections_[found->second].begin);
     }
 
   private:
-    struct Mapping {
-        char* data = nullptr;
-        size_t bytes = 0;
-        Mapping() = default;
-        Mapping(const Mapping&) = delete;
-        ~Mapping() {
-            if (data) munmap(data, bytes);
-        }
-    };
-
-    const std::string path_;
-    Mapping map_;
-    std::map<std::string, std::pair<const float*, uint64_t>> data_;  // name -> values, how many
+    const MappedFile file_;
+    std::vector<Range> sections_;          // (tensors) bytes of each, with its zeros
+    std::vector<uint64_t> sums_;           // (tensors + 1) checksum of each, and of these
+    std::map<std::string, size_t> index_;  // name -> number of the tensor
 
     [[noreturn]] void damaged(const std::string& fault) const {
-        fail("checkpoint %s is damaged: %s. Resume from an older one", path_.c_str(), fault.c_str());
+        throw Damaged("checkpoint " + path + " is damaged: " + fault + ". Resume from an older one", 1);
     }
 
-    void map_file() {
-        const int fd = open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-        if (fd < 0) fail("cannot open checkpoint %s: %s", path_.c_str(), strerror(errno));
-        struct stat info;
-        const bool file = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
-        void* memory = MAP_FAILED;
-        if (file && info.st_size > 0) memory = mmap(nullptr, size_t(info.st_size), PROT_READ, MAP_SHARED, fd, 0);
-        const int error = errno;
-        close(fd);
-        if (!file) fail("%s is not a checkpoint: not a file", path_.c_str());
-        if (info.st_size == 0) damaged("it is empty");
-        if (memory == MAP_FAILED) fail("cannot map checkpoint %s: %s", path_.c_str(), strerror(error));
-        map_.data = static_cast<char*>(memory);
-        map_.bytes = size_t(info.st_size);
+    void verify(size_t i) const {
+        const Range& section = sections_[i];
+        const bool same = Checksum::of(file_.data + section.begin, section.count) == sums_[i];
+        if (!same) damaged("tensor " + tensors[i].name + " has changed");
     }
 
     // The table is what was written, by its checksum; the checks are for files of another version or make.
@@ -336,7 +327,7 @@ class Checkpoint {
             } else if (kind == "tensor") {
                 TensorInfo tensor = {name, {}};
                 words >> type;
-                uint64_t left = map_.bytes / sizeof(float);  // a tensor has no more elements than the file has room for
+                uint64_t left = file_.bytes / sizeof(float);  // no tensor has more elements than the file has room for
                 for (int64_t size; words >> size;) {
                     if (size < 1 || uint64_t(size) > left) damaged("tensor " + name + " has an impossible shape");
                     left /= uint64_t(size);
@@ -358,12 +349,13 @@ inline std::vector<std::string> list_checkpoints(const std::string& dir) {  // n
 }
 
 // For --resume auto: the newest checkpoint that is whole, "" if there is none. Says which ones it passes over, and why.
+// A file that cannot be read may be good: that is an error, and no reason to go on from an older one.
 inline std::string newest_good_checkpoint(const std::string& dir, FILE* say) {
     for (const std::string& path : list_checkpoints(dir)) {
         try {
-            Checkpoint verified(path);
+            Checkpoint(path).verify();
             return path;
-        } catch (const Error& error) {
+        } catch (const Damaged& error) {
             fprintf(say, "skipping a checkpoint: %s\n", error.what());
         }
     }

@@ -1,10 +1,18 @@
-// common.h: what every room may use. Errors that end in one clear line, a printf into std::string, integer helpers, and
-// the few plain types that appear in the signatures of both backends (cpu_backend.h, cuda_backend.cuh).
+// common.h: what every room may use. Errors that end in one clear line, a printf into std::string, a file mapped into
+// memory, integer helpers, and the few plain types that appear in the signatures of both backends (cpu_backend.h,
+// cuda_backend.cuh).
 #pragma once
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
 #include <cstdarg>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -48,6 +56,46 @@ __attribute__((format(printf, 1, 2))) inline std::string strprintf(const char* f
     throw Error(text, 2);
 }
 
+// A whole file in memory, read only; the page cache is shared by all ranks of a machine. `what` names its kind in
+// errors.
+class MappedFile {
+  public:
+    const std::string path;
+    const char* data = nullptr;  // (bytes), null for an empty file
+    size_t bytes = 0;
+
+    MappedFile(const std::string& path_, const char* what) : path(path_) {
+        // O_NONBLOCK: a FIFO is refused below, it must not block here
+        const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+        if (fd < 0) fail("cannot open %s %s: %s", what, path.c_str(), strerror(errno));
+        struct stat info = {};
+        const bool file = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
+        if (file) bytes = size_t(info.st_size);
+        void* memory = bytes > 0 ? mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fd, 0) : nullptr;
+        const int error = errno;
+        close(fd);  // the mapping stays
+        if (!file) fail("%s %s is not a file", what, path.c_str());
+        if (memory == MAP_FAILED) fail("cannot map %s %s: %s", what, path.c_str(), strerror(error));
+        data = static_cast<const char*>(memory);
+        inode_ = info.st_ino;
+    }
+    MappedFile(const MappedFile&) = delete;
+    ~MappedFile() {
+        if (data) munmap(const_cast<char*>(data), bytes);
+    }
+
+    // Reading a mapped page that the file no longer has kills the process without a word (SIGBUS). A look at the size
+    // before each read costs a microsecond and turns almost every such case into a sentence.
+    bool was_cut_short() const {
+        struct stat info;
+        const bool same_file = stat(path.c_str(), &info) == 0 && info.st_ino == inode_;
+        return same_file && uint64_t(info.st_size) < bytes;
+    }
+
+  private:
+    ino_t inode_ = 0;
+};
+
 template <class T>
 constexpr T ceil_div(T a, T b) {
     return (a + b - 1) / b;
@@ -61,6 +109,11 @@ constexpr T round_up(T a, T b) {
 constexpr int kMaxChannels = 8192, kMaxHeadSize = 256;
 
 constexpr float kLayerNormEpsilon = 1e-5f, kAdamWEpsilon = 1e-8f;
+
+// GPT-2's GELU: x/2 (1 + tanh(u)), u = kGeluScale (x + kGeluCubic x^3). With s = sigmoid(2u) it equals x s: no
+// cancellation for negative x, and one exponential. Its derivative is s + x s (1 - s) 2u'.
+constexpr float kGeluScale = 0.7978845608f;  // sqrt(2/pi)
+constexpr float kGeluCubic = 0.044715f;
 
 // A run of elements in one of the arenas (parameters, gradients, optimizer state).
 struct Range {

@@ -1,16 +1,19 @@
-// cpu_backend.h: every operation of the model and of the optimizer in plain C++: fp32, OpenMP over independent pieces
-// of work, a BLAS for the matrix products (or our own loops where none is installed). It trains small models on a
-// machine without a GPU, and is the truth that the CUDA kernels are tested against, so it is clear before it is fast.
+// cpu_backend.h: every operation of the model and of the optimizer in plain C++: fp32, OpenMP over work that is
+// independent, a BLAS for the matrix products (or a kernel of our own where none is installed). It trains small models
+// on a machine without a GPU, and is the truth that the CUDA kernels are tested against, so it is clear before it is
+// fast.
 //
 // Read in this order: the start and memory; sums, exp and gemm, which the rest stands on; the model from the embedding
-// to the classifier, each forward beside its backward; the optimizer, AdamW first, then Newton-Schulz.
+// to the classifier, each forward beside its backward; the optimizer, AdamW first, then Newton-Schulz; struct Cpu.
 //
-// Results do not depend on the number of threads. Work is cut into pieces that depend on the shapes alone, each piece
-// is computed by one thread, and sums over pieces are taken in a fixed order. Sums inside a piece are written as
-// partial sums (lanes) in the source: the compiler may then vectorise them without being allowed to reorder anything.
+// Results do not depend on the number of threads. Work is cut into tiles and slices (the words of dmuon.cuh) by shapes
+// alone, each is computed by one thread, and sums over slices are taken in a fixed order. Sums inside a slice are
+// written as partial sums (lanes) in the source: the compiler may then vectorise them without being allowed to reorder
+// anything. So one binary gives the same bits on one type of machine, every time. Elsewhere they may differ by
+// rounding: a compiler for another machine contracts other products and sums to fused ones, and a BLAS chooses its
+// kernels by the machine (one other than OpenBLAS may also bring threads of its own).
 //
-// Letters: B sequences, T positions, N = B*T rows, C channels, OC output channels, H heads, hd = C/H, V vocabulary,
-// Vp = V rounded up (the padding is masked). Tensors are row-major and contiguous unless a comment says otherwise.
+// Letters, shapes and what each operation computes: backend.h.
 #pragma once
 #include <unistd.h>
 
@@ -28,6 +31,8 @@
 #include <omp.h>
 #endif
 
+#include "backend.h"
+#include "comm.h"
 #include "common.h"
 
 #ifdef HAVE_CBLAS
@@ -59,7 +64,7 @@ struct CpuOps {
 #endif
     }
 
-    static const char* device_name() {
+    static std::string device_name() {
         static const std::string name = [] {
             std::ifstream cpuinfo("/proc/cpuinfo");
             for (std::string line; std::getline(cpuinfo, line);) {
@@ -68,7 +73,7 @@ struct CpuOps {
             }
             return std::string("CPU");
         }();
-        return name.c_str();
+        return name;
     }
 
     static double peak_flops() { return 0; }  // unknown: utilisation is then printed as n/a
@@ -104,7 +109,7 @@ struct CpuOps {
     struct Event {
         std::chrono::steady_clock::time_point time;
         void record() { time = std::chrono::steady_clock::now(); }
-        bool done() { return true; }
+        bool done() const { return true; }
         static float ms(const Event& a, const Event& b) {
             return std::chrono::duration<float, std::milli>(b.time - a.time).count();
         }
@@ -113,7 +118,7 @@ struct CpuOps {
     // ----------------------------------------------------------------------------------------------------------------
     // What the rest stands on: sums, exp, matrix products
 
-    // sum of term(i) over i < n: kLanes partial sums, then one after the other. The same bits on every machine width.
+    // sum of term(i) over i < n: kLanes partial sums, then one after the other.
     static constexpr int kLanes = 16;
     template <class Sum = float, class Term>
     static Sum sum(size_t n, Term term) {
@@ -142,11 +147,13 @@ struct CpuOps {
 
     // e^x to about one unit in the last place, without a call or a branch, so that loops over it vectorise (loops over
     // std::exp do not). x = n ln2 + r with |r| <= ln2/2; e^r by its Taylor series, 2^n by writing the exponent's bits.
+    // A NaN stays one.
     static inline float exponential(float x) {
         x = x < -87.0f ? -87.0f : x;  // e^-87 = 1.6e-38 and e^88 = 1.7e38: near the ends of fp32's range
         x = x > 88.0f ? 88.0f : x;
-        const float magic = 12582912.0f;  // 1.5 * 2^23: added, it leaves no bits for a fraction: the sum is rounded
-        const float n = (x * 1.44269504f + magic) - magic;
+        const float magic = 12582912.0f;  // 1.5 * 2^23: added, it leaves no bits for a fraction: the sum is rounded,
+        const float rounded = x * 1.44269504f + magic;  // and its lowest bits are n
+        const float n = rounded - magic;
         const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln2 in two parts; n times the first is exact
         float p = 1.0f / 5040;
         p = p * r + 1.0f / 720;
@@ -156,7 +163,9 @@ struct CpuOps {
         p = p * r + 0.5f;
         p = p * r + 1.0f;
         p = p * r + 1.0f;
-        const uint32_t power_bits = uint32_t(int32_t(n) + 127) << 23;
+        uint32_t power_bits;
+        memcpy(&power_bits, &rounded, sizeof(power_bits));
+        power_bits = (power_bits + 127) << 23;
         float power;
         memcpy(&power, &power_bits, sizeof(power));
         return p * power;
@@ -170,52 +179,98 @@ struct CpuOps {
         cblas_sgemm(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans, transpose_b ? CblasTrans : CblasNoTrans, M,
                     N, K, alpha, A, std::max(lda, 1), B, std::max(ldb, 1), beta, C, ldc);
 #else
-        // A 4 x 32 piece of C stays in registers while k runs; op(B)'s 32 columns are first copied together.
-        constexpr int kRows = 4, kColumns = 32;
-        static thread_local std::vector<float> panel;
-        panel.resize(size_t(K) * kColumns);
+        packed_gemm(transpose_a, transpose_b, M, N, K, alpha, A, lda, B, ldb, beta, C, ldc);
+#endif
+    }
+
+    // The same without a BLAS. A processor multiplies and adds whole vector registers, two at a time, but loads only
+    // about as many: so a tile of kRows x kColumns of C stays in registers while k runs, and each step needs two
+    // vectors of B and kRows numbers of A for 2 kRows multiplications of vectors. Both are first copied into panels, in
+    // the order in which they are needed: strided rows share few places in the cache. kDepth of K at a time: then a
+    // panel of B stays in the first cache, those of A in the second. An element of C is one sum over k, whatever tile
+    // it is in, rounded to C after each kDepth.
+#if defined(__AVX512F__)
+    static constexpr int kWidth = 16, kRows = 12;  // floats in a vector; 24 of 32 registers hold the tile
+#elif defined(__AVX__)
+    static constexpr int kWidth = 8, kRows = 6;  // 12 of 16
+#else
+    static constexpr int kWidth = 4, kRows = 6;
+#endif
+    static constexpr int kColumns = 2 * kWidth, kDepth = 256;
+    using Vector __attribute__((vector_size(kWidth * sizeof(float)))) = float;
+
+    static void packed_gemm(bool transpose_a, bool transpose_b, int M, int N, int K, float alpha, const float* A,
+                            int lda, const float* B, int ldb, float beta, float* C, int ldc) {
         const size_t row_a = transpose_a ? 1 : lda, column_a = transpose_a ? lda : 1;  // strides of op(A) and op(B)
         const size_t row_b = transpose_b ? 1 : ldb, column_b = transpose_b ? ldb : 1;
-        for (int j0 = 0; j0 < N; j0 += kColumns) {
-            const int columns = std::min(kColumns, N - j0);
-            for (int k = 0; k < K; k++) {
-                for (int j = 0; j < kColumns; j++) {
-                    panel[size_t(k) * kColumns + j] = j < columns ? B[k * row_b + (j0 + j) * column_b] : 0.0f;
-                }
-            }
+        static thread_local std::vector<float> panels_a, panel_b;  // (M/kRows,depth,kRows), (depth,kColumns)
+        panels_a.resize(size_t(round_up(M, kRows)) * kDepth);
+        panel_b.resize(size_t(kColumns) * kDepth);
+        for (int k0 = 0; k0 == 0 || k0 < K; k0 += kDepth) {
+            const int depth = std::min(kDepth, K - k0);
             for (int i0 = 0; i0 < M; i0 += kRows) {
-                const int rows = std::min(kRows, M - i0);
-                const float* a[kRows];  // past the last row, the last row again: computed, not stored
-                for (int i = 0; i < kRows; i++) a[i] = A + (i0 + std::min(i, rows - 1)) * row_a;
-                float sums[kRows][kColumns] = {};
-                for (int k = 0; k < K; k++) {
-                    const float* b = panel.data() + size_t(k) * kColumns;
-                    for (int i = 0; i < kRows; i++) {
-                        const float a_ik = a[i][k * column_a];
-#pragma omp simd
-                        for (int j = 0; j < kColumns; j++) sums[i][j] += a_ik * b[j];
-                    }
-                }
-                for (int i = 0; i < rows; i++) {
-                    for (int j = 0; j < columns; j++) {
-                        float* c = C + size_t(i0 + i) * ldc + j0 + j;
-                        *c = alpha * sums[i][j] + (beta == 0.0f ? 0.0f : beta * *c);
+                pack(&panels_a[size_t(i0) * depth], kRows, A + i0 * row_a + k0 * column_a, row_a, column_a,
+                     std::min(kRows, M - i0), depth);
+            }
+            for (int j0 = 0; j0 < N; j0 += kColumns) {
+                const int columns = std::min(kColumns, N - j0);
+                pack(panel_b.data(), kColumns, B + k0 * row_b + j0 * column_b, column_b, row_b, columns, depth);
+                for (int i0 = 0; i0 < M; i0 += kRows) {
+                    float tile[kRows][kColumns];
+                    tile_product(tile[0], &panels_a[size_t(i0) * depth], panel_b.data(), depth);
+                    for (int i = 0; i < std::min(kRows, M - i0); i++) {
+                        float* c = C + size_t(i0 + i) * ldc + j0;
+                        if (k0 == 0 && beta == 0) {  // C may hold anything
+                            for (int j = 0; j < columns; j++) c[j] = alpha * tile[i][j];
+                        } else {
+                            const float keep = k0 == 0 ? beta : 1.0f;
+                            for (int j = 0; j < columns; j++) c[j] = keep * c[j] + alpha * tile[i][j];
+                        }
                     }
                 }
             }
         }
-#endif
+    }
+
+    // panel (depth,width) = `count` rows of x, transposed and filled up with zeros to `width`.
+    static void pack(float* panel, int width, const float* x /*(count,depth)*/, size_t row_stride, size_t stride,
+                     int count, int depth) {
+        if (count < width) std::fill(panel, panel + size_t(depth) * width, 0.0f);
+        if (row_stride == 1) {
+            for (int k = 0; k < depth; k++) {
+                for (int i = 0; i < count; i++) panel[size_t(k) * width + i] = x[k * stride + i];
+            }
+        } else {
+            for (int i = 0; i < count; i++) {
+                for (int k = 0; k < depth; k++) panel[size_t(k) * width + i] = x[i * row_stride + k * stride];
+            }
+        }
+    }
+
+    static void tile_product(float* tile /*(kRows,kColumns)*/, const float* a /*(depth,kRows)*/,
+                             const float* b /*(depth,kColumns)*/, int depth) {
+        Vector sums[kRows][2] = {};
+        for (int k = 0; k < depth; k++, a += kRows, b += kColumns) {
+            Vector left, right;
+            memcpy(&left, b, sizeof(left));
+            memcpy(&right, b + kWidth, sizeof(right));
+            for (int i = 0; i < kRows; i++) {
+                sums[i][0] += a[i] * left;
+                sums[i][1] += a[i] * right;
+            }
+        }
+        memcpy(tile, sums, sizeof(sums));
     }
 
     // C (M,N) = op(A) op(B) + beta * C, or + bias (N) in each row, on all threads: tiles of 128 x 128 (smaller ones
     // give more threads work, but repack more often). A tile is the same call of gemm whoever computes it.
-    static constexpr int kTile = 128;
+    static constexpr int kGemmTile = 128;
     static void parallel_gemm(bool transpose_a, bool transpose_b, int M, int N, int K, const float* A, int lda,
                               const float* B, int ldb, float beta, float* C, int ldc, const float* bias = nullptr) {
 #pragma omp parallel for collapse(2) schedule(dynamic)
-        for (int i = 0; i < M; i += kTile) {
-            for (int j = 0; j < N; j += kTile) {
-                const int rows = std::min(kTile, M - i), columns = std::min(kTile, N - j);
+        for (int i = 0; i < M; i += kGemmTile) {
+            for (int j = 0; j < N; j += kGemmTile) {
+                const int rows = std::min(kGemmTile, M - i), columns = std::min(kGemmTile, N - j);
                 float* tile = C + size_t(i) * ldc + j;
                 if (bias) {
                     for (int row = 0; row < rows; row++)
@@ -241,7 +296,7 @@ struct CpuOps {
         parallel_gemm(true, false, OC, C, N, dout, ldo, inp, C, 1.0f, dweight, C);
     }
 
-    // Sums over rows are taken in kSlices runs of rows, each by one thread into its own partial sums.
+    // Sums over rows are taken in kSlices slices, each by one thread into its own partial sums.
     static constexpr int kSlices = 32;
     static int slice_begin(int N, int slice) { return int(int64_t(N) * slice / kSlices); }
     static void add_partials(float* dst /*(n) +=*/, const float* partials /*(kSlices,n), row stride ld*/, int ld,
@@ -365,10 +420,10 @@ struct CpuOps {
         add_partials(dbias, scratch + C, 2 * C, C);
     }
 
-    // Causal attention, one head of one sequence at a time: blocks of kQueryBlock queries against all keys up to the
-    // block's last, so that no more than (kQueryBlock, T) scores exist at once. lse[t], the logarithm of the sum of
+    // Causal attention, one head of one sequence at a time: kQueries queries against all keys up to the last of these
+    // queries, so that no more than (kQueries, T) scores exist at once. lse[t], the logarithm of the sum of
     // exp(score), is all that the backward needs to compute the probabilities again.
-    static constexpr int kQueryBlock = 64;
+    static constexpr int kQueries = 64;
     static void attention_forward(real* out /*(B,T,C)*/, float* lse /*(B,H,T)*/,
                                   const real* qkv /*(B,T,3C): q|k|v, head h at columns h*hd*/, int B, int T, int C,
                                   int H) {
@@ -377,12 +432,12 @@ struct CpuOps {
 #pragma omp parallel for collapse(2) schedule(dynamic)
         for (int b = 0; b < B; b++) {
             for (int h = 0; h < H; h++) {
-                static thread_local std::vector<float> scores;  // (kQueryBlock, keys)
-                scores.resize(size_t(kQueryBlock) * T);
+                static thread_local std::vector<float> scores;  // (kQueries, keys)
+                scores.resize(size_t(kQueries) * T);
                 const real* q = qkv + size_t(b) * T * 3 * C + h * hd;  // (T,hd), row stride 3C; so are k and v
                 const real *k = q + C, *v = q + 2 * C;
-                for (int t0 = 0; t0 < T; t0 += kQueryBlock) {
-                    const int rows = std::min(kQueryBlock, T - t0), keys = t0 + rows;
+                for (int t0 = 0; t0 < T; t0 += kQueries) {
+                    const int rows = std::min(kQueries, T - t0), keys = t0 + rows;
                     gemm(false, true, rows, keys, hd, scale, q + size_t(t0) * 3 * C, 3 * C, k, 3 * C, 0.0f,
                          scores.data(), keys);
                     for (int row = 0; row < rows; row++) {
@@ -412,9 +467,9 @@ struct CpuOps {
 #pragma omp parallel for collapse(2) schedule(dynamic)
         for (int b = 0; b < B; b++) {
             for (int h = 0; h < H; h++) {
-                static thread_local std::vector<float> probabilities, dscores;  // (kQueryBlock, keys)
-                probabilities.resize(size_t(kQueryBlock) * T);
-                dscores.resize(size_t(kQueryBlock) * T);
+                static thread_local std::vector<float> probabilities, dscores;  // (kQueries, keys)
+                probabilities.resize(size_t(kQueries) * T);
+                dscores.resize(size_t(kQueries) * T);
                 const size_t qkv_offset = size_t(b) * T * 3 * C + h * hd, head_row = (size_t(b) * H + h) * T;
                 const real *q = qkv + qkv_offset, *k = q + C, *v = q + 2 * C;  // (T,hd), row stride 3C
                 real *dq = dqkv + qkv_offset, *dk = dq + C, *dv = dq + 2 * C;
@@ -422,16 +477,16 @@ struct CpuOps {
                     std::fill(dk + size_t(t) * 3 * C, dk + size_t(t) * 3 * C + hd, 0.0f);
                     std::fill(dv + size_t(t) * 3 * C, dv + size_t(t) * 3 * C + hd, 0.0f);
                 }
-                for (int t0 = 0; t0 < T; t0 += kQueryBlock) {
-                    const int rows = std::min(kQueryBlock, T - t0), keys = t0 + rows;
-                    const real* block_q = q + size_t(t0) * 3 * C;
-                    const real* block_out = out + (size_t(b) * T + t0) * C + h * hd;    // (rows,hd), row stride C
-                    const real* block_dout = dout + (size_t(b) * T + t0) * C + h * hd;  // (rows,hd), row stride C
+                for (int t0 = 0; t0 < T; t0 += kQueries) {
+                    const int rows = std::min(kQueries, T - t0), keys = t0 + rows;
+                    const real* own_q = q + size_t(t0) * 3 * C;
+                    const real* own_out = out + (size_t(b) * T + t0) * C + h * hd;    // (rows,hd), row stride C
+                    const real* own_dout = dout + (size_t(b) * T + t0) * C + h * hd;  // (rows,hd), row stride C
                     float *p = probabilities.data(), *ds = dscores.data();
-                    gemm(false, true, rows, keys, hd, scale, block_q, 3 * C, k, 3 * C, 0.0f, p, keys);
-                    gemm(false, true, rows, keys, hd, 1.0f, block_dout, C, v, 3 * C, 0.0f, ds, keys);
+                    gemm(false, true, rows, keys, hd, scale, own_q, 3 * C, k, 3 * C, 0.0f, p, keys);
+                    gemm(false, true, rows, keys, hd, 1.0f, own_dout, C, v, 3 * C, 0.0f, ds, keys);
                     for (int row = 0; row < rows; row++) {
-                        const real *o = block_out + size_t(row) * C, *d_o = block_dout + size_t(row) * C;
+                        const real *o = own_out + size_t(row) * C, *d_o = own_dout + size_t(row) * C;
                         const float d = sum(hd, [&](size_t i) { return d_o[i] * o[i]; });
                         const float l = lse[head_row + t0 + row];
                         delta[head_row + t0 + row] = d;
@@ -445,19 +500,17 @@ struct CpuOps {
                         std::fill(p_row + visible, p_row + keys, 0.0f);
                         std::fill(ds_row + visible, ds_row + keys, 0.0f);
                     }
-                    gemm(true, false, keys, hd, rows, 1.0f, p, keys, block_dout, C, 1.0f, dv, 3 * C);
-                    gemm(true, false, keys, hd, rows, 1.0f, ds, keys, block_q, 3 * C, 1.0f, dk, 3 * C);
+                    gemm(true, false, keys, hd, rows, 1.0f, p, keys, own_dout, C, 1.0f, dv, 3 * C);
+                    gemm(true, false, keys, hd, rows, 1.0f, ds, keys, own_q, 3 * C, 1.0f, dk, 3 * C);
                     gemm(false, false, rows, hd, keys, 1.0f, ds, keys, k, 3 * C, 0.0f, dq + size_t(t0) * 3 * C, 3 * C);
                 }
             }
         }
     }
 
-    // GPT-2's GELU: x/2 * (1 + tanh(u)), u = sqrt(2/pi) * (x + 0.044715 x^3). Since (1 + tanh(u))/2 = 1/(1 + e^-2u), it
-    // is x * s with s = sigmoid(2u), and its derivative is s + x * s*(1-s) * 2 du/dx.
-    static constexpr float kTwoRootTwoOverPi = 1.5957691216f;
+    // The formulas are at GELU's constants, in common.h.
     static inline float gelu_sigmoid(float x) {
-        return 1.0f / (1.0f + exponential(-kTwoRootTwoOverPi * (x + 0.044715f * x * x * x)));
+        return 1.0f / (1.0f + exponential(-2.0f * kGeluScale * (x + kGeluCubic * x * x * x)));
     }
     static void gelu_forward(real* out, const real* x, size_t n) {
 #pragma omp parallel for simd
@@ -467,7 +520,7 @@ struct CpuOps {
 #pragma omp parallel for simd
         for (size_t i = 0; i < n; i++) {
             const float s = gelu_sigmoid(x[i]);
-            const float slope = kTwoRootTwoOverPi * (1.0f + 3.0f * 0.044715f * x[i] * x[i]);
+            const float slope = 2.0f * kGeluScale * (1.0f + 3.0f * kGeluCubic * x[i] * x[i]);
             dx[i] = dout[i] * (s + x[i] * s * (1.0f - s) * slope);
         }
     }
@@ -595,13 +648,13 @@ struct CpuOps {
 
     // X = x / ||x||_F, lying down (transposed if rows > cols) and padded with zeros to multiples of 8. The squares are
     // summed in double and the division happens before the cast: gradients of 1e-20 or 1e+10 come out the same.
-    static size_t ns_scratch_doubles(int batch) { return size_t(batch) * kSlices; }
-    static void ns_normalize(void* X /*(batch,mp,np)*/, double* scratch /*(batch,kSlices)*/, const float* grads,
-                             const MatrixRef* refs /*(batch)*/, int batch, int rows, int cols, NsType type) {
+    static size_t ns_scratch_doubles(int count) { return size_t(count) * kSlices; }
+    static void ns_normalize(void* X /*(count,mp,np)*/, double* scratch /*(count,kSlices)*/, const float* grads,
+                             const MatrixRef* refs /*(count)*/, int count, int rows, int cols, NsType type) {
         const bool transposed = rows > cols;
         const int m = std::min(rows, cols), n = std::max(rows, cols), mp = round_up(m, 8), np = round_up(n, 8);
 #pragma omp parallel for collapse(2)
-        for (int b = 0; b < batch; b++) {
+        for (int b = 0; b < count; b++) {
             for (int slice = 0; slice < kSlices; slice++) {
                 double squares = 0;
                 for (int r = slice_begin(rows, slice); r < slice_begin(rows, slice + 1); r++) {
@@ -612,7 +665,7 @@ struct CpuOps {
             }
         }
 #pragma omp parallel for collapse(2)
-        for (int b = 0; b < batch; b++) {
+        for (int b = 0; b < count; b++) {
             for (int i = 0; i < mp; i++) {
                 double squares = 0;
                 for (int slice = 0; slice < kSlices; slice++) squares += scratch[size_t(b) * kSlices + slice];
@@ -628,14 +681,14 @@ struct CpuOps {
         }
     }
 
-    // A (rows,cols) block that begins at element `begin` of a matrix with row stride ld, as floats: where it lies if it
+    // A (rows,cols) tile that begins at element `begin` of a matrix with row stride ld, as floats: where it lies if it
     // is fp32, else converted into buffer. Products of two 16-bit numbers are exact in fp32: gemm only rounds sums.
-    struct FloatBlock {
+    struct FloatTile {
         const float* data;
         int ld;
     };
-    static FloatBlock as_floats(const void* x, size_t begin, int rows, int cols, int ld, NsType type,
-                                std::vector<float>& buffer) {
+    static FloatTile as_floats(const void* x, size_t begin, int rows, int cols, int ld, NsType type,
+                               std::vector<float>& buffer) {
         if (type == NsType::fp32) return {static_cast<const float*>(x) + begin, ld};
         buffer.resize(size_t(rows) * cols);
         for (int i = 0; i < rows; i++) {
@@ -646,26 +699,27 @@ struct CpuOps {
         return {buffer.data(), cols};
     }
 
-    // D = alpha * A op(B) + beta * C + diag * I for every matrix of a batch; one rounding, at the store. symmetric_nt:
-    // B is (batch,N,K) and op transposes; the result is known to be symmetric, so the lower triangle is computed and
-    // mirrored. nn: B is (batch,K,N). A tile's bits depend on its own rows and columns, not on the batch around it.
-    static void ns_product(void* D /*(batch,M,N)*/, const void* A /*(batch,M,K)*/, const void* B,
-                           const void* C /*(batch,M,N) or null*/, float alpha, float beta, float diag, int batch, int M,
+    // D = alpha * A op(B) + beta * C + diag * I for every one of `count` matrices; one rounding, at the store.
+    // symmetric_nt: B is (count,N,K) and op transposes; the result is known to be symmetric, so the lower triangle is
+    // computed and mirrored. nn: B is (count,K,N). A tile's bits depend on its own rows and columns, not on the
+    // matrices beside it.
+    static void ns_product(void* D /*(count,M,N)*/, const void* A /*(count,M,K)*/, const void* B,
+                           const void* C /*(count,M,N) or null*/, float alpha, float beta, float diag, int count, int M,
                            int N, int K, NsProduct kind, NsType type) {
         const bool symmetric = kind == NsProduct::symmetric_nt;
 #pragma omp parallel for collapse(3) schedule(dynamic)
-        for (int b = 0; b < batch; b++) {
-            for (int i0 = 0; i0 < M; i0 += kTile) {
-                for (int j0 = 0; j0 < N; j0 += kTile) {
+        for (int b = 0; b < count; b++) {
+            for (int i0 = 0; i0 < M; i0 += kGemmTile) {
+                for (int j0 = 0; j0 < N; j0 += kGemmTile) {
                     if (symmetric && j0 > i0) continue;
                     static thread_local std::vector<float> buffer_a, buffer_b;
-                    float tile[kTile * kTile];
-                    const int rows = std::min(kTile, M - i0), columns = std::min(kTile, N - j0);
+                    float tile[kGemmTile * kGemmTile];
+                    const int rows = std::min(kGemmTile, M - i0), columns = std::min(kGemmTile, N - j0);
                     const size_t matrix_b = size_t(b) * N * K;
-                    const FloatBlock a = as_floats(A, (size_t(b) * M + i0) * K, rows, K, K, type, buffer_a);
-                    const FloatBlock bt = symmetric
-                                              ? as_floats(B, matrix_b + size_t(j0) * K, columns, K, K, type, buffer_b)
-                                              : as_floats(B, matrix_b + j0, K, columns, N, type, buffer_b);
+                    const FloatTile a = as_floats(A, (size_t(b) * M + i0) * K, rows, K, K, type, buffer_a);
+                    const FloatTile bt = symmetric
+                                             ? as_floats(B, matrix_b + size_t(j0) * K, columns, K, K, type, buffer_b)
+                                             : as_floats(B, matrix_b + j0, K, columns, N, type, buffer_b);
                     gemm(false, symmetric, rows, columns, K, alpha, a.data, a.ld, bt.data, bt.ld, 0.0f, tile, columns);
                     for (int i = i0; i < i0 + rows; i++) {
                         const int end = symmetric ? std::min(j0 + columns, i + 1) : j0 + columns;
@@ -683,14 +737,14 @@ struct CpuOps {
     }
 
     // master = master * decay - step * U (standing up again if it was transposed), and the parameters follow.
-    static void muon_update(real* params, float* master, const void* U /*(batch,mp,np)*/,
-                            const MatrixRef* refs /*(batch)*/, int batch, int rows, int cols, float decay /*1-lr*wd*/,
+    static void muon_update(real* params, float* master, const void* U /*(count,mp,np)*/,
+                            const MatrixRef* refs /*(count)*/, int count, int rows, int cols, float decay /*1-lr*wd*/,
                             float step /*lr*scale*/, NsType type, const float* clip) {
         if (clip[0] == 0) return;
         const bool transposed = rows > cols;
         const size_t mp = round_up(std::min(rows, cols), 8), np = round_up(std::max(rows, cols), 8);
 #pragma omp parallel for collapse(2)
-        for (int b = 0; b < batch; b++) {
+        for (int b = 0; b < count; b++) {
             for (int r = 0; r < rows; r++) {
                 float* w = master + refs[b].state + size_t(r) * refs[b].ld;
                 real* p = params + refs[b].offset + size_t(r) * refs[b].ld;
@@ -703,3 +757,15 @@ struct CpuOps {
         }
     }
 };
+
+// The backend: the operations above, and the collectives of comm.h.
+struct Cpu : CpuOps, CpuComm {
+    static constexpr const char* kBackendName = "cpu fp32";
+    static size_t memory_available() { return CpuOps::memory_available() / world.local_size; }  // a rank's share
+    static void start(const World& r) {
+        CpuOps::start(r.local_size);
+        CpuComm::start();
+    }
+    static void stop() { CpuComm::stop(); }
+};
+static_assert(is_backend<Cpu>());

@@ -1,7 +1,7 @@
 // cuda_backend.cuh: struct Cuda, the GPU half of the seam. What is here: memory, events, the device, and the model's
 // matrix products on cuBLASLt. What it inherits: the hand-written kernels (gpt_kernels.cuh, attention.cuh,
 // ns_kernels.cuh) and the collectives (comm.h). Everything is enqueued on the one stream `cuda_stream`; only
-// synchronize() waits for it. Its twin with the same signatures is struct Cpu (cpu_backend.h).
+// synchronize() waits for it. Every operation, with its shapes: backend.h; its twin is struct Cpu (cpu_backend.h).
 #pragma once
 #include <cublasLt.h>
 
@@ -9,6 +9,7 @@
 #include <map>
 #include <tuple>
 
+#include "backend.h"
 #include "comm.h"
 #include "common.h"
 #include "kernels/attention.cuh"
@@ -283,3 +284,4 @@ struct Cuda : CudaRuntime, CudaMatmul, GptKernels, Attention, NsKernels, CudaCom
         CudaRuntime::stop();
     }
 };
+static_assert(is_backend<Cuda>());

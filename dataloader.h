@@ -1,23 +1,20 @@
 // dataloader.h: from token shards on disk to batches in memory, and back from tokens to text.
 // Read: Shard (one file, mapped and checked), permute() (a shuffle that needs no memory), Shards (which window is
-// sample g), DataLoader (which samples a rank's batch holds; a thread prepares the next one), Tokenizer.
+// sample g, and its tokens checked), DataLoader (which samples a rank's batch holds; a thread prepares the next one),
+// Tokenizer, printable().
 //
 // The sample order is a pure function: sample number g of a run is the same seq_len + 1 tokens whatever the ranks, the
 // micro-batch or the history of interruptions. So the data position of a checkpoint is just its step.
 #pragma once
-#include <fcntl.h>
 #include <glob.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <climits>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
 #include <exception>
+#include <filesystem>
 #include <fstream>
 #include <future>
 #include <mutex>
@@ -31,69 +28,38 @@
 // One token file, in llm.c's format (little endian): 256 int32 of header {20240520, version 1, token count, 0...}, then
 // one uint16 a token. The count is read as unsigned, so a shard may hold 2^32 - 1 tokens (8 GiB).
 struct Shard {
-    std::string path;
-    const uint16_t* tokens = nullptr;  // (count), mapped: the page cache is shared by all ranks of a machine
+    const MappedFile file;
+    const uint16_t* tokens = nullptr;  // (count), in place
     uint64_t count = 0;
 
     static constexpr size_t kHeaderBytes = 256 * sizeof(int32_t);
 
-    explicit Shard(const std::string& file) : path(file) {
-        const char* name = path.c_str();
-        const int fd = open(name, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-        if (fd < 0) fail("cannot open token shard %s: %s", name, strerror(errno));
-        struct stat info = {};
-        const bool regular = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
-        const size_t bytes = regular ? size_t(info.st_size) : 0;
-        void* memory = bytes > 0 ? mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fd, 0) : nullptr;
-        const int error = errno;
-        close(fd);  // the mapping stays
-        if (S_ISDIR(info.st_mode)) fail("%s is a directory: name its files, as in '%s/train_*.bin'", name, name);
-        if (!regular) fail("token shard %s is not a file", name);
-        if (bytes == 0) broken("is empty");
-        if (memory == MAP_FAILED) fail("cannot map token shard %s: %s", name, strerror(error));
-        map_.memory = memory;
-        map_.bytes = bytes;
-        inode_ = info.st_ino;
+    explicit Shard(const std::string& path) : file(path, "token shard") {
+        if (file.bytes == 0) broken("is empty");
         check_header();
-        tokens = reinterpret_cast<const uint16_t*>(static_cast<const char*>(memory) + kHeaderBytes);
+        tokens = reinterpret_cast<const uint16_t*>(file.data + kHeaderBytes);
     }
 
-    // Reading a mapped page that the file no longer has kills the process without a word (SIGBUS). A look at the size
-    // before each read costs a microsecond and turns almost every such case into a sentence.
     void check_still_whole() const {
-        struct stat info;
-        const bool same_file = stat(path.c_str(), &info) == 0 && info.st_ino == inode_;
-        if (same_file && uint64_t(info.st_size) < map_.bytes) broken("was cut short while it was being read");
+        if (file.was_cut_short()) broken("was cut short while it was being read");
     }
 
   private:
-    struct Mapping {  // of its own, so that it is undone when the constructor above throws as well
-        void* memory = nullptr;
-        size_t bytes = 0;
-        Mapping() = default;
-        Mapping(const Mapping&) = delete;
-        ~Mapping() {
-            if (memory) munmap(memory, bytes);
-        }
-    };
-    Mapping map_;
-    ino_t inode_ = 0;
-
     [[noreturn]] void broken(const std::string& fault) const {
-        fail("token shard %s %s: make it again with scripts/data.py", path.c_str(), fault.c_str());
+        fail("token shard %s %s: make it again with scripts/data.py", file.path.c_str(), fault.c_str());
     }
 
     void check_header() {
-        const int32_t* header = static_cast<const int32_t*>(map_.memory);
-        if (map_.bytes < kHeaderBytes) broken(strprintf("has %zu bytes, less than its header", map_.bytes));
+        const int32_t* header = reinterpret_cast<const int32_t*>(file.data);
+        if (file.bytes < kHeaderBytes) broken(strprintf("has %zu bytes, less than its header", file.bytes));
         if (header[0] == 20240328) broken("is a tokenizer, not tokens (does the glob match too much?)");
         if (header[0] != 20240520) broken(strprintf("has magic number %d, not 20240520", header[0]));
         if (header[1] != 1) broken(strprintf("has format version %d, not 1", header[1]));
         count = uint32_t(header[2]);
         if (count == 0) broken("holds no tokens");
         const uint64_t expected = kHeaderBytes + count * sizeof(uint16_t);
-        if (map_.bytes != expected) {
-            broken(strprintf("has %zu bytes, but its header promises %llu tokens, which makes %llu bytes", map_.bytes,
+        if (file.bytes != expected) {
+            broken(strprintf("has %zu bytes, but its header promises %llu tokens, which makes %llu bytes", file.bytes,
                              (unsigned long long)count, (unsigned long long)expected));
         }
     }
@@ -132,6 +98,9 @@ class Shards {
     const int seq_len;
 
     Shards(const std::string& pattern, int seq_len) : seq_len(seq_len) {
+        std::error_code unknown;
+        if (std::filesystem::is_directory(pattern, unknown))
+            fail("%s is a directory: name its files, as in '%s/train_*.bin'", pattern.c_str(), pattern.c_str());
         glob_t found;
         const bool any = glob(pattern.c_str(), 0, nullptr, &found) == 0;
         if (any) paths_.assign(found.gl_pathv, found.gl_pathv + found.gl_pathc);
@@ -153,17 +122,48 @@ class Shards {
     uint64_t windows() const { return windows_; }  // also the samples of an epoch
     const std::vector<std::string>& paths() const { return paths_; }
 
-    // A token outside the vocabulary would read outside the embedding, so all of them are looked at once, at start: one
-    // pass at the speed of memory or disk, some shards at a time.
-    void check_tokens(int vocab) const {
-        const size_t threads = std::min<size_t>({shards_.size(), std::max(1u, std::thread::hardware_concurrency()), 8});
-        std::vector<std::future<void>> parts;
-        for (size_t t = 0; t < threads; t++) {
-            parts.push_back(std::async(std::launch::async, [this, vocab, threads, t] {
-                for (size_t k = t; k < shards_.size(); k += threads) check_shard(shards_[k], vocab);
-            }));
+    // A digest of all headers and of 16 places of each shard's content: tells other data of the same size without
+    // reading it all.
+    std::string digest() const {
+        uint64_t hash = 0;
+        auto add = [&](const void* data, size_t bytes) {
+            for (size_t at = 0; at < bytes; at += sizeof(uint64_t)) {
+                uint64_t word = 0;
+                memcpy(&word, static_cast<const char*>(data) + at, std::min(sizeof word, bytes - at));
+                hash = mix(hash + word + 1);
+            }
+        };
+        constexpr uint64_t kPlaces = 16, kTokens = 64;
+        for (const Shard& shard : shards_) {
+            add(shard.file.data, Shard::kHeaderBytes);
+            const uint64_t length = std::min(kTokens, shard.count);
+            for (uint64_t place = 0; place < kPlaces; place++)
+                add(shard.tokens + (shard.count - length) * place / (kPlaces - 1), length * sizeof(uint16_t));
         }
-        for (std::future<void>& part : parts) part.get();  // throws what its thread threw
+        return strprintf("%016llx", (unsigned long long)hash);
+    }
+
+    // A window (seq_len + 1) as a model reads it: inputs (seq_len), and targets (seq_len), moved on by one token. A
+    // token outside the vocabulary would read outside the embedding. The file may change under us at any time, so what
+    // is looked at is what was copied.
+    void read(const uint16_t* window, int* inputs, int* targets, int vocab) const {
+        int highest = 0;
+        for (int t = 0; t < seq_len; t++) inputs[t] = window[t];
+        for (int t = 0; t + 1 < seq_len; t++) targets[t] = inputs[t + 1];
+        targets[seq_len - 1] = window[seq_len];
+        for (int t = 0; t < seq_len; t++) highest = std::max({highest, inputs[t], targets[t]});
+        if (highest < vocab) return;
+        for (const Shard& shard : shards_) {
+            if (window < shard.tokens || window >= shard.tokens + shard.count) continue;
+            uint64_t where = 0;
+            while (inputs[where] < vocab && targets[where] < vocab) where++;
+            const bool target = inputs[where] < vocab;
+            fail(
+                "token shard %s has token %d at position %llu, outside the vocabulary of %d: was it made with another "
+                "tokenizer, or overwritten? Give --vocab, or make it again with scripts/data.py",
+                shard.file.path.c_str(), target ? targets[where] : inputs[where],
+                (unsigned long long)(uint64_t(window - shard.tokens) + where + target), vocab);
+        }
     }
 
     // Sample g: windows in an order that is new in each epoch. Shards are shuffled, and windows within a shard, so that
@@ -179,19 +179,19 @@ class Shards {
         }
     }
 
-    // Window g in the order of the files, from the first again after the last: evaluation.
+    // Window g in the order of the files: evaluation.
     const uint16_t* in_order(uint64_t g) const {  // -> (seq_len + 1)
-        uint64_t i = g % windows_;
+        uint64_t i = g;
         for (const Shard& shard : shards_) {
             if (i < windows_in(shard)) return window(shard, i);
             i -= windows_in(shard);
         }
-        fail("window %llu does not exist", (unsigned long long)g);  // not reached: i < windows_, their sum
+        fail("internal: window %llu of %llu", (unsigned long long)g, (unsigned long long)windows_);
     }
 
   private:
     std::vector<std::string> paths_;
-    std::deque<Shard> shards_;  // a deque, because a Shard owns its mapping and doesn't move
+    std::deque<Shard> shards_;  // a deque, because a Shard owns its file and doesn't move
     uint64_t tokens_ = 0, windows_ = 0;
 
     uint64_t windows_in(const Shard& shard) const { return (shard.count - 1) / uint64_t(seq_len); }
@@ -199,25 +199,6 @@ class Shards {
     const uint16_t* window(const Shard& shard, uint64_t w) const {
         shard.check_still_whole();
         return shard.tokens + w * uint64_t(seq_len);
-    }
-
-    static void check_shard(const Shard& shard, int vocab) {
-        constexpr uint64_t kBlock = 4096;  // a constant trip count lets the compiler use vector instructions at -O2 too
-        for (uint64_t begin = 0; begin < shard.count; begin += kBlock) {
-            uint16_t highest = 0;
-            if (shard.count - begin >= kBlock) {
-                for (uint64_t i = 0; i < kBlock; i++) highest = std::max(highest, shard.tokens[begin + i]);
-            } else {
-                for (uint64_t i = begin; i < shard.count; i++) highest = std::max(highest, shard.tokens[i]);
-            }
-            if (highest < vocab) continue;
-            uint64_t where = begin;
-            while (shard.tokens[where] < vocab) where++;
-            fail(
-                "token shard %s has token %d at position %llu, outside the vocabulary of %d: was it made with another "
-                "tokenizer? Give --vocab, or make it again with scripts/data.py",
-                shard.path.c_str(), int(shard.tokens[where]), (unsigned long long)where, vocab);
-        }
     }
 };
 
@@ -234,16 +215,13 @@ struct Batch {
 // only divide a step's samples: which ones it reads depends on the step alone. Steps count from 0 here.
 class DataLoader {
   public:
-    // Order::in_order is for evaluation: each step reads windows 0, 1, 2, ... of the files again, unshuffled.
-    enum class Order { shuffled, in_order };
-
     // accumulation: micro-steps of a step. alloc: where batches live (pinned memory for CUDA); called once, not freed
     // here. The shards must outlive the loader.
-    DataLoader(const Shards& shards, uint64_t seed, int batch, int rank, int ranks, int accumulation,
-               uint64_t first_step, void* (*alloc)(size_t), Order order = Order::shuffled)
+    DataLoader(const Shards& shards, int vocab, uint64_t seed, int batch, int rank, int ranks, int accumulation,
+               uint64_t first_step, void* (*alloc)(size_t))
         : shards_(shards),
+          vocab_(vocab),
           seed_(seed),
-          order_(order),
           batch_(batch),
           rank_(rank),
           ranks_(ranks),
@@ -281,8 +259,8 @@ class DataLoader {
     static constexpr uint64_t kSlots = 3;  // two that the caller may still read, one being filled
 
     const Shards& shards_;
+    const int vocab_;
     const uint64_t seed_;
-    const Order order_;
     const int batch_, rank_, ranks_, accumulation_;
     uint64_t step_;  // of the batch being prepared; only the thread reads and writes step_ and micro_step_
     int micro_step_ = 0;
@@ -325,18 +303,13 @@ class DataLoader {
     void fill(const Batch& out) {
         const int T = shards_.seq_len;
         const uint64_t ranks = uint64_t(ranks_), batch = uint64_t(batch_);
-        uint64_t first = (uint64_t(micro_step_) * ranks + uint64_t(rank_)) * batch;
-        if (order_ == Order::shuffled) first += step_ * uint64_t(accumulation_) * ranks * batch;
-        std::vector<int> begins(65537, 0);  // where each token's positions begin in order; any uint16 is in range
-        for (uint64_t b = 0; b < batch; b++) {
-            const uint16_t* tokens =
-                order_ == Order::shuffled ? shards_.sample(first + b, seed_) : shards_.in_order(first + b);
-            for (int t = 0; t < T; t++) {
-                out.inputs[b * T + t] = tokens[t];
-                out.targets[b * T + t] = tokens[t + 1];
-                begins[tokens[t] + 1]++;
-            }
-        }
+        const uint64_t micro_batch =
+            (step_ * uint64_t(accumulation_) + uint64_t(micro_step_)) * ranks + uint64_t(rank_);
+        for (uint64_t b = 0; b < batch; b++)
+            shards_.read(shards_.sample(micro_batch * batch + b, seed_), out.inputs + b * T, out.targets + b * T,
+                         vocab_);
+        std::vector<int> begins(size_t(vocab_) + 1, 0);  // where each token's positions begin in order
+        for (size_t i = 0; i < positions_; i++) begins[size_t(out.inputs[i]) + 1]++;
         for (size_t token = 1; token < begins.size(); token++) begins[token] += begins[token - 1];
         for (size_t i = 0; i < positions_; i++) out.order[begins[out.inputs[i]]++] = int(i);  // a counting sort, stable
 
@@ -356,12 +329,17 @@ struct Tokenizer {
         auto broken = [&](const std::string& fault) {
             fail("tokenizer %s %s: make it again with scripts/data.py", name, fault.c_str());
         };
+        int32_t header[256];
+        constexpr size_t kLargest = sizeof(header) + 65536 * 256;  // as many tokens as there can be, as long as can be
+        struct stat info;
+        if (stat(name, &info) != 0) fail("cannot open tokenizer %s: %s", name, strerror(errno));
+        if (!S_ISREG(info.st_mode)) broken("is not a file");
+        if (size_t(info.st_size) > kLargest) broken(strprintf("has %zu bytes: too many", size_t(info.st_size)));
         std::ifstream file(path, std::ios::binary);
         if (!file) fail("cannot open tokenizer %s: %s", name, strerror(errno));
-        std::ostringstream all;
-        all << file.rdbuf();
-        const std::string content = all.str();
-        int32_t header[256];
+        std::string content(size_t(info.st_size), '\0');
+        file.read(&content[0], std::streamsize(content.size()));
+        if (size_t(file.gcount()) != content.size()) broken("ends before its end");
         if (content.size() < sizeof(header)) broken("is shorter than its header");
         memcpy(header, content.data(), sizeof(header));
         if (header[0] != 20240328) broken(strprintf("has magic number %d, not 20240328", header[0]));
@@ -392,3 +370,25 @@ struct Tokenizer {
   private:
     std::vector<std::string> texts_;  // (vocab)
 };
+
+// Text from a model as it may go to a terminal: bytes that would steer it, and bytes that are no UTF-8, as \xHH.
+inline std::string printable(const std::string& text) {
+    std::string shown;
+    for (size_t i = 0; i < text.size();) {
+        const uint8_t c = uint8_t(text[i]);
+        const size_t length = c < 0x80 ? 1 : c >= 0xc2 && c < 0xe0 ? 2 : c >= 0xe0 && c < 0xf0 ? 3 : c < 0xf5 ? 4 : 0;
+        uint32_t point = length == 1 ? c : c & (0xff >> (length + 1));
+        bool good = length == 1 ? c == '\n' || c == '\t' || (c >= 0x20 && c != 0x7f) : c >= 0xc2 && length > 0;
+        for (size_t k = 1; good && k < length; k++) {
+            good = i + k < text.size() && (text[i + k] & 0xc0) == 0x80;
+            if (good) point = point << 6 | (text[i + k] & 0x3f);
+        }
+        // Control characters again, forms longer than need be, surrogates, beyond Unicode.
+        const uint32_t least[] = {0, 0, 0xa0, 0x800, 0x10000};
+        good = good && point >= least[length] && !(point >= 0xd800 && point < 0xe000) && point <= 0x10ffff;
+        if (good) shown.append(text, i, length);
+        else shown += strprintf("\\x%02x", c);
+        i += good ? length : 1;
+    }
+    return shown;
+}

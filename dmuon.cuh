@@ -2,7 +2,7 @@
 //
 // Read in this order:
 //   1. Plan           who owns which matrix, and how parameters lie in memory so that every collective works in place
-//   2. newton_schulz  the iteration that orthogonalises a batch of matrices
+//   2. newton_schulz  the iteration that orthogonalises matrices
 //   3. Optimizer      one step: reduce gradients -> clip -> momentum -> Newton-Schulz -> update -> gather weights
 //   4. print_plan     the same plan as numbers, for any number of ranks, without a GPU
 //
@@ -34,9 +34,20 @@
 // ---------------------------------------------------------------------------------------------------------------------
 // 1. Plan: tensors, pieces, buckets
 //
-// A tensor of the model is cut into pieces; a piece belongs to one rank. Parameters (real) and gradients (float) live
-// in two arenas with the same offsets. An arena is a row of buckets, a bucket is `ranks` equal chunks, and chunk r
-// holds what rank r owns of that bucket:
+// Words, which mean the same in every file:
+//
+//     tensor   a parameter as the model declares it, and as a checkpoint names it
+//     piece    a run of one tensor that has one owner: for Muon a whole matrix
+//     arena    all parameters (real), or all their gradients (float), at the same offsets
+//     bucket   a run of the arenas that one collective moves
+//     chunk    one rank's share of a bucket; all chunks of a bucket are equal
+//     range    a run of the arenas whose squares are summed together
+//     state    what a rank keeps in fp32 of the pieces it owns: master weights and moments, its chunk of every bucket
+//              one after the other
+//     tile     a rectangle of a matrix: what --muon_tile orthogonalises by itself; of a product, what one thread block
+//              (one thread of the CPU) computes
+//     slice    a run of rows whose sum one thread block (one thread of the CPU) takes
+//     batch    the sequences of one micro-step; matrices that go through Newton-Schulz together are a ShapeGroup
 //
 //     arena   | flat bucket: AdamW's tensors       | bucket: layers 0..b-1  | bucket: layers b..2b-1 | ...
 //     chunks  | rank 0 | rank 1 | ... | rank N-1   | 0 | 1 | ...    | N-1   | 0 | 1 | ...    | N-1   | ...
@@ -52,7 +63,7 @@
 // beyond that number, data parallelism wants to be split otherwise.
 
 // What a parameter tensor is: decides its optimizer, its weight decay and its initial values.
-enum class TensorKind { embedding, matrix, residual_projection, layernorm_weight, bias };
+enum class TensorKind { token_embedding, position_embedding, matrix, residual_projection, layernorm_weight, bias };
 
 // A parameter tensor as the model declares it.
 struct TensorSpec {
@@ -71,7 +82,9 @@ struct TensorSpec {
     size_t stored_size() const { return size_t(stored_rows) * cols; }
     // A hidden 2-D matrix: Muon's. Everything else is AdamW's.
     bool hidden() const { return kind == TensorKind::matrix || kind == TensorKind::residual_projection; }
-    bool decays() const { return hidden() || kind == TensorKind::embedding; }  // the 2-D tensors have weight decay
+    bool decays() const {  // the 2-D tensors have weight decay
+        return kind != TensorKind::layernorm_weight && kind != TensorKind::bias;
+    }
 };
 
 enum class Method { adamw, muon, dmuon };
@@ -80,35 +93,35 @@ inline Method method_of(const Options& options) {
     return options.optimizer == "adamw" ? Method::adamw : options.optimizer == "muon" ? Method::muon : Method::dmuon;
 }
 
-// A contiguous run of one tensor in the arenas. For Muon it is one matrix (rows, cols).
 struct Piece {
     int tensor;
     size_t begin, count;  // elements of the tensor
-    int rows, cols;
-    int owner;      // rank, or -1: replicated
-    size_t offset;  // elements from the start of the arenas
+    int rows, cols;       // of Muon's matrix; else 1, count
+    int owner;            // rank, or -1: replicated
+    size_t offset;        // elements from the start of the arenas
 };
 
 struct Bucket {
     size_t begin, chunk;  // elements; a reduced bucket is `ranks` chunks, a replicated one a single chunk
     bool replicated;
+    size_t state_begin = 0;  // where the state of a rank's chunk lies in that rank's state
 };
 
-// The clip norm is summed tensor by tensor, over blocks of at most this many elements, cut at positions that depend on
+// The clip norm is summed tensor by tensor, over ranges of at most this many elements, cut at positions that depend on
 // the tensors alone: the same gradients give the same norm, bit for bit, whatever the ranks and owners. Chunks of the
-// flat bucket are whole blocks.
-constexpr size_t kNormBlock = 16384;
+// flat bucket are whole ranges.
+constexpr size_t kNormRange = 16384;
 
-// Calls f(row, col, rows, cols) for every part of a matrix that is orthogonalised by itself: the whole, its heads under
+// Calls f(row, col, rows, cols) for every tile of a matrix that is orthogonalised by itself: the whole, its heads under
 // --muon_qkv heads, and T x T tiles of these under --muon_tile T (Hierarchical Muon, arXiv 2606.27216).
 template <class F>
 void for_each_tile(const Piece& piece, const TensorSpec& tensor, const Options& options, F f) {
-    const int part = options.muon_qkv == "heads" && tensor.head_rows > 0 ? tensor.head_rows : piece.rows;
+    const int height = options.muon_qkv == "heads" && tensor.head_rows > 0 ? tensor.head_rows : piece.rows;
     const int tile = options.muon_tile > 0 ? options.muon_tile : std::max(piece.rows, piece.cols);
-    for (int first = 0; first < piece.rows; first += part)
-        for (int r = 0; r < part; r += tile)
+    for (int first = 0; first < piece.rows; first += height)
+        for (int r = 0; r < height; r += tile)
             for (int c = 0; c < piece.cols; c += tile)
-                f(first + r, c, std::min(tile, part - r), std::min(tile, piece.cols - c));
+                f(first + r, c, std::min(tile, height - r), std::min(tile, piece.cols - c));
 }
 
 double ns_flops(const Options& options, const Piece& piece, const TensorSpec& tensor);  // section 2
@@ -121,9 +134,10 @@ struct Plan {
     std::vector<Bucket> buckets;  // buckets[0] is the flat one
     size_t flat = 0;              // elements of the flat bucket before its padding
     size_t decay_end = 0;         // of these, the tensors with weight decay come first and end here
-    size_t arena = 0;             // elements of the parameter and gradient arenas
-    size_t state = 0;             // elements of one rank's fp32 state: its chunk of every bucket, one after the other
+    size_t arena = 0;             // elements of each arena
+    size_t state_elements = 0;    // of one rank, each moment by itself
     int layers_per_bucket = 0;
+    int64_t ns_matrices = 0;  // matrices (or tiles) that a step puts through Newton-Schulz, over all ranks
 
     Plan(std::vector<TensorSpec> specs, const Options& options, int ranks_)
         : method(method_of(options)), ranks(ranks_), tensors(std::move(specs)) {
@@ -135,16 +149,26 @@ struct Plan {
         });
         const Bucket& last = buckets.back();
         arena = last.begin + last.chunk * (last.replicated ? 1 : ranks);
-        for (const Bucket& bucket : buckets) state += bucket.chunk;
+        for (Bucket& bucket : buckets) {
+            bucket.state_begin = state_elements;
+            state_elements += bucket.chunk;
+        }
+        for (const Piece& piece : pieces)
+            if (is_muon(piece.tensor))
+                for_each_tile(piece, tensors[piece.tensor], options,
+                              [&](int, int, int, int) { ns_matrices += piece.owner < 0 ? ranks : 1; });
     }
 
-    // Where rank `rank` keeps the fp32 state of the element at `offset` of the arena, which it must own.
+    // Where rank `rank` has its chunk of a bucket, in the arenas.
+    size_t chunk_begin(const Bucket& bucket, int rank) const {
+        return bucket.begin + (bucket.replicated ? 0 : rank * bucket.chunk);
+    }
+
+    // Where rank `rank` keeps the state of the element at `offset` of the arenas, which it must own.
     size_t state_offset(size_t offset, int rank) const {
-        size_t base = 0;
         for (const Bucket& bucket : buckets) {
-            size_t mine = bucket.begin + (bucket.replicated ? 0 : rank * bucket.chunk);
-            if (offset >= mine && offset < mine + bucket.chunk) return base + offset - mine;
-            base += bucket.chunk;
+            const size_t begin = chunk_begin(bucket, rank);
+            if (offset >= begin && offset < begin + bucket.chunk) return bucket.state_begin + offset - begin;
         }
         fail("internal: element %zu is not in a chunk of rank %d", offset, rank);
     }
@@ -174,7 +198,7 @@ struct Plan {
             if (tensors[t].decays()) decay_end = total;
         }
         flat = total;
-        size_t chunk = round_up(ceil_div<size_t>(total, ranks), kNormBlock);
+        size_t chunk = round_up(ceil_div<size_t>(total, ranks), kNormRange);
         buckets.push_back({0, chunk, false});
         for (size_t i = 0; i < order.size(); i++)
             for (size_t begin = 0, size = tensors[order[i]].size(); begin < size;) {
@@ -191,9 +215,9 @@ struct Plan {
         for (int t = 0; t < int(tensors.size()); t++) {
             const TensorSpec& spec = tensors[t];
             if (!spec.hidden()) continue;
-            int parts = options.muon_qkv == "fused" ? 1 : spec.split, rows = spec.rows / parts;
-            for (int p = 0; p < parts; p++)
-                all.push_back({t, size_t(p) * rows * spec.cols, size_t(rows) * spec.cols, rows, spec.cols, -1, 0});
+            int stacked = options.muon_qkv == "fused" ? 1 : spec.split, rows = spec.rows / stacked;
+            for (int i = 0; i < stacked; i++)
+                all.push_back({t, size_t(i) * rows * spec.cols, size_t(rows) * spec.cols, rows, spec.cols, -1, 0});
         }
         return all;
     }
@@ -282,9 +306,16 @@ struct Plan {
 // ---------------------------------------------------------------------------------------------------------------------
 // 2. Newton-Schulz
 //
-// An odd polynomial p(X) = aX + b(XX^T)X + c(XX^T)^2 X acts on the singular values of X and leaves its singular vectors
-// alone. Five of them, chosen well, take all but the smallest values in (0, 1] close to 1: nearly an orthogonal matrix,
-// by products alone, which is what a GPU does best.
+// Muon wants the polar factor U V^T of X = U S V^T: the same singular vectors, all singular values 1. No decomposition
+// is needed. An odd polynomial
+//
+//     p(X) = aX + b(XX^T)X + c(XX^T)^2 X
+//
+// takes every singular value s to as + bs^3 + cs^5 and leaves the singular vectors alone. Scaled to |X|_F = 1 all s lie
+// in [0, 1], and five polynomials one after the other, chosen well, take all but the smallest close to 1: nearly an
+// orthogonal matrix, by products alone, which is what a GPU does best. For an (m, n) matrix with r = n/m >= 1 a step is
+// 2(2r + 1) m^3 FLOPs. XX^T and every polynomial of it are symmetric, so half of their tiles is enough:
+// 2(1.5r + 0.5) m^3.
 
 struct Coefficients {
     double a, b, c;
@@ -329,23 +360,23 @@ inline NsConfig ns_config(const Options& options, int m, int n) {
     return {gram, options.ns_coefficients, int(options.ns_steps), type};
 }
 
-// Scratch of newton_schulz: the iterate and its successor (batch, m, n), and square matrices (batch, m, m), all of type
+// Scratch of newton_schulz: the iterate and its successor (count, m, n), and square matrices (count, m, m), all of type
 // `type`.
 struct NsWorkspace {
     void *X, *Y;
     void* S[4];
-    static size_t bytes(int batch, int m, int n, NsType type) {
-        return batch * (2 * size_t(m) * n + 4 * size_t(m) * m) * ns_type_bytes(type);
+    static size_t bytes(int count, int m, int n, NsType type) {
+        return count * (2 * size_t(m) * n + 4 * size_t(m) * m) * ns_type_bytes(type);
     }
-    NsWorkspace(void* memory, int batch, int m, int n, NsType type) {
-        size_t wide = batch * size_t(m) * n * ns_type_bytes(type), square = batch * size_t(m) * m * ns_type_bytes(type);
+    NsWorkspace(void* memory, int count, int m, int n, NsType type) {
+        size_t wide = count * size_t(m) * n * ns_type_bytes(type), square = count * size_t(m) * m * ns_type_bytes(type);
         char* at = static_cast<char*>(memory);
         X = at, Y = at + wide, at += 2 * wide;
         for (void*& s : S) s = at, at += square;
     }
 };
 
-// Orthogonalises the batch of (m, n) matrices in w.X, m <= n, whose Frobenius norms are at most 1. The result is in
+// Orthogonalises the `count` (m, n) matrices in w.X, m <= n, whose Frobenius norms are at most 1. The result is in
 // w.X.
 //
 // Standard: A = X X^T;  B = bA + cA^2;  X = aX + BX, each step on the full matrix.
@@ -354,14 +385,14 @@ struct NsWorkspace {
 // restarts that apply Q and form R anew, after steps 2 and 4. All of Q, Z, R are polynomials of one symmetric matrix:
 // they commute and every product of them is symmetric, so only half of its tiles is computed.
 template <class Backend>
-void newton_schulz(NsWorkspace& w, int batch, int m, int n, const NsConfig& config) {
+void newton_schulz(NsWorkspace& w, int count, int m, int n, const NsConfig& config) {
     auto symmetric = [&](void* D, const void* A, const void* B, const void* C, double alpha, double beta, int k,
                          double diag = 0) {
-        Backend::ns_product(D, A, B, C, float(alpha), float(beta), float(diag), batch, m, m, k, NsProduct::symmetric_nt,
+        Backend::ns_product(D, A, B, C, float(alpha), float(beta), float(diag), count, m, m, k, NsProduct::symmetric_nt,
                             config.type);
     };
     auto times_X = [&](void* D, const void* A, double beta) {  // D = A X + beta X
-        Backend::ns_product(D, A, w.X, w.X, 1.0f, float(beta), 0.0f, batch, m, n, m, NsProduct::nn, config.type);
+        Backend::ns_product(D, A, w.X, w.X, 1.0f, float(beta), 0.0f, count, m, n, m, NsProduct::nn, config.type);
     };
     if (!config.gram) {
         for (int k = 0; k < config.steps; k++) {
@@ -404,9 +435,9 @@ struct FlopCounter {
         static double count;
         return count;
     }
-    static void ns_product(void*, const void*, const void*, const void*, float, float, float, int batch, int M, int N,
+    static void ns_product(void*, const void*, const void*, const void*, float, float, float, int count, int M, int N,
                            int K, NsProduct kind, NsType) {
-        flops() += (kind == NsProduct::symmetric_nt ? 1.0 : 2.0) * batch * M * N * K;  // symmetric: half of the tiles
+        flops() += (kind == NsProduct::symmetric_nt ? 1.0 : 2.0) * count * M * N * K;  // symmetric: half of the tiles
     }
 };
 
@@ -447,8 +478,8 @@ class Optimizer {
     const Plan plan;
     real* params;                // (arena)
     float* grads;                // (arena), the accumulator over micro-steps
-    float* master;               // (state) fp32 weights
-    float* moment1;              // (state) AdamW's m, Muon's momentum
+    float* master;               // (state_elements) fp32 weights
+    float* moment1;              // (state_elements) AdamW's m, Muon's momentum
     float* moment2;              // (chunk of the flat bucket) AdamW's v
     float* clip;                 // [2] scale, norm
     int64_t steps_done = 0;      // AdamW's bias correction counts them
@@ -458,23 +489,23 @@ class Optimizer {
         : options(options_), plan(std::move(tensors), options_, world.size) {
         params = allocate<real>(plan.arena, "parameters");
         grads = allocate<float>(plan.arena, "gradients");
-        master = allocate<float>(plan.state, "master weights");
-        moment1 = allocate<float>(plan.state, "first moments");
+        master = allocate<float>(plan.state_elements, "master weights");
+        moment1 = allocate<float>(plan.state_elements, "first moments");
         moment2 = allocate<float>(plan.buckets[0].chunk, "second moments");
         clip = allocate<float>(2, "the clip scale");
-        make_norm_blocks();
-        make_batches();
+        make_norm_ranges();
+        make_groups();
     }
 
     static size_t bytes(const Plan& plan) {
-        return plan.arena * (sizeof(real) + sizeof(float)) + plan.state * 2 * sizeof(float) +
+        return plan.arena * (sizeof(real) + sizeof(float)) + plan.state_elements * 2 * sizeof(float) +
                plan.buckets[0].chunk * sizeof(float);
     }
     size_t workspace_bytes() const { return ns_bytes; }
-    size_t phase_calls() const { return 5 + 2 * batches.size(); }  // of phase_done in a step
+    size_t phase_calls() const { return 5 + 2 * groups.size(); }  // of phase_done in a step
 
     // One step with the gradients in `grads` (sums over this rank's micro-steps, already divided by the tokens of the
-    // whole step). `phase_done(p)` is called when a piece of phase p has been enqueued. Nothing here waits for the
+    // whole step). `phase_done(p)` is called when work of phase p has been enqueued. Nothing here waits for the
     // device.
     //
     // --grad_clip is one rule for all three optimizers: the norm is that of the whole averaged gradient, Muon's
@@ -487,33 +518,31 @@ class Optimizer {
         reduce();
         phase_done(phase_reduce);
 
-        Backend::sum_squares(norm_sums, grads, norm_ranges, blocks);
-        Backend::all_reduce(norm_sums, blocks);  // of each block all ranks but one hold zero: exact in any order
-        Backend::clip_scale(clip, norm_sums, blocks, float(options.grad_clip));
+        Backend::sum_squares(norm_sums, grads, norm_ranges, norm_count);
+        Backend::all_reduce(norm_sums, norm_count);  // of each range all ranks but one hold zero: exact in any order
+        Backend::clip_scale(clip, norm_sums, norm_count, float(options.grad_clip));
         phase_done(phase_clip);
 
-        size_t state = plan.buckets[0].chunk;
         for (size_t b = 1; b < plan.buckets.size(); b++) {
             const Bucket& bucket = plan.buckets[b];
-            Backend::muon_momentum(grads + my_chunk(bucket), moment1 + state, bucket.chunk,
+            Backend::muon_momentum(grads + my_chunk(bucket), moment1 + bucket.state_begin, bucket.chunk,
                                    float(options.muon_momentum), options.nesterov, clip);
-            state += bucket.chunk;
         }
         phase_done(phase_momentum);
 
-        for (const Batch& batch : batches) {
-            auto [m, n] = std::minmax({batch.rows, batch.cols});
+        for (const ShapeGroup& group : groups) {
+            auto [m, n] = std::minmax({group.rows, group.cols});
             NsConfig config = ns_config(options, m, n);
             int mp = round_up(m, 8), np = round_up(n, 8);  // zero padding stays zero under the iteration
-            NsWorkspace w(ns_memory, batch.count, mp, np, config.type);
-            Backend::ns_normalize(w.X, ns_scratch, grads, batch.refs, batch.count, batch.rows, batch.cols, config.type);
-            newton_schulz<Backend>(w, batch.count, mp, np, config);
+            NsWorkspace w(ns_memory, group.count, mp, np, config.type);
+            Backend::ns_normalize(w.X, ns_scratch, grads, group.refs, group.count, group.rows, group.cols, config.type);
+            newton_schulz<Backend>(w, group.count, mp, np, config);
             phase_done(phase_ns);
             float wd = float(options.muon_weight_decay >= 0 ? options.muon_weight_decay : options.weight_decay);
             Backend::muon_update(
-                params, master, w.X, batch.refs, batch.count, batch.rows, batch.cols, 1.0f - muon_lr * wd,
-                muon_lr * float(muon_scale(options.muon_scale, batch.rows, batch.cols)), config.type, clip);
-            orthogonalised += batch.count;
+                params, master, w.X, group.refs, group.count, group.rows, group.cols, 1.0f - muon_lr * wd,
+                muon_lr * float(muon_scale(options.muon_scale, group.rows, group.cols)), config.type, clip);
+            orthogonalised += group.count;
             phase_done(phase_update);
         }
 
@@ -552,21 +581,17 @@ class Optimizer {
 
     // The weights of the model from the masters: after initialisation and after a checkpoint was read.
     void publish() {
-        size_t state = 0;
-        for (const Bucket& bucket : plan.buckets) {
-            Backend::cast_params(params + my_chunk(bucket), master + state, bucket.chunk);
-            state += bucket.chunk;
-        }
+        for (const Bucket& bucket : plan.buckets)
+            Backend::cast_params(params + my_chunk(bucket), master + bucket.state_begin, bucket.chunk);
         gather();
     }
 
-    // The parts of fp32 state that a tensor has, in element order: `here` says whether this rank holds it, `state`
-    // where.
+    // The pieces of a tensor as a checkpoint needs them, in element order.
     struct StatePart {
         size_t begin, count;
-        int owner;  // rank to ask
-        bool here;
-        size_t state;
+        int owner;     // the rank to ask
+        bool here;     // whether this rank has the state
+        size_t state;  // and where in its own
     };
     std::vector<StatePart> state_parts(int tensor) const {
         std::vector<StatePart> parts;
@@ -581,27 +606,25 @@ class Optimizer {
 
   private:
     // Matrices (or tiles) of one shape that this rank puts through Newton-Schulz in one go.
-    struct Batch {
+    struct ShapeGroup {
         int rows, cols, count;
         MatrixRef* refs;  // (count), device
     };
-    std::vector<Batch> batches;
+    std::vector<ShapeGroup> groups;
     void* ns_memory = nullptr;
     double* ns_scratch = nullptr;
     size_t ns_bytes = 0;
 
-    double* norm_sums = nullptr;   // (blocks)
-    Range* norm_ranges = nullptr;  // (blocks), device; empty where another rank owns the block
-    int blocks = 0;
+    int norm_count = 0;            // ranges of the whole model
+    double* norm_sums = nullptr;   // (norm_count), device
+    Range* norm_ranges = nullptr;  // (norm_count), device; empty where another rank owns the range
 
     template <class T>
     static T* allocate(size_t count, const char* what) {
         return static_cast<T*>(Backend::alloc(count * sizeof(T), what));
     }
 
-    size_t my_chunk(const Bucket& bucket) const {
-        return bucket.begin + (bucket.replicated ? 0 : world.rank * bucket.chunk);
-    }
+    size_t my_chunk(const Bucket& bucket) const { return plan.chunk_begin(bucket, world.rank); }
 
     // A copy on the device of a table made once on the host.
     template <class T>
@@ -612,27 +635,27 @@ class Optimizer {
         return device;
     }
 
-    // In tensor order. Of AdamW's tensors a rank has what lies between two multiples of kNormBlock in the flat bucket;
+    // In tensor order. Of AdamW's tensors a rank has what lies between two multiples of kNormRange in the flat bucket;
     // a matrix it has whole, wherever that lies.
-    void make_norm_blocks() {
+    void make_norm_ranges() {
         std::vector<Range> ranges;
         for (const Piece& piece : plan.pieces) {
             const bool here = std::max(piece.owner, 0) == world.rank;
             for (size_t at = 0; at < piece.count;) {
                 const size_t position = plan.is_muon(piece.tensor) ? at : piece.offset + at;
-                const size_t count = std::min(kNormBlock - position % kNormBlock, piece.count - at);
+                const size_t count = std::min(kNormRange - position % kNormRange, piece.count - at);
                 ranges.push_back({piece.offset + at, here ? count : 0});
                 at += count;
             }
         }
-        blocks = int(ranges.size());
-        norm_sums = allocate<double>(blocks, "block norms");
-        norm_ranges = device_table(ranges, "block ranges");
+        norm_count = int(ranges.size());
+        norm_sums = allocate<double>(norm_count, "sums of squares");
+        norm_ranges = device_table(ranges, "ranges of the norm");
     }
 
-    // dmuon puts all its matrices of one shape into one batch (as many at a time as the workspace holds); vanilla muon
+    // dmuon puts all its matrices of one shape into one group (as many at a time as the workspace holds); vanilla muon
     // takes one matrix after the other.
-    void make_batches() {
+    void make_groups() {
         constexpr size_t kWorkspaceLimit = size_t(1) << 30;
         std::map<std::tuple<int, int, int>, std::vector<MatrixRef>>
             by_shape;  // (sequence number under muon, rows, cols)
@@ -640,10 +663,10 @@ class Optimizer {
         for (const Piece& piece : plan.pieces) {
             if (!plan.is_muon(piece.tensor) || (piece.owner >= 0 && piece.owner != world.rank)) continue;
             if (plan.method == Method::muon) sequence++;
-            size_t state = plan.state_offset(piece.offset, world.rank);
+            const size_t state_offset = plan.state_offset(piece.offset, world.rank);
             for_each_tile(piece, plan.tensors[piece.tensor], options, [&](int row, int col, int rows, int cols) {
                 size_t at = size_t(row) * piece.cols + col;
-                by_shape[{sequence, rows, cols}].push_back({piece.offset + at, state + at, piece.cols});
+                by_shape[{sequence, rows, cols}].push_back({piece.offset + at, state_offset + at, piece.cols});
             });
         }
         size_t scratch = 0;
@@ -652,13 +675,13 @@ class Optimizer {
             auto [m, n] = std::minmax({rows, cols});
             NsType type = ns_config(options, m, n).type;
             size_t each = NsWorkspace::bytes(1, round_up(m, 8), round_up(n, 8), type);
-            size_t at_once = std::max<size_t>(1, std::min<size_t>(kWorkspaceLimit / each, 65535));
-            for (size_t first = 0; first < refs.size(); first += at_once) {
-                std::vector<MatrixRef> part(refs.begin() + first,
-                                            refs.begin() + std::min(first + at_once, refs.size()));
-                batches.push_back({rows, cols, int(part.size()), device_table(part, "matrix table")});
-                ns_bytes = std::max(ns_bytes, part.size() * each);
-                scratch = std::max(scratch, Backend::ns_scratch_doubles(int(part.size())));
+            size_t most = std::max<size_t>(1, std::min<size_t>(kWorkspaceLimit / each, 65535));
+            for (size_t first = 0; first < refs.size(); first += most) {
+                const size_t count = std::min(most, refs.size() - first);
+                const std::vector<MatrixRef> members(refs.begin() + first, refs.begin() + first + count);
+                groups.push_back({rows, cols, int(count), device_table(members, "matrix table")});
+                ns_bytes = std::max(ns_bytes, count * each);
+                scratch = std::max(scratch, Backend::ns_scratch_doubles(int(count)));
             }
         }
         ns_memory = Backend::alloc(ns_bytes, "the Newton-Schulz workspace");
@@ -723,7 +746,7 @@ inline void print_plan(const Plan& plan, const Options& options, size_t element,
     fprintf(out,
             "allocated on every rank: weights and gradients %.1f MiB (%.1f%% of it padding), fp32 state %.1f MiB\n",
             plan.arena * (element + sizeof(float)) / 1048576.0, 100 * (1 - needed / plan.arena),
-            (2 * plan.state + plan.buckets[0].chunk) * sizeof(float) / 1048576.0);
+            (2 * plan.state_elements + plan.buckets[0].chunk) * sizeof(float) / 1048576.0);
     // Each rank sends and receives (N-1)/N of every bucket, once as fp32 gradients and once as weights; an all-reduce
     // of the replicated matrices moves their gradients twice and gathers nothing.
     double share = double(plan.ranks - 1) / plan.ranks, traffic = 0;

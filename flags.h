@@ -23,6 +23,7 @@ struct Options {
     // data
     std::string train, val;
     int seq_len = 1024;
+    bool seq_len_given = false;  // else --model CHECKPOINT brings its own
     int vocab = 0;
     // model
     std::string model;
@@ -51,7 +52,7 @@ struct Options {
     bool print_plan = false;
     int ranks = 0;
     // run
-    int64_t eval_every = 100, eval_batches = 20;
+    int64_t eval_every = 100, eval_tokens = 131072;
     int64_t sample_every = 0, sample_tokens = 256;
     double temperature = 0.8;
     std::string out;
@@ -97,7 +98,7 @@ inline const std::vector<Flag>& flag_table() {
     static const std::vector<Flag> table = {
         {"data", "train", &O::train, "GLOB", "token shards to train on, quoted: 'data/fineweb/train_*.bin'; required"},
         {"data", "val", &O::val, "GLOB", "token shards to evaluate on"},
-        {"data", "seq_len", &O::seq_len, "N", "tokens per sequence", 1, 65536},
+        {"data", "seq_len", &O::seq_len, "N", "tokens per sequence; --model CHECKPOINT brings its own", 1, 65536},
         {"data", "vocab", &O::vocab, "N", "vocabulary; 0: tokenizer.bin's beside the shards, else 50257", 0, 65536},
 
         {"model", "model", &O::model, "d6|d12|d24|d36|d48|CHECKPOINT",
@@ -153,8 +154,9 @@ inline const std::vector<Flag>& flag_table() {
         {"muon", "ranks", &O::ranks, "N", "--print_plan: for this many ranks; 0: those started", 0, 1000000},
 
         {"run", "eval_every", &O::eval_every, "STEPS", "validation loss so often; 0: only at the end", 0, many},
-        {"run", "eval_batches", &O::eval_batches, "N", "batches in an evaluation over all ranks, as many on each", 1,
-         1e9},
+        {"run", "eval_tokens", &O::eval_tokens, "TOKENS",
+         "length of an evaluation: the first of --val, in whole sequences, divided among the ranks; at most all of it",
+         1, many},
         {"run", "sample_every", &O::sample_every, "STEPS", "write a sample of text so often; 0: never", 0, many},
         {"run", "sample_tokens", &O::sample_tokens, "N", "length of a sample", 1, 1e9},
         {"run", "temperature", &O::temperature, "X", "of sampling; 0: always the likeliest token", 0, 100},
@@ -186,6 +188,14 @@ inline std::string flag_value(const Flag& flag, const Options& options) {
             else return std::to_string(value);
         },
         flag.member);
+}
+
+// Whether a flag decides what a step does to the weights: a checkpoint keeps its value, and a resume says where the
+// new run differs.
+inline bool shapes_run(const Flag& flag) {
+    static const std::set<std::string> others = {"optimizer", "seed", "owner", "print_plan", "ranks"};
+    const std::string group = flag.group, name = flag.name;
+    return name == "steps" || ((group == "optimizer" || group == "muon") && others.count(name) == 0);
 }
 
 // "--lr 0.001" for each flag that differs from its default: the start-up table shows these.
@@ -319,7 +329,7 @@ inline void check_contradictions(const Options& o, const std::set<std::string>& 
 
     // data and model
     if (o.train.empty() && !o.print_plan) usage_fail("--train GLOB is missing (scripts/data.py makes shards)");
-    for (const char* name : {"eval_every", "eval_batches"}) only_with(name, !o.val.empty(), "--val");
+    for (const char* name : {"eval_every", "eval_tokens"}) only_with(name, !o.val.empty(), "--val");
     const bool by_hand = o.layers || o.heads || o.channels;
     if (by_hand && !o.model.empty()) usage_fail("--model contradicts --layers, --heads, --channels: drop it or them");
     if (by_hand && !(o.layers && o.heads && o.channels)) usage_fail("give --layers, --heads and --channels together");
@@ -336,9 +346,12 @@ inline void check_contradictions(const Options& o, const std::set<std::string>& 
     }
 
     // batch and schedule
+    const bool length_known =
+        o.seq_len_given || o.model.empty() || find_preset(o.model);  // else the checkpoint says it
     const int64_t micro_batch = int64_t(o.batch) * o.seq_len;
-    if (micro_batch > INT_MAX) usage_fail("--batch %d x --seq_len %d is too much: lower one", o.batch, o.seq_len);
-    if (o.total_batch % micro_batch) {
+    if (length_known && micro_batch > INT_MAX)
+        usage_fail("--batch %d x --seq_len %d is too much: lower one", o.batch, o.seq_len);
+    if (length_known && o.total_batch % micro_batch) {
         usage_fail("--total_batch %lld is not a multiple of --batch %d x --seq_len %d = %lld: the next one is %lld",
                    (long long)o.total_batch, o.batch, o.seq_len, (long long)micro_batch,
                    (long long)round_up(o.total_batch, micro_batch));
@@ -404,6 +417,7 @@ inline Options parse_flags(int argc, char** argv) {
         set_flag(options, flag, value);
         given.insert(flag.name);
     }
+    options.seq_len_given = given.count("seq_len") > 0;
     check_contradictions(options, given);
     return options;
 }

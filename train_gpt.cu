@@ -7,9 +7,10 @@
 //   4. main
 //
 // Every operation of the model is a static function of the backend: struct Cuda (hand-written kernels) or struct Cpu
-// (plain C++), with the same signatures. nvcc builds both, a C++17 compiler (-x c++) the CPU one alone. Shapes stand
-// beside every tensor: L layers, B sequences of T tokens, N = B T rows, C channels, H heads, V vocabulary, Vp its size
-// padded to a multiple of 128.
+// (plain C++), with the same signatures; backend.h has the table. nvcc builds both, a C++17 compiler (-x c++) the CPU
+// one alone. Shapes stand beside every tensor: L layers, B sequences of T tokens, N = B T rows, C channels, H heads, V
+// vocabulary, Vp its size padded to a multiple of 128.
+
 // defines: Options, parse_flags, print_help, ModelPreset
 #include "flags.h"
 // defines: Shards, DataLoader, Batch, Tokenizer
@@ -24,7 +25,9 @@
 #include "ranks.h"
 // defines: CpuComm, CudaComm
 #include "comm.h"
-// defines: CpuOps
+// defines: is_backend, the table of all operations
+#include "backend.h"
+// defines: Cpu
 #include "cpu_backend.h"
 // defines: Cuda
 #ifdef __CUDACC__
@@ -47,16 +50,6 @@
 #include <limits>
 #include <set>
 
-struct Cpu : CpuOps, CpuComm {
-    static constexpr const char* kBackendName = "cpu fp32";
-    static size_t memory_available() { return CpuOps::memory_available() / world.local_size; }  // a rank's share
-    static void start(const World& r) {
-        CpuOps::start(r.local_size);
-        CpuComm::start();
-    }
-    static void stop() { CpuComm::stop(); }
-};
-
 // ---------------------------------------------------------------------------------------------------------------------
 // 1. Model config
 
@@ -65,33 +58,46 @@ struct ModelConfig {
     int padded_vocab() const { return round_up(vocab, 128); }  // whole tiles for the matrix products; padding is masked
 };
 
-inline int64_t meta_number(const Checkpoint& checkpoint, const std::string& path, const char* key) {
+inline int64_t meta_number(const Checkpoint& checkpoint, const char* key) {
     const auto found = checkpoint.meta.find(key);
     int64_t value = -1;
     const char* text = found == checkpoint.meta.end() ? "" : found->second.c_str();
     if (std::from_chars(text, text + strlen(text), value).ec != std::errc() || value < 0)
-        fail("checkpoint %s does not say its %s: it is not one of this program's", path.c_str(), key);
+        fail("checkpoint %s does not say its %s: it is not one of this program's", checkpoint.path.c_str(), key);
     return value;
 }
 
-inline ModelConfig checkpoint_config(const Checkpoint& checkpoint, const std::string& path) {
+inline ModelConfig checkpoint_config(const Checkpoint& checkpoint) {
+    const char* path = checkpoint.path.c_str();
     auto size = [&](const char* key) {
-        const int64_t value = meta_number(checkpoint, path, key);
-        if (value < 1 || value > 65536)
-            fail("checkpoint %s says %s %" PRId64 ": no such model", path.c_str(), key, value);
+        const int64_t value = meta_number(checkpoint, key);
+        if (value < 1 || value > 65536) fail("checkpoint %s says %s %" PRId64 ": no such model", path, key, value);
         return int(value);
     };
     const ModelConfig config = {size("layers"), size("heads"), size("channels"), size("seq_len"), size("vocab")};
     if (config.channels % config.heads || config.channels % 8 || config.channels > kMaxChannels ||
         config.channels / config.heads > kMaxHeadSize)
-        fail("checkpoint %s says %d channels and %d heads: no such model", path.c_str(), config.channels, config.heads);
+        fail("checkpoint %s says %d channels and %d heads: no such model", path, config.channels, config.heads);
     return config;
+}
+
+inline bool is_checkpoint(const std::string& model) { return !model.empty() && !find_preset(model); }
+
+// --model CHECKPOINT brings its context length, unless --seq_len asks for a shorter one.
+inline Options with_checkpoint_sizes(Options options) {
+    if (is_checkpoint(options.model) && !options.seq_len_given)
+        options.seq_len = checkpoint_config(Checkpoint(options.model)).seq_len;
+    return options;
 }
 
 inline ModelConfig model_config(const Options& options, int vocab) {
     if (options.layers) return {options.layers, options.heads, options.channels, options.seq_len, vocab};
+    if (is_checkpoint(options.model)) {
+        ModelConfig config = checkpoint_config(Checkpoint(options.model));
+        config.seq_len = options.seq_len;
+        return config;
+    }
     const ModelPreset* preset = find_preset(options.model.empty() ? "d12" : options.model);
-    if (!preset) return checkpoint_config(Checkpoint(options.model), options.model);
     return {preset->layers, preset->heads, preset->channels, options.seq_len, vocab};
 }
 
@@ -129,10 +135,10 @@ struct Tensors {
     void for_each(const ModelConfig& config, F f) {
         using Kind = TensorKind;
         const int C = config.channels;
-        TensorSpec token_embedding("wte.weight", Kind::embedding, config.padded_vocab(), C);
+        TensorSpec token_embedding("wte.weight", Kind::token_embedding, config.padded_vocab(), C);
         token_embedding.stored_rows = config.vocab;
         f(token_embedding, &wte);
-        f({"wpe.weight", Kind::embedding, config.seq_len, C}, &wpe);
+        f({"wpe.weight", Kind::position_embedding, config.seq_len, C}, &wpe);
         for (int l = 0; l < config.layers; l++) {
             const std::string h = "h." + std::to_string(l) + ".";
             Layer& layer = layers[l];
@@ -369,7 +375,9 @@ class Model {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 3. Trainer
+// 3. Trainer. In parts: initial weights and the schedule; Run, what a run is made of and goes on from; RunState,
+// weights and optimizer state in a checkpoint; evaluation; samples; StepRecord and StepLog, what a step leaves behind;
+// and the training loop.
 
 // A normal deviate that is a function of (seed, tensor, element) alone, by Box-Muller on hashed counters: every backend
 // and every number of ranks starts from the same weights.
@@ -392,7 +400,8 @@ inline void initial_values(float* out, const TensorSpec& spec, int tensor, size_
         case TensorKind::residual_projection:
             deviation /= std::sqrt(2.0f * float(layers));
             break;
-        case TensorKind::embedding:
+        case TensorKind::token_embedding:
+        case TensorKind::position_embedding:
         case TensorKind::matrix:
             break;
     }
@@ -416,15 +425,26 @@ inline double schedule(const Options& o, int64_t step) {
     return 1;
 }
 
-inline std::string join(const std::vector<std::string>& words) {
+inline std::string join(const std::vector<std::string>& words, const char* between) {
     std::string text;
-    for (const std::string& word : words) text += (text.empty() ? "" : " ") + word;
+    for (const std::string& word : words) text += (text.empty() ? "" : between) + word;
     return text;
 }
 
 inline std::string directory_of(const std::string& path) {
     const size_t slash = path.rfind('/');
     return slash == std::string::npos ? "." : path.substr(0, slash);
+}
+
+// Rank 0 prints, at once: a run is watched while it goes on.
+__attribute__((format(printf, 1, 2))) inline void say(const char* format, ...) {
+    if (world.rank != 0) return;
+    va_list args;
+    va_start(args, format);
+    const std::string text = vstrprintf(format, args);
+    va_end(args);
+    if (fputs(text.c_str(), stdout) < 0 || fflush(stdout) != 0)
+        fail("cannot write to the standard output: %s", strerror(errno));
 }
 
 // A file as ranks compare it: name, size, and a checksum of a sample that has its first and its last bytes (a shard's
@@ -449,228 +469,73 @@ inline std::string describe_file(const std::string& path) {
                      checksum.value());
 }
 
-// DIR/log.jsonl, one line a step. A resumed run cuts it back to the step it goes on from.
-class StepLog {
-    FILE* file = nullptr;
-    std::string path;
+// ---- Run: what it is made of ----------------------------------------------------------------------------------------
+// All that can be known, and refused, before the device is touched and the model is allocated.
 
-  public:
-    void open(const std::string& directory, int64_t resumed_step) {
-        path = directory + "/log.jsonl";
-        std::string kept;
-        if (resumed_step > 0) {
-            std::ifstream old(path);
-            int64_t step;
-            for (std::string line; std::getline(old, line);)
-                if (sscanf(line.c_str(), "{\"step\": %" SCNd64, &step) == 1 && step <= resumed_step &&
-                    line.back() == '}')
-                    kept += line + "\n";
-        }
-        const std::string temporary = path + ".tmp";
-        file = fopen(temporary.c_str(), "w");
-        if (!file || fwrite(kept.data(), 1, kept.size(), file) != kept.size() || fflush(file) != 0 ||
-            rename(temporary.c_str(), path.c_str()) != 0)
-            fail("cannot write %s: %s", path.c_str(), strerror(errno));
-    }
-    void write(const std::string& line) {
-        if (!file) return;
-        if (fprintf(file, "%s\n", line.c_str()) < 0 || fflush(file) != 0)
-            fail("cannot write %s: %s", path.c_str(), strerror(errno));
-    }
-    ~StepLog() {
-        if (file) fclose(file);
-    }
-};
-
-inline std::string json_number(double x, const char* format = "%.9g") {
-    return std::isfinite(x) ? strprintf(format, x) : "null";
-}
-
-template <class Backend>
-class Trainer {
-    using real = typename Backend::real;
-    using Event = typename Backend::Event;
-
-    const Options& options;
-    const std::unique_ptr<Shards> train, val;
-    const std::unique_ptr<Tokenizer> tokenizer;
+struct Run {
+    const Options options;
+    const std::unique_ptr<Shards> train, val;    // val: null without --val
+    const std::unique_ptr<Tokenizer> tokenizer;  // null: none lies beside the shards
+    std::unique_ptr<Checkpoint> source;          // of the first weights; null: initial_values
     const ModelConfig config;
-    const int64_t total_batch;   // tokens per optimizer step, over all ranks
-    const int accumulation;      // micro-steps per optimizer step
-    const int64_t eval_batches;  // of this rank, in an evaluation
-    Optimizer<Backend> optimizer;
-    Model<Backend> model;
-    std::unique_ptr<DataLoader> val_loader;
-    int64_t first_step = 0;  // steps done before this process started
-    StepLog log;
-    double flops_per_token;
+    const int64_t total_batch;    // tokens per optimizer step, over all ranks
+    const int accumulation;       // micro-steps per optimizer step
+    const uint64_t eval_windows;  // sequences in an evaluation, over all ranks
+    bool resumed = false;         // `source` gives the optimizer's state too, and the step to go on from
+    int64_t first_step = 0;       // steps done before this process started
 
-    // What the device leaves for the host at the end of a step. The host reads it one step later, so it never waits
-    // inside a step; two slots, used in turn.
-    struct Stats {
-        // sums over all ranks: of the losses, of the matrices through Newton-Schulz, of those that are asked to stop
-        double loss, orthogonalised, stopping;
-        float clip[2];  // scale, norm
-    };
-    struct Slot {
-        Event begin, optimizer_begin, end;  // of the step's work on the device
-        std::vector<Event> marks;           // --profile: where phase phases[i] of the optimizer ends
-        std::vector<Phase> phases;
-        Event read;  // `host` is filled
-        Stats* host;
-        int64_t step = 0;  // 0: empty
-        double lr = 0;
-    };
-    Slot slots[2];
-    double* sums;           // [3] device: loss, orthogonalised, stopping
-    double* host_counts;    // [2][2] pinned, by slot: orthogonalised, stopping
-    bool stopping = false;  // some rank was asked to stop, and all know
-    static constexpr size_t kStagingFloats = size_t(4) << 20;
-    float *staging = nullptr, *staging_host = nullptr;  // (kStagingFloats) what save() moves at a time
-    int64_t skipped = 0;                                // updates skipped in a row
-    double mean_ms = 0;
-
-  public:
-    explicit Trainer(const Options& options_)
-        : options(options_),
-          train(new Shards(options_.train, options_.seq_len)),
-          val(options_.val.empty() ? nullptr : new Shards(options_.val, options_.seq_len)),
+    explicit Run(const Options& given)
+        : options(with_checkpoint_sizes(given)),
+          train(new Shards(options.train, options.seq_len)),
+          val(options.val.empty() ? nullptr : new Shards(options.val, options.seq_len)),
           tokenizer(find_tokenizer()),
+          source(is_checkpoint(options.model) ? new Checkpoint(options.model) : nullptr),
           config(agreed_config()),
           total_batch(find_total_batch()),
-          accumulation(int(total_batch / (int64_t(options_.batch) * options_.seq_len * world.size))),
-          eval_batches(ceil_div<int64_t>(options_.eval_batches, world.size)),
-          optimizer(tensor_specs(config), options_),
-          model(config, options_.recompute, optimizer) {
+          accumulation(int(total_batch / (int64_t(options.batch) * options.seq_len * world.size))),
+          eval_windows(find_eval_windows()) {
         if (tokenizer && config.vocab < tokenizer->vocab)
             fail("a vocabulary of %d is smaller than the %d tokens of the tokenizer beside the shards", config.vocab,
                  tokenizer->vocab);
         if (options.vocab > 0 && options.vocab != config.vocab)
             fail("--vocab %d contradicts the %d of checkpoint %s", options.vocab, config.vocab, options.model.c_str());
-        train->check_tokens(config.vocab);
-        if (val) val->check_tokens(config.vocab);
-        const size_t free = Backend::memory_available(), margin = size_t(512) << 20,
-                     need = model.activation_bytes(options.batch);
-        if (need + margin > free) {
-            const size_t each = model.activation_bytes(2) - model.activation_bytes(1);
-            const size_t rest = model.activation_bytes(1) - each + margin;
-            const size_t fits = free > rest ? (free - rest) / each : 0;
-            fail("out of memory: --batch %d needs %.1f GiB of activations and %.1f GiB are free: %s", options.batch,
-                 need / 0x1p30, free / 0x1p30,
-                 fits > 0 ? strprintf("--batch %zu fits", fits).c_str()
-                          : "not even --batch 1 fits; try --recompute, a shorter --seq_len or a smaller model");
-        }
-        model.allocate(options.batch);
-        if (val)
-            val_loader.reset(new DataLoader(*val, 0, options.batch, world.rank, world.size, int(eval_batches), 0,
-                                            Backend::alloc_host, DataLoader::Order::in_order));
-        sums = static_cast<double*>(Backend::alloc(3 * sizeof(double), "sums"));
-        host_counts = static_cast<double*>(Backend::alloc_host(4 * sizeof(double)));
-        for (Slot& slot : slots) {
-            slot.host = static_cast<Stats*>(Backend::alloc_host(sizeof(Stats)));
-            if (options.profile) slot.marks = std::vector<Event>(optimizer.phase_calls());
-        }
-        if (!options.out.empty()) {
-            staging = static_cast<float*>(Backend::alloc(kStagingFloats * sizeof(float), "checkpoint staging"));
-            staging_host = static_cast<float*>(Backend::alloc_host(kStagingFloats * sizeof(float)));
-        }
-        // Forward and backward multiply and add each parameter once and twice per token; attention adds 6 L C T
-        // (causal).
-        flops_per_token = 6.0 * double(parameter_count(optimizer.plan.tensors)) +
-                          6.0 * config.layers * config.channels * config.seq_len;
+        if (source) check_model(*source);
+        if (!options.out.empty()) prepare_directory();
+        const std::string checkpoint = find_resume();
+        if (checkpoint.empty()) return;
+        source.reset(new Checkpoint(checkpoint));
+        resumed = true;
+        check_model(*source);
+        check_same_run(*source);
+        first_step = meta_number(*source, "step");
     }
 
-    // Returns the exit code: 0, or 128 + the signal that asked it to stop before its last step.
-    int run() {
-        start_weights();
-        print_table();
-        if (first_step >= options.steps) {
-            say("the run is at step %" PRId64 " of %" PRId64
-                ": nothing left to do (--steps is the total, also after a resume)\n",
-                first_step, options.steps);
-            return 0;
-        }
-        DataLoader loader(*train, uint64_t(options.seed), options.batch, world.rank, world.size, accumulation,
-                          uint64_t(first_step), Backend::alloc_host);
-        Event uploaded[3];  // as many batches as the loader keeps: a batch is refilled only after its upload
-        int64_t micro_steps = 0;
-        typename Backend::EnqueueDeadline deadline;
-        note_stop_signals();
-        for (int64_t step = first_step + 1; step <= options.steps; step++) {
-            Slot& slot = slots[step % 2];
-            const size_t tokens = size_t(options.batch) * options.seq_len;
-            slot.begin.record();
-            Backend::zero(optimizer.grads, optimizer.plan.arena * sizeof(float));
-            Backend::zero(sums, 2 * sizeof(double));
-            for (int m = 0; m < accumulation; m++, micro_steps++) {
-                // The host stays at most two micro-steps ahead; the device never waits for it.
-                if (micro_steps >= 2)
-                    wait_until([&] { return uploaded[(micro_steps - 2) % 3].done(); }, "the device to take a batch");
-                const Batch batch = loader.next();
-                Backend::upload(model.inputs, batch.inputs, tokens * sizeof(int));
-                Backend::upload(model.targets, batch.targets, tokens * sizeof(int));
-                Backend::upload(model.order, batch.order, tokens * sizeof(int));
-                uploaded[micro_steps % 3].record();
-                model.forward(model.inputs, options.batch, options.seq_len);
-                // The loss is the mean over all tokens of the step, whoever has them, so plain sums over micro-steps
-                // and ranks give the gradient.
-                model.loss(options.batch, options.seq_len, 1.0f / float(total_batch), true);
-                Backend::sum_losses(sums, model.losses, int(tokens));
-                model.backward(options.batch, options.seq_len);
-            }
-            slot.optimizer_begin.record();
-            const double share = schedule(options, step),
-                         muon_peak = options.muon_lr > 0 ? options.muon_lr : 2 * options.lr;
-            slot.lr = options.lr * share;
-            const int64_t before = optimizer.orthogonalised;
-            slot.phases.clear();
-            optimizer.step(float(slot.lr), float(muon_peak * share), [&](Phase phase) {
-                if (!options.profile) return;
-                slot.marks[slot.phases.size()].record();
-                slot.phases.push_back(phase);
-            });
-            slot.end.record();
-            double* counts = host_counts + 2 * (step % 2);
-            counts[0] = double(optimizer.orthogonalised - before);
-            counts[1] = stop_signal != 0;
-            Backend::upload(&sums[1], counts, 2 * sizeof(double));
-            Backend::all_reduce(sums, 3);
-            Backend::download(&slot.host->loss, sums, 3 * sizeof(double));
-            Backend::download(slot.host->clip, optimizer.clip, 2 * sizeof(float));
-            slot.read.record();
-            slot.step = step;
+    static std::string meta_text(const Checkpoint& checkpoint, const std::string& key) {
+        const auto found = checkpoint.meta.find(key);
+        return found == checkpoint.meta.end() ? "" : found->second;
+    }
 
-            const bool last = step == options.steps;
-            auto due = [&](int64_t every) { return last || (every > 0 && step % every == 0); };
-            report(slots[(step - 1) % 2]);  // the previous step, while this one runs
-            if (val && due(options.eval_every)) report(slot, evaluate());
-            if (options.sample_every > 0 && due(options.sample_every)) report(slot), sample(step);
-            // All ranks read in the same place that one of them is to stop, so they stop after the same step.
-            if (!options.out.empty() && (stopping || due(options.save_every))) {
-                report(slot);
-                // A step that was skipped changed nothing, and must not push out what was saved before the trouble.
-                if (skipped == 0 || last || stopping) save(step);
-                else say("not saved: the update was skipped\n");
-            }
-            if (last || stopping) report(slot);
-            if (stopping && !last) return stopped(step);
-        }
-        return 0;
+    // What a checkpoint says about the run that made it.
+    Meta meta(int64_t step, int64_t optimizer_steps) const {
+        Meta meta = {{"step", std::to_string(step)},
+                     {"layers", std::to_string(config.layers)},
+                     {"heads", std::to_string(config.heads)},
+                     {"channels", std::to_string(config.channels)},
+                     {"seq_len", std::to_string(config.seq_len)},
+                     {"vocab", std::to_string(config.vocab)},
+                     {"optimizer", options.optimizer},
+                     {"optimizer_steps", std::to_string(optimizer_steps)},
+                     {"seed", std::to_string(options.seed)},
+                     {"total_batch", std::to_string(total_batch)},
+                     {"train_windows", std::to_string(train->windows())},
+                     {"train_digest", train->digest()},
+                     {"tokenizer", tokenizer ? tokenizer->identity : ""}};
+        for (const Flag& flag : flag_table())
+            if (shapes_run(flag)) meta[std::string("flag.") + flag.name] = flag_value(flag, options);
+        return meta;
     }
 
   private:
-    __attribute__((format(printf, 1, 2))) static void say(const char* format, ...) {
-        if (world.rank != 0) return;
-        va_list args;
-        va_start(args, format);
-        fputs(vstrprintf(format, args).c_str(), stdout);
-        va_end(args);
-        fflush(stdout);
-    }
-
-    // -----------------------------------------------------------------------------------------------------------------
-    // What the run is made of
-
     std::unique_ptr<Tokenizer> find_tokenizer() const {
         std::set<std::string> directories;
         for (const Shards* shards : {train.get(), val.get()})
@@ -680,7 +545,8 @@ class Trainer {
         std::string first;
         for (const std::string& directory : directories) {
             const std::string path = directory + "/tokenizer.bin";
-            if (access(path.c_str(), F_OK) != 0) continue;
+            struct stat info;  // lstat: a link to nothing is a tokenizer that is lost, not none
+            if (lstat(path.c_str(), &info) != 0 && errno == ENOENT) continue;
             std::unique_ptr<Tokenizer> tokenizer(new Tokenizer(path));
             if (found && found->identity != tokenizer->identity)
                 fail("%s and %s differ: shards of one run must be of one tokenizer", first.c_str(), path.c_str());
@@ -689,14 +555,14 @@ class Trainer {
         return found;
     }
 
-    // Before anything large is allocated: the ranks have found the same data, tokenizer and model.
+    // All ranks have found the same data, tokenizer and model.
     ModelConfig agreed_config() const {
         std::string facts;
         for (const auto& [name, shards] : {std::pair{"train", train.get()}, std::pair{"val", val.get()}})
             for (size_t i = 0; shards && i < shards->paths().size(); i++)
                 facts += strprintf("%s shard %s\n", name, describe_file(shards->paths()[i]).c_str());
         facts += strprintf("tokenizer %s\n", tokenizer ? tokenizer->identity.c_str() : "none");
-        if (!options.model.empty() && !find_preset(options.model)) facts += "--model " + describe_file(options.model);
+        if (source) facts += "--model " + describe_file(options.model);
         require_same(facts);
         return model_config(options, find_vocab());
     }
@@ -712,89 +578,20 @@ class Trainer {
         return options.total_batch;
     }
 
-    void print_table() {
-        const size_t activations = model.activation_bytes(options.batch);
-        const size_t fixed = Optimizer<Backend>::bytes(optimizer.plan) + optimizer.workspace_bytes();
-        say("| %-12s | %s\n", "device",
-            strprintf("%s (%s)", std::string(Backend::device_name()).c_str(), Backend::kBackendName).c_str());
-        say("| %-12s | %d%s\n", "ranks", world.size,
-            world.launcher == Launcher::mpi    ? " (MPI)"
-            : world.launcher == Launcher::self ? " (--gpus)"
-                                               : "");
-        say("| %-12s | %d layers, %d heads, %d channels, %d tokens of context, vocabulary %d (padded to %d)\n", "model",
-            config.layers, config.heads, config.channels, config.seq_len, config.vocab, config.padded_vocab());
-        say("| %-12s | %.2f M\n", "parameters", parameter_count(optimizer.plan.tensors) / 1e6);
-        say("| %-12s | %.2f GiB: %.2f weights, gradients and optimizer, %.2f activations\n", "memory",
-            (fixed + activations) / 0x1p30, fixed / 0x1p30, activations / 0x1p30);
-        say("| %-12s | %s: %" PRIu64 " tokens, %" PRIu64 " windows%s\n", "train", options.train.c_str(),
-            train->tokens(), train->windows(),
-            tokenizer ? "" : " (no tokenizer.bin beside them: samples are token numbers)");
-        if (val) {
-            const uint64_t read = uint64_t(eval_batches) * options.batch * world.size;
-            say("| %-12s | %s: %" PRIu64 " tokens, %" PRIu64 " windows; an evaluation reads %" PRIu64 "%s\n", "val",
-                options.val.c_str(), val->tokens(), val->windows(), read,
-                read > val->windows() ? ": some twice, lower --eval_batches" : "");
-        }
-        say("| %-12s | %" PRId64 " tokens: %d sequences x %d tokens x %d ranks x %d micro-steps\n", "step", total_batch,
-            options.batch, options.seq_len, world.size, accumulation);
-        say("| %-12s | %s, steps %" PRId64 " to %" PRId64 "\n", "optimizer", options.optimizer.c_str(), first_step + 1,
-            options.steps);
-        say("| %-12s | %s\n", "flags", join(non_default_flags(options)).c_str());
+    // Whole windows, and none of them twice.
+    uint64_t find_eval_windows() const {
+        if (!val) return 0;
+        return std::min(uint64_t(ceil_div<int64_t>(options.eval_tokens, options.seq_len)), val->windows());
     }
 
-    // -----------------------------------------------------------------------------------------------------------------
-    // Weights and checkpoints. A checkpoint holds whole tensors by name, so it knows neither ranks nor owners: fp32
-    // weights as "h.0.mlp.c_fc.weight", the optimizer's state with a prefix.
-
-    struct StateKind {
-        const char* prefix;
-        float* arena;
-    };
-    std::vector<StateKind> state_of(int tensor) const {
-        if (optimizer.plan.is_muon(tensor)) return {{"", optimizer.master}, {"momentum/", optimizer.moment1}};
-        return {{"", optimizer.master}, {"adam_m/", optimizer.moment1}, {"adam_v/", optimizer.moment2}};
-    }
-
-    // Calls fill(begin, count, host) for every run of the tensor's fp32 state in `arena` that this rank holds, and
-    // uploads the result.
-    template <class Fill>
-    void fill_state(int tensor, float* arena, Fill fill) {
-        std::vector<float> host;
-        for (const auto& part : optimizer.state_parts(tensor)) {
-            if (!part.here) continue;
-            host.assign(part.count, 0.0f);
-            fill(part.begin, part.count, host.data());
-            Backend::upload(arena + part.state, host.data(), part.count * sizeof(float));
-            Backend::synchronize();
-        }
-    }
-
-    void start_weights() {
-        if (!options.out.empty()) prepare_directory();
-        const std::string resumed = find_resume();
-        const std::string source = !resumed.empty() ? resumed : find_preset(options.model) ? "" : options.model;
-        if (!source.empty()) {
-            const Checkpoint checkpoint(source);
-            check_config(checkpoint, source);
-            if (!resumed.empty()) check_run(checkpoint, source);
-            load_tensors(checkpoint, source, !resumed.empty());
-        } else {
-            for (int t = 0; t < int(optimizer.plan.tensors.size()); t++)
-                fill_state(t, optimizer.master, [&](size_t begin, size_t count, float* host) {
-                    initial_values(host, optimizer.plan.tensors[t], t, begin, count, uint64_t(options.seed),
-                                   config.layers);
-                });
-        }
-        optimizer.publish();
-        if (!options.out.empty() && world.rank == 0) log.open(options.out, first_step);
-    }
-
-    void prepare_directory() {
+    void prepare_directory() const {
         int exists = 0;
         if (world.rank == 0) {
             std::error_code error;
             std::filesystem::create_directories(options.out, error);
             if (error) fail("cannot make --out %s: %s", options.out.c_str(), error.message().c_str());
+            if (access(options.out.c_str(), W_OK | X_OK) != 0)
+                fail("cannot write to --out %s: %s", options.out.c_str(), strerror(errno));
             // Held until the process ends: two runs in one directory would delete each other's files.
             const int directory = open(options.out.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
             if (directory < 0) fail("cannot open --out %s: %s", options.out.c_str(), strerror(errno));
@@ -813,8 +610,8 @@ class Trainer {
                  options.out.c_str());
     }
 
-    // Rank 0 decides, so that all ranks go on from the same file.
-    std::string find_resume() {
+    // The checkpoint to go on from, or "". Rank 0 decides, so that all ranks go on from the same file.
+    std::string find_resume() const {
         if (options.resume.empty()) return "";
         std::string path = options.resume;
         if (path == "auto") {
@@ -836,97 +633,164 @@ class Trainer {
         return path;
     }
 
-    static std::string text(const Checkpoint& checkpoint, const char* key) {
-        const auto found = checkpoint.meta.find(key);
-        return found == checkpoint.meta.end() ? "" : found->second;
-    }
-
-    void check_config(const Checkpoint& checkpoint, const std::string& path) const {
-        const ModelConfig other = checkpoint_config(checkpoint, path);
+    // A shorter context than the checkpoint's is fine for a new run: it uses the first positions. A resumed one would
+    // read other windows.
+    void check_model(const Checkpoint& checkpoint) const {
+        const ModelConfig other = checkpoint_config(checkpoint);
+        const bool shorter = !resumed && config.seq_len < other.seq_len;
         const struct {
             const char* name;
             int here, there;
         } sizes[] = {{"layers", config.layers, other.layers},
                      {"heads", config.heads, other.heads},
                      {"channels", config.channels, other.channels},
-                     {"seq_len", options.seq_len, other.seq_len},
+                     {"seq_len", config.seq_len, shorter ? config.seq_len : other.seq_len},
                      {"vocab", config.vocab, other.vocab}};
         for (auto& size : sizes)
             if (size.here != size.there)
                 fail("checkpoint %s is of another model: its %s is %d, this run's is %d; --%s %d would fit",
-                     path.c_str(), size.name, size.there, size.here, size.name, size.there);
-        const std::string identity = text(checkpoint, "tokenizer");
+                     checkpoint.path.c_str(), size.name, size.there, size.here, size.name, size.there);
+        const std::string identity = meta_text(checkpoint, "tokenizer");
         if (!identity.empty() && (!tokenizer || identity != tokenizer->identity))
-            fail("checkpoint %s was trained with another tokenizer than %s", path.c_str(),
+            fail("checkpoint %s was trained with another tokenizer than %s", checkpoint.path.c_str(),
                  tokenizer ? "the one beside the shards" : "none: put its tokenizer.bin beside the shards");
     }
 
-    // What a resumed run must share with the one that it continues, or its steps would read other data.
-    void check_run(const Checkpoint& checkpoint, const std::string& path) {
+    // What a resumed run must share with the one that it continues, or its steps would read other data; and what it
+    // had better know about.
+    void check_same_run(const Checkpoint& checkpoint) const {
+        const char* path = checkpoint.path.c_str();
         const struct {
             const char* flag;
             int64_t here, there;
-        } same[] = {{"total_batch", total_batch, meta_number(checkpoint, path, "total_batch")},
-                    {"seed", options.seed, meta_number(checkpoint, path, "seed")}};
+        } same[] = {{"total_batch", total_batch, meta_number(checkpoint, "total_batch")},
+                    {"seed", options.seed, meta_number(checkpoint, "seed")}};
         for (auto& flag : same)
             if (flag.here != flag.there)
-                fail("checkpoint %s was made with --%s %" PRId64 ", this run has %" PRId64 ": pass --%s %" PRId64,
-                     path.c_str(), flag.flag, flag.there, flag.here, flag.flag, flag.there);
-        if (meta_number(checkpoint, path, "train_windows") != int64_t(train->windows()))
-            say("note: the training data have changed since %s\n", path.c_str());
-        const std::string optimizer_there = text(checkpoint, "optimizer");
+                fail("checkpoint %s was made with --%s %" PRId64 ", this run has %" PRId64 ": pass --%s %" PRId64, path,
+                     flag.flag, flag.there, flag.here, flag.flag, flag.there);
+        const std::string optimizer_there = meta_text(checkpoint, "optimizer");
         if (optimizer_there != options.optimizer && !options.switch_optimizer)
             fail("checkpoint %s was made with --optimizer %s, this run has %s: pass --switch_optimizer to change it",
-                 path.c_str(), optimizer_there.c_str(), options.optimizer.c_str());
-        first_step = meta_number(checkpoint, path, "step");
+                 path, optimizer_there.c_str(), options.optimizer.c_str());
+
+        const std::string digest = meta_text(checkpoint, "train_digest");
+        if (meta_number(checkpoint, "train_windows") != int64_t(train->windows()) ||
+            (!digest.empty() && digest != train->digest()))
+            say("note: the training data have changed since %s\n", path);
+        for (const Flag& flag : flag_table()) {
+            const auto there = checkpoint.meta.find(std::string("flag.") + flag.name);
+            const std::string here = flag_value(flag, options);
+            const bool idle = options.optimizer == "adamw" && !strcmp(flag.group, "muon");
+            if (shapes_run(flag) && !idle && there != checkpoint.meta.end() && there->second != here)
+                say("note: --%s is %s, and was %s in the run that made %s\n", flag.name, here.c_str(),
+                    there->second.c_str(), path);
+        }
+    }
+};
+
+// ---- RunState: weights and optimizer state in a checkpoint
+// ------------------------------------------------------------ A checkpoint holds whole tensors by name, so it knows
+// neither ranks nor owners: fp32 weights as "h.0.mlp.c_fc.weight", the optimizer's state with a prefix.
+
+// Waits, outside of steps, until the device has done all that was enqueued. Collectives may be among it, so this polls
+// with the ranks' deadline like every other wait.
+template <class Backend>
+void finish(const char* what) {
+    typename Backend::Event reached;
+    reached.record();
+    wait_until([&] { return reached.done(); }, what);
+}
+
+template <class Backend>
+class RunState {
+    const Run& run;
+    Optimizer<Backend>& optimizer;
+    static constexpr size_t kStagingFloats = size_t(4) << 20;
+    float *staging = nullptr, *staging_host = nullptr;  // (kStagingFloats) what save() moves at a time
+
+    struct Kind {
+        const char* prefix;
+        float* arena;
+    };
+    std::vector<Kind> kinds_of(int tensor) const {
+        if (optimizer.plan.is_muon(tensor)) return {{"", optimizer.master}, {"momentum/", optimizer.moment1}};
+        return {{"", optimizer.master}, {"adam_m/", optimizer.moment1}, {"adam_v/", optimizer.moment2}};
+    }
+
+    // Calls fill(begin, count, host) for every run of the tensor's fp32 state in `arena` that this rank holds, and
+    // uploads the result.
+    template <class Fill>
+    void fill_state(int tensor, float* arena, Fill fill) {
+        std::vector<float> host;
+        for (const auto& part : optimizer.state_parts(tensor)) {
+            if (!part.here) continue;
+            host.assign(part.count, 0.0f);
+            fill(part.begin, part.count, host.data());
+            Backend::upload(arena + part.state, host.data(), part.count * sizeof(float));
+            Backend::synchronize();
+        }
     }
 
     // muon and dmuon keep the same state; between adamw and these, or from weights alone, it starts afresh.
-    void load_tensors(const Checkpoint& checkpoint, const std::string& path, bool with_state) {
-        const bool was_adamw = text(checkpoint, "optimizer") == "adamw",
-                   is_adamw = optimizer.plan.method == Method::adamw;
-        with_state = with_state && was_adamw == is_adamw;
+    void load(const Checkpoint& checkpoint) {
+        const bool was_adamw = Run::meta_text(checkpoint, "optimizer") == "adamw",
+                   is_adamw = optimizer.plan.method == Method::adamw, with_state = run.resumed && was_adamw == is_adamw;
         for (int t = 0; t < int(optimizer.plan.tensors.size()); t++) {
             const TensorSpec& spec = optimizer.plan.tensors[t];
-            const size_t stored = size_t(spec.stored_rows) * spec.cols;
-            for (const StateKind& kind : state_of(t)) {
+            for (const Kind& kind : kinds_of(t)) {
                 if (kind.prefix[0] && !with_state) continue;
-                const float* values = checkpoint.data(kind.prefix + spec.name, stored);
+                const size_t stored = spec.stored_size();
+                const bool positions = spec.kind == TensorKind::position_embedding;  // there may be more in the file
+                const size_t there = positions ? size_t(meta_number(checkpoint, "seq_len")) * spec.cols : stored;
+                const float* values = checkpoint.data(kind.prefix + spec.name, there);
                 fill_state(t, kind.arena, [&](size_t begin, size_t count, float* host) {
                     if (begin < stored) memcpy(host, values + begin, std::min(count, stored - begin) * sizeof(float));
                 });
             }
         }
-        if (with_state) optimizer.steps_done = meta_number(checkpoint, path, "optimizer_steps");
+        if (with_state) optimizer.steps_done = meta_number(checkpoint, "optimizer_steps");
     }
 
-    void save(int64_t step) {
+  public:
+    RunState(const Run& run_, Optimizer<Backend>& optimizer_) : run(run_), optimizer(optimizer_) {
+        if (run.options.out.empty()) return;
+        staging = static_cast<float*>(Backend::alloc(kStagingFloats * sizeof(float), "checkpoint staging"));
+        staging_host = static_cast<float*>(Backend::alloc_host(kStagingFloats * sizeof(float)));
+    }
+
+    // The weights and the state of the first step.
+    void start() {
+        if (run.source) {
+            load(*run.source);
+        } else {
+            for (int t = 0; t < int(optimizer.plan.tensors.size()); t++)
+                fill_state(t, optimizer.master, [&](size_t begin, size_t count, float* host) {
+                    initial_values(host, optimizer.plan.tensors[t], t, begin, count, uint64_t(run.options.seed),
+                                   run.config.layers);
+                });
+        }
+        optimizer.publish();
+    }
+
+    // Keeps the newest `keep` checkpoints.
+    void save(int64_t step, int64_t keep) {
         const auto& tensors = optimizer.plan.tensors;
         std::vector<TensorInfo> table;
         for (int t = 0; t < int(tensors.size()); t++)
-            for (const StateKind& kind : state_of(t)) {
+            for (const Kind& kind : kinds_of(t)) {
                 TensorInfo info{kind.prefix + tensors[t].name, {tensors[t].cols}};
                 if (tensors[t].decays()) info.shape = {tensors[t].stored_rows, tensors[t].cols};
                 table.push_back(info);
             }
-        const Meta meta = {{"step", std::to_string(step)},
-                           {"layers", std::to_string(config.layers)},
-                           {"heads", std::to_string(config.heads)},
-                           {"channels", std::to_string(config.channels)},
-                           {"seq_len", std::to_string(config.seq_len)},
-                           {"vocab", std::to_string(config.vocab)},
-                           {"optimizer", options.optimizer},
-                           {"optimizer_steps", std::to_string(optimizer.steps_done)},
-                           {"seed", std::to_string(options.seed)},
-                           {"total_batch", std::to_string(total_batch)},
-                           {"train_windows", std::to_string(train->windows())},
-                           {"tokenizer", tokenizer ? tokenizer->identity : ""}};
+        const Meta meta = run.meta(step, optimizer.steps_done);
+        const std::string& out = run.options.out;
         std::unique_ptr<CheckpointWriter> writer;  // rank 0's
-        while_others_wait([&] { writer.reset(new CheckpointWriter(options.out, step, meta, table)); });
+        while_others_wait([&] { writer.reset(new CheckpointWriter(out, step, meta, table)); });
         // Each part goes from its owner through `staging` to rank 0 and to the file: no rank ever holds the whole.
         for (int t = 0; t < int(tensors.size()); t++)
-            for (const StateKind& kind : state_of(t)) {
-                const size_t stored = size_t(tensors[t].stored_rows) * tensors[t].cols;
+            for (const Kind& kind : kinds_of(t)) {
+                const size_t stored = tensors[t].stored_size();
                 for (const auto& part : optimizer.state_parts(t))
                     for (size_t at = 0; at < part.count && part.begin + at < stored; at += kStagingFloats) {
                         const size_t count = std::min({kStagingFloats, part.count - at, stored - part.begin - at});
@@ -934,15 +798,346 @@ class Trainer {
                             Backend::copy(staging, kind.arena + part.state + at, count * sizeof(float));
                         if (part.owner != 0) Backend::broadcast(staging, count * sizeof(float), part.owner);
                         if (writer) Backend::download(staging_host, staging, count * sizeof(float));
-                        finish("a checkpoint");
+                        finish<Backend>("a checkpoint");
                         while_others_wait([&] { writer->append(staging_host, count * sizeof(float)); });
                     }
             }
-        // What was saved before a step that was skipped stays.
-        while_others_wait([&] { writer->finish(skipped == 0 ? options.keep : std::numeric_limits<int64_t>::max()); });
-        say("saved %s/step_%08" PRId64 ".ckpt\n", options.out.c_str(), step);
+        while_others_wait([&] { writer->finish(keep); });
+        say("saved %s/step_%08" PRId64 ".ckpt\n", out.c_str(), step);
+    }
+};
+
+// ---- Evaluation
+// -------------------------------------------------------------------------------------------------------
+
+// The mean loss over the first --eval_tokens tokens of the validation files, in whole windows, in their order. The
+// ranks have equal shares, give or take a window: neither ranks nor --batch change what is read.
+template <class Backend>
+class Evaluator {
+    const Run& run;
+    Model<Backend>& model;
+    int* host;    // (2,B,T) pinned: inputs, targets
+    double* sum;  // device: of the losses
+
+  public:
+    Evaluator(const Run& run_, Model<Backend>& model_) : run(run_), model(model_) {
+        host = static_cast<int*>(Backend::alloc_host(2 * size_t(run.options.batch) * run.config.seq_len * sizeof(int)));
+        sum = static_cast<double*>(Backend::alloc(sizeof(double), "the sum of validation losses"));
     }
 
+    double mean_loss() {
+        const int T = run.config.seq_len;
+        int *inputs = host, *targets = host + size_t(run.options.batch) * T;
+        Backend::zero(sum, sizeof(double));
+        const uint64_t ranks = uint64_t(world.size), rank = uint64_t(world.rank);
+        const uint64_t end = run.eval_windows * (rank + 1) / ranks;
+        for (uint64_t first = run.eval_windows * rank / ranks; first < end; first += uint64_t(run.options.batch)) {
+            const int B = int(std::min(uint64_t(run.options.batch), end - first));
+            for (int b = 0; b < B; b++)
+                run.val->read(run.val->in_order(first + uint64_t(b)), inputs + b * T, targets + b * T,
+                              run.config.vocab);
+            Backend::upload(model.inputs, inputs, size_t(B) * T * sizeof(int));
+            Backend::upload(model.targets, targets, size_t(B) * T * sizeof(int));
+            finish<Backend>("an evaluation");  // `host` may be filled again
+            model.forward(model.inputs, B, T);
+            model.loss(B, T, 0.0f, false);
+            Backend::sum_losses(sum, model.losses, B * T);
+        }
+        double total = 0;
+        Backend::all_reduce(sum, 1);
+        Backend::download(&total, sum, sizeof total);
+        finish<Backend>("an evaluation");
+        return total / (double(run.eval_windows) * T);
+    }
+};
+
+// ---- Samples
+// ----------------------------------------------------------------------------------------------------------
+
+// Text from the model, token by token, each from a forward pass over what is there (no cache of keys and values: short
+// samples, short code). Randomness is a function of seed, step and position. All ranks write the same sample and rank 0
+// prints it: none has to wait for another.
+template <class Backend>
+std::string sample(const Run& run, Model<Backend>& model, int64_t step) {
+    using real = typename Backend::real;
+    const Options& options = run.options;
+    const Tokenizer* tokenizer = run.tokenizer.get();
+    const int vocab = tokenizer ? tokenizer->vocab : run.config.vocab;  // of what can be written
+    std::vector<int> tokens = {tokenizer ? tokenizer->end_of_text : std::min(50256, vocab - 1)};
+    std::vector<real> row(vocab);
+    std::vector<double> weights(vocab);
+    std::string written;
+    for (int64_t i = 0; i < options.sample_tokens; i++) {
+        const int T = int(std::min<size_t>(tokens.size(), size_t(run.config.seq_len)));
+        Backend::upload(model.inputs, tokens.data() + tokens.size() - T, T * sizeof(int));
+        finish<Backend>("a sample");
+        model.forward(model.inputs, 1, T);
+        model.head(model.logits, model.lnf + size_t(T - 1) * run.config.channels, 1);
+        Backend::download(row.data(), model.logits, row.size() * sizeof(real));
+        finish<Backend>("a sample");
+        int next = 0;
+        double top = -INFINITY, total = 0;
+        for (int v = 0; v < vocab; v++)
+            if (double(float(row[v])) > top) top = double(float(row[v])), next = v;
+        if (options.temperature > 0) {
+            for (int v = 0; v < vocab; v++)
+                total += weights[v] = std::exp((double(float(row[v])) - top) / options.temperature);
+            double coin =
+                double(mix(mix(uint64_t(options.seed) + uint64_t(step)) + uint64_t(i)) >> 11) * 0x1p-53 * total;
+            for (next = 0; next + 1 < vocab && coin >= weights[next]; next++) coin -= weights[next];
+        }
+        tokens.push_back(next);
+        written += tokenizer ? tokenizer->decode(next) : std::to_string(next) + " ";
+    }
+    return printable(written);
+}
+
+// ---- StepRecord and StepLog: what a step leaves behind
+// ----------------------------------------------------------------
+
+inline std::string number(const char* format, double x) {
+    return std::isfinite(x) ? strprintf(format, x) : std::isnan(x) ? "nan" : x > 0 ? "inf" : "-inf";
+}
+inline std::string json_number(const char* format, double x) {
+    return std::isfinite(x) ? strprintf(format, x) : "null";
+}
+
+// One list of fields makes both the line that is printed and the line of log.jsonl.
+struct StepRecord {
+    struct Field {
+        std::string key;      // in log.jsonl; "": printed only
+        std::string logged;   // a JSON value
+        std::string printed;  // "": logged only
+    };
+    std::vector<Field> fields;
+
+    // A number as it is logged, and as it is printed with its name or unit around it.
+    void add(const std::string& key, double x, const char* json_format, const std::string& printed = "") {
+        fields.push_back({key, json_number(json_format, x), printed});
+    }
+    void print_only(const std::string& text) { fields.push_back({"", "", text}); }
+
+    std::string printed() const {
+        std::vector<std::string> words;
+        for (const Field& field : fields)
+            if (!field.printed.empty()) words.push_back(field.printed);
+        return join(words, " | ");
+    }
+    std::string json() const {
+        std::vector<std::string> members;
+        for (const Field& field : fields)
+            if (!field.key.empty()) members.push_back("\"" + field.key + "\": " + field.logged);
+        return "{" + join(members, ", ") + "}";
+    }
+};
+
+// DIR/log.jsonl, one line a step. A resumed run cuts off the lines after the step that it goes on from, but not before
+// it has a line of its own to write. Until it has saved as well, the log as it was stays beside it: if the run dies
+// before that, the checkpoints that the next one finds are those of the old lines.
+class StepLog {
+    const std::string path, before;  // "": nothing is logged
+    const std::string resumed_from;  // a checkpoint, or ""
+    const int64_t resumed_step;
+    FILE* file = nullptr;
+
+    [[noreturn]] void give_up() const { fail("cannot write %s: %s", path.c_str(), strerror(errno)); }
+
+    // What the checkpoint that we go on from stands on, and in which file that is.
+    std::string old_log() const {
+        namespace fs = std::filesystem;
+        if (!fs::exists(before)) return path;
+        // Younger than the log put aside: saved by the run that put it aside, which had no time to remove it.
+        std::error_code error;
+        const bool saved_since =
+            !resumed_from.empty() && fs::last_write_time(resumed_from, error) > fs::last_write_time(before, error);
+        return saved_since ? path : before;
+    }
+
+    void start() {
+        const std::string old = old_log(), temporary = path + ".tmp";
+        std::string kept;
+        bool cuts = false;
+        std::ifstream lines(old);
+        int64_t step;
+        for (std::string line; std::getline(lines, line);) {
+            const bool stays =
+                sscanf(line.c_str(), "{\"step\": %" SCNd64, &step) == 1 && step <= resumed_step && line.back() == '}';
+            if (stays) kept += line + "\n";
+            else cuts = true;
+        }
+        file = fopen(temporary.c_str(), "we");
+        if (!file || fwrite(kept.data(), 1, kept.size(), file) != kept.size() || fflush(file) != 0) give_up();
+        // Its time becomes now, the moment from which checkpoints are no longer its own.
+        if (old == path && cuts &&
+            (utimensat(AT_FDCWD, path.c_str(), nullptr, 0) || rename(path.c_str(), before.c_str())))
+            give_up();
+        if (rename(temporary.c_str(), path.c_str()) != 0) give_up();
+    }
+
+  public:
+    explicit StepLog(const Run& run)
+        : path(run.options.out.empty() || world.rank != 0 ? "" : run.options.out + "/log.jsonl"),
+          before(run.options.out + "/log.before.jsonl"),
+          resumed_from(run.resumed ? run.source->path : ""),
+          resumed_step(run.first_step) {}
+
+    void write(const std::string& line) {
+        if (path.empty()) return;
+        if (!file) start();
+        if (fprintf(file, "%s\n", line.c_str()) < 0 || fflush(file) != 0) give_up();
+        struct stat ours, there;
+        if (fstat(fileno(file), &ours) != 0 || stat(path.c_str(), &there) != 0 || ours.st_ino != there.st_ino)
+            fail("%s was removed or replaced while this run was writing to it: ending the run", path.c_str());
+    }
+
+    // A checkpoint of these lines is on the disk.
+    void saved() const {
+        if (!path.empty()) unlink(before.c_str());
+    }
+
+    ~StepLog() {
+        if (file) fclose(file);
+    }
+    StepLog(const StepLog&) = delete;
+};
+
+// ---- The training loop
+// --------------------------------------------------------------------------------------------------
+
+template <class Backend>
+class Trainer {
+    using Event = typename Backend::Event;
+
+    const Run& run;
+    const Options& options;
+    Optimizer<Backend> optimizer;
+    Model<Backend> model;
+    RunState<Backend> state;
+    std::unique_ptr<Evaluator<Backend>> evaluator;  // null without --val
+    StepLog log;
+
+    // What the device leaves for the host at the end of a step. The host reads it one step later, so it never waits
+    // inside a step; two slots, used in turn.
+    struct Stats {
+        double loss;      // the sum of the losses over all tokens and ranks
+        double stopping;  // ranks that are asked to stop
+        float clip[2];    // scale, norm
+    };
+    struct Slot {
+        Event begin, optimizer_begin, end;  // of the step's work on the device
+        std::vector<Event> marks;           // --profile: where phase phases[i] of the optimizer ends
+        std::vector<Phase> phases;
+        Event read;  // `host` is filled
+        Stats* host;
+        int64_t step = 0;  // 0: empty
+        double lr = 0;
+    };
+    Slot slots[2];
+    double* sums;           // [2] device: Stats' loss and stopping
+    double* asked;          // [2] pinned, by slot: whether this rank is asked to stop
+    bool stopping = false;  // some rank is, and all know
+    int64_t skipped = 0;    // updates skipped in a row
+    double mean_ms = 0;
+
+  public:
+    explicit Trainer(const Run& run_)
+        : run(run_),
+          options(run_.options),
+          optimizer(tensor_specs(run_.config), options),
+          model(run_.config, options.recompute, optimizer),
+          state(run_, optimizer),
+          log(run_) {
+        check_memory();
+        model.allocate(options.batch);
+        if (run.val) evaluator.reset(new Evaluator<Backend>(run, model));
+        sums = static_cast<double*>(Backend::alloc(2 * sizeof(double), "the sum of losses"));
+        asked = static_cast<double*>(Backend::alloc_host(2 * sizeof(double)));
+        for (Slot& slot : slots) {
+            slot.host = static_cast<Stats*>(Backend::alloc_host(sizeof(Stats)));
+            if (options.profile) slot.marks = std::vector<Event>(optimizer.phase_calls());
+        }
+    }
+
+    // Returns the exit code: 0, or 128 + the signal that asked it to stop before its last step.
+    int train() {
+        state.start();
+        print_table();
+        if (run.first_step >= options.steps) {
+            say("the run is at step %" PRId64 " of %" PRId64
+                ": nothing left to do (--steps is the total, also after a resume)\n",
+                run.first_step, options.steps);
+            return 0;
+        }
+        DataLoader loader(*run.train, run.config.vocab, uint64_t(options.seed), options.batch, world.rank, world.size,
+                          run.accumulation, uint64_t(run.first_step), Backend::alloc_host);
+        Event uploaded[3];  // as many batches as the loader keeps: a batch is refilled only after its upload
+        int64_t micro_steps = 0;
+        typename Backend::EnqueueDeadline deadline;
+        note_stop_signals();
+        for (int64_t step = run.first_step + 1; step <= options.steps; step++) {
+            Slot& slot = slots[step % 2];
+            const size_t tokens = size_t(options.batch) * options.seq_len;
+            slot.begin.record();
+            Backend::zero(optimizer.grads, optimizer.plan.arena * sizeof(float));
+            Backend::zero(sums, 2 * sizeof(double));
+            for (int m = 0; m < run.accumulation; m++, micro_steps++) {
+                // The host stays at most two micro-steps ahead; the device never waits for it.
+                if (micro_steps >= 2)
+                    wait_until([&] { return uploaded[(micro_steps - 2) % 3].done(); }, "the device to take a batch");
+                const Batch batch = loader.next();
+                Backend::upload(model.inputs, batch.inputs, tokens * sizeof(int));
+                Backend::upload(model.targets, batch.targets, tokens * sizeof(int));
+                Backend::upload(model.order, batch.order, tokens * sizeof(int));
+                uploaded[micro_steps % 3].record();
+                model.forward(model.inputs, options.batch, options.seq_len);
+                // The loss is the mean over all tokens of the step, whoever has them, so plain sums over micro-steps
+                // and ranks give the gradient.
+                model.loss(options.batch, options.seq_len, 1.0f / float(run.total_batch), true);
+                Backend::sum_losses(sums, model.losses, int(tokens));
+                model.backward(options.batch, options.seq_len);
+            }
+            slot.optimizer_begin.record();
+            const double share = schedule(options, step),
+                         muon_peak = options.muon_lr > 0 ? options.muon_lr : 2 * options.lr;
+            slot.lr = options.lr * share;
+            slot.phases.clear();
+            optimizer.step(float(slot.lr), float(muon_peak * share), [&](Phase phase) {
+                if (!options.profile) return;
+                slot.marks[slot.phases.size()].record();
+                slot.phases.push_back(phase);
+            });
+            slot.end.record();
+            asked[step % 2] = stop_signal != 0;
+            Backend::upload(&sums[1], &asked[step % 2], sizeof(double));
+            Backend::all_reduce(sums, 2);
+            Backend::download(&slot.host->loss, sums, 2 * sizeof(double));
+            Backend::download(slot.host->clip, optimizer.clip, 2 * sizeof(float));
+            slot.read.record();
+            slot.step = step;
+
+            const bool last = step == options.steps;
+            auto due = [&](int64_t every) { return last || (every > 0 && step % every == 0); };
+            report(slots[(step - 1) % 2]);  // the previous step, while this one runs
+            if (evaluator && due(options.eval_every)) {
+                const double val_loss = evaluator->mean_loss();
+                report(slot, &val_loss);
+            }
+            if (options.sample_every > 0 && due(options.sample_every)) {
+                report(slot);
+                say("--- sample at step %" PRId64 "\n%s\n---\n", step, sample(run, model, step).c_str());
+            }
+            // All ranks read in the same place that one of them is to stop, so they stop after the same step.
+            if (!options.out.empty() && (stopping || due(options.save_every))) {
+                report(slot);
+                save(step, last || stopping);
+            }
+            if (last || stopping) report(slot);
+            if (stopping && !last) return stopped(step);
+        }
+        return 0;
+    }
+
+  private:
     // The line and the exit code of a run that was asked to stop. Not every rank need have received the signal.
     int stopped(int64_t step) {
         int number = 0;
@@ -954,111 +1149,69 @@ class Trainer {
         return 128 + number;
     }
 
-    // -----------------------------------------------------------------------------------------------------------------
-    // Evaluation, samples, the step line
-
-    // The mean loss over the first --eval_batches batches in the order of the files, which the ranks divide.
-    double evaluate() {
-        const size_t tokens = size_t(options.batch) * options.seq_len;
-        double total[2] = {0, 0};
-        Backend::zero(sums, 2 * sizeof(double));
-        for (int64_t i = 0; i < eval_batches; i++) {
-            const Batch batch = val_loader->next();
-            Backend::upload(model.inputs, batch.inputs, tokens * sizeof(int));
-            Backend::upload(model.targets, batch.targets, tokens * sizeof(int));
-            finish("an evaluation");  // the loader may have its memory back
-            model.forward(model.inputs, options.batch, options.seq_len);
-            model.loss(options.batch, options.seq_len, 0.0f, false);
-            Backend::sum_losses(sums, model.losses, int(tokens));
-        }
-        Backend::all_reduce(sums, 2);
-        Backend::download(total, sums, sizeof total);
-        finish("an evaluation");
-        return total[0] / double(tokens) / double(eval_batches) / world.size;
+    void check_memory() {
+        const size_t free = Backend::memory_available(), margin = size_t(512) << 20,
+                     need = model.activation_bytes(options.batch);
+        if (need + margin <= free) return;
+        const size_t each = model.activation_bytes(2) - model.activation_bytes(1);
+        const size_t rest = model.activation_bytes(1) - each + margin;
+        const size_t fits = free > rest ? (free - rest) / each : 0;
+        fail("out of memory: --batch %d needs %.1f GiB of activations and %.1f GiB are free: %s", options.batch,
+             need / 0x1p30, free / 0x1p30,
+             fits > 0 ? strprintf("--batch %zu fits", fits).c_str()
+                      : "not even --batch 1 fits; try --recompute, a shorter --seq_len or a smaller model");
     }
 
-    // Waits, outside of steps, until the device has done all that was enqueued. Collectives may be among it, so this
-    // polls with the ranks' deadline like every other wait.
-    static void finish(const char* what) {
-        Event reached;
-        reached.record();
-        wait_until([&] { return reached.done(); }, what);
+    void print_table() {
+        auto row = [](const char* name, const std::string& text) { say("| %-12s | %s\n", name, text.c_str()); };
+        const size_t activations = model.activation_bytes(options.batch);
+        const size_t fixed = Optimizer<Backend>::bytes(optimizer.plan) + optimizer.workspace_bytes();
+        const ModelConfig& config = run.config;
+        row("device", std::string(Backend::device_name()) + " (" + Backend::kBackendName + ")");
+        row("ranks", std::to_string(world.size) + (world.launcher == Launcher::mpi    ? " (MPI)"
+                                                   : world.launcher == Launcher::self ? " (--gpus)"
+                                                                                      : ""));
+        row("model", strprintf("%d layers, %d heads, %d channels, %d tokens of context, vocabulary %d (padded to %d)",
+                               config.layers, config.heads, config.channels, config.seq_len, config.vocab,
+                               config.padded_vocab()));
+        row("parameters", strprintf("%.2f M", parameter_count(optimizer.plan.tensors) / 1e6));
+        row("memory", strprintf("%.2f GiB: %.2f weights, gradients and optimizer, %.2f activations",
+                                (fixed + activations) / 0x1p30, fixed / 0x1p30, activations / 0x1p30));
+        row("train", strprintf("%s: %" PRIu64 " tokens, %" PRIu64 " windows%s", options.train.c_str(),
+                               run.train->tokens(), run.train->windows(),
+                               run.tokenizer ? "" : " (no tokenizer.bin beside them: samples are token numbers)"));
+        if (run.val)
+            row("val", strprintf("%s: %" PRIu64 " tokens, %" PRIu64 " windows; an evaluation reads %" PRIu64,
+                                 options.val.c_str(), run.val->tokens(), run.val->windows(), run.eval_windows));
+        row("step", strprintf("%" PRId64 " tokens: %d sequences x %d tokens x %d ranks x %d micro-steps",
+                              run.total_batch, options.batch, options.seq_len, world.size, run.accumulation));
+        row("optimizer", strprintf("%s, steps %" PRId64 " to %" PRId64, options.optimizer.c_str(), run.first_step + 1,
+                                   options.steps));
+        if (!options.out.empty())
+            row("out", options.out +
+                           (options.save_every > 0
+                                ? strprintf(": a checkpoint every %" PRId64 " steps, the newest %" PRId64 " are kept",
+                                            options.save_every, options.keep)
+                                : ": a checkpoint of the last step alone (--save_every saves more often)"));
+        row("flags", join(non_default_flags(options), " "));
     }
 
-    // Text from the model, token by token, each from a forward pass over what is there (no cache of keys and values:
-    // short samples, short code). Randomness is a function of seed, step and position. All ranks write the same sample
-    // and rank 0 prints it: none has to wait for another.
-    void sample(int64_t step) {
-        const int vocab = tokenizer ? tokenizer->vocab : config.vocab;  // of what can be written
-        std::vector<int> tokens = {tokenizer ? tokenizer->end_of_text : std::min(50256, vocab - 1)};
-        std::vector<real> row(vocab);
-        std::vector<double> weights(vocab);
-        std::string written;
-        for (int64_t i = 0; i < options.sample_tokens; i++) {
-            const int T = int(std::min<size_t>(tokens.size(), size_t(config.seq_len)));
-            Backend::upload(model.inputs, tokens.data() + tokens.size() - T, T * sizeof(int));
-            finish("a sample");
-            model.forward(model.inputs, 1, T);
-            model.head(model.logits, model.lnf + size_t(T - 1) * config.channels, 1);
-            Backend::download(row.data(), model.logits, row.size() * sizeof(real));
-            finish("a sample");
-            int next = 0;
-            double top = -INFINITY, total = 0;
-            for (int v = 0; v < vocab; v++)
-                if (double(float(row[v])) > top) top = double(float(row[v])), next = v;
-            if (options.temperature > 0) {
-                for (int v = 0; v < vocab; v++)
-                    total += weights[v] = std::exp((double(float(row[v])) - top) / options.temperature);
-                double coin =
-                    double(mix(mix(uint64_t(options.seed) + uint64_t(step)) + uint64_t(i)) >> 11) * 0x1p-53 * total;
-                for (next = 0; next + 1 < vocab && coin >= weights[next]; next++) coin -= weights[next];
-            }
-            tokens.push_back(next);
-            written += tokenizer ? tokenizer->decode(next) : std::to_string(next) + " ";
-        }
-        say("--- sample at step %" PRId64 "\n%s\n---\n", step, written.c_str());
+    // A step that was skipped changed nothing, and must not push out what was saved before the trouble.
+    void save(int64_t step, bool last) {
+        if (skipped > 0 && !last) return say("not saved: the update was skipped\n");
+        state.save(step, skipped == 0 ? options.keep : std::numeric_limits<int64_t>::max());
+        log.saved();
     }
 
     // Prints and logs a step once the device has finished it; does nothing for a slot that is empty or already
     // reported.
-    void report(Slot& slot, double val_loss = NAN) {
+    void report(Slot& slot, const double* val_loss = nullptr) {
         if (slot.step == 0) return;
         wait_until([&] { return slot.read.done(); }, "a step to finish");
-        const double loss = slot.host->loss / double(total_batch), norm = slot.host->clip[1];
-        const double ms = Event::ms(slot.begin, slot.end), optimizer_ms = Event::ms(slot.optimizer_begin, slot.end);
-        const double rate = double(total_batch) / ms * 1e3, peak = Backend::peak_flops() * world.size;
-        const double mfu = peak > 0 ? 100 * rate * flops_per_token / peak : NAN;
-        mean_ms = mean_ms > 0 ? 0.9 * mean_ms + 0.1 * ms : ms;
-        const int64_t left = int64_t(mean_ms * double(options.steps - slot.step) / 1e3);
-
-        std::string line = strprintf("step %5" PRId64 "/%" PRId64 " | loss %.4f", slot.step, options.steps, loss);
-        if (!std::isnan(val_loss)) line += strprintf(" | val %.4f", val_loss);
-        line += strprintf(" | norm %.3f | lr %.2e | %.2f ms (optimizer %.2f) | %.0f tok/s | MFU %s | %" PRId64
-                          "m%02" PRId64 "s left",
-                          norm, slot.lr, ms, optimizer_ms, rate, peak > 0 ? strprintf("%.1f%%", mfu).c_str() : "n/a",
-                          left / 60, left % 60);
-        std::string json = strprintf("{\"step\": %" PRId64 ", \"loss\": %s", slot.step, json_number(loss).c_str());
-        if (!std::isnan(val_loss)) json += ", \"val_loss\": " + json_number(val_loss);
-        json += strprintf(
-            ", \"lr\": %s, \"grad_norm\": %s, \"step_ms\": %.4f, \"optimizer_ms\": %.4f, \"tokens_per_s\": %.1f, "
-            "\"mfu\": %s, \"tokens\": %" PRId64,
-            json_number(slot.lr).c_str(), json_number(norm).c_str(), ms, optimizer_ms, rate,
-            json_number(mfu, "%.3f").c_str(), slot.step * total_batch);
-        if (optimizer.plan.method != Method::adamw)
-            json += strprintf(", \"ns_matrices\": %.0f", slot.host->orthogonalised);
-        if (options.profile) {
-            double phase_ms[phase_count] = {};
-            for (size_t i = 0; i < slot.phases.size(); i++)
-                phase_ms[slot.phases[i]] += Event::ms(i == 0 ? slot.optimizer_begin : slot.marks[i - 1], slot.marks[i]);
-            for (int p = 0; p < phase_count; p++) {
-                line += strprintf(" | %s %.3f", phase_names[p], phase_ms[p]);
-                json += strprintf(", \"%s_ms\": %.4f", phase_names[p], phase_ms[p]);
-            }
-        }
         const bool skip = slot.host->clip[0] == 0;
-        if (skip) line += " | not finite: update skipped";
-        say("%s\n", line.c_str());
-        log.write(json + "}");
+        const StepRecord step = record(slot, val_loss, skip);
+        say("%s\n", step.printed().c_str());
+        log.write(step.json());
         slot.step = 0;
         stopping = stopping || slot.host->stopping > 0;
         skipped = skip ? skipped + 1 : 0;
@@ -1066,6 +1219,45 @@ class Trainer {
             fail(
                 "10 steps in a row had a loss or gradient that is not finite: lower --lr, or resume from an earlier "
                 "checkpoint");
+    }
+
+    StepRecord record(const Slot& slot, const double* val_loss, bool skip) {
+        const double loss = slot.host->loss / double(run.total_batch), norm = slot.host->clip[1];
+        const double ms = Event::ms(slot.begin, slot.end), optimizer_ms = Event::ms(slot.optimizer_begin, slot.end);
+        const double rate = double(run.total_batch) / ms * 1e3, peak = Backend::peak_flops() * world.size;
+        const double mfu = peak > 0 ? 100 * rate * flops_per_token() / peak : NAN;  // %, NAN: unknown
+        mean_ms = mean_ms > 0 ? 0.9 * mean_ms + 0.1 * ms : ms;
+        const int64_t left = int64_t(mean_ms * double(options.steps - slot.step) / 1e3);  // seconds
+
+        StepRecord line;
+        line.add("step", double(slot.step), "%.0f", strprintf("step %5" PRId64 "/%" PRId64, slot.step, options.steps));
+        line.add("loss", loss, "%.9g", "loss " + number("%.4f", loss));
+        if (val_loss) line.add("val_loss", *val_loss, "%.9g", "val " + number("%.4f", *val_loss));
+        line.add("grad_norm", norm, "%.9g", "norm " + number("%.3f", norm));
+        line.add("lr", slot.lr, "%.9g", strprintf("lr %.2e", slot.lr));
+        line.add("step_ms", ms, "%.4f", strprintf("%.2f ms (optimizer %.2f)", ms, optimizer_ms));
+        line.add("optimizer_ms", optimizer_ms, "%.4f");
+        line.add("tokens_per_s", rate, "%.1f", strprintf("%.0f tok/s", rate));
+        line.add("mfu", mfu, "%.3f", std::isnan(mfu) ? "MFU n/a" : strprintf("MFU %.1f%%", mfu));
+        line.add("tokens", double(slot.step) * double(run.total_batch), "%.0f");
+        if (optimizer.plan.method != Method::adamw) line.add("ns_matrices", double(optimizer.plan.ns_matrices), "%.0f");
+        line.print_only(strprintf("%" PRId64 "m%02" PRId64 "s left", left / 60, left % 60));
+        if (options.profile) {
+            double phase_ms[phase_count] = {};
+            for (size_t i = 0; i < slot.phases.size(); i++)
+                phase_ms[slot.phases[i]] += Event::ms(i == 0 ? slot.optimizer_begin : slot.marks[i - 1], slot.marks[i]);
+            for (int p = 0; p < phase_count; p++)
+                line.add(phase_names[p] + std::string("_ms"), phase_ms[p], "%.4f",
+                         strprintf("%s %.3f", phase_names[p], phase_ms[p]));
+        }
+        if (skip) line.print_only("not finite: update skipped");
+        return line;
+    }
+
+    // Forward and backward multiply and add each parameter once and twice per token; attention adds 6 L C T (causal).
+    double flops_per_token() const {
+        return 6.0 * double(parameter_count(optimizer.plan.tensors)) +
+               6.0 * run.config.layers * run.config.channels * run.config.seq_len;
     }
 };
 
@@ -1106,8 +1298,9 @@ inline std::string program_and_flags(const Options& options) {
 
 template <class Backend>
 int train(const Options& options) {
+    const Run run(options);
     Backend::start(world);
-    const int exit_code = Trainer<Backend>(options).run();
+    const int exit_code = Trainer<Backend>(run).train();
     Backend::stop();
     return exit_code;
 }
@@ -1128,19 +1321,35 @@ inline bool use_cuda(const Options& options, [[maybe_unused]] int gpus = 1) {
     return false;
 }
 
+// --help, --version, --print_plan
+inline void print_what_is_asked(const Options& given) {
+    if (given.help) {
+        print_help(stdout);
+    } else if (given.version) {
+        puts(version().c_str());
+    } else if (world.rank == 0) {
+        const Options options = with_checkpoint_sizes(given);
+        const ModelConfig config = model_config(options, options.vocab > 0 ? options.vocab : 50257);
+        const int ranks = options.ranks > 0 ? options.ranks : std::max(world.size, options.gpus);
+        print_plan(Plan(tensor_specs(config), options, ranks), options, 2, stdout);
+    }
+    if (fflush(stdout) != 0 || ferror(stdout)) fail("cannot write to the standard output: %s", strerror(errno));
+}
+
+// The next file to be opened would take the place of a standard stream that is closed, and what is printed would go
+// there.
+inline void keep_standard_streams() {
+    for (int fd : {0, 1, 2})
+        if (fcntl(fd, F_GETFD) == -1 && open("/dev/null", O_RDWR) != fd)
+            fail("cannot open /dev/null: %s", strerror(errno));
+}
+
 int main(int argc, char** argv) {
     signal(SIGXFSZ, SIG_IGN);  // a write past the limit of file sizes (ulimit -f) then fails, and says so
     try {
+        keep_standard_streams();
         const Options options = parse_flags(argc, argv);
-        if (options.help) return print_help(stdout), 0;
-        if (options.version) return puts(version().c_str()), 0;
-        if (options.print_plan) {
-            const ModelConfig config = model_config(options, options.vocab > 0 ? options.vocab : 50257);
-            const Plan plan(tensor_specs(config), options,
-                            options.ranks > 0 ? options.ranks : std::max(world.size, options.gpus));
-            if (world.rank == 0) print_plan(plan, options, 2, stdout);
-            return 0;
-        }
+        if (options.help || options.version || options.print_plan) return print_what_is_asked(options), 0;
         start_ranks(argv, options.gpus, options.rank_timeout, [&] { use_cuda(options, options.gpus); });
         require_same(program_and_flags(options));
 #ifdef __CUDACC__
@@ -1164,7 +1373,6 @@ int main(int argc, char** argv) {
     } catch (const std::exception& error) {
         fail_ranks(strprintf("unexpected: %s", error.what()).c_str(), 1);
     }
-    return 0;
 }
 
 #endif

@@ -260,11 +260,7 @@ __global__ void __launch_bounds__(kLayerNormThreads, packs == 1 ? 2 : 1)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// GELU, tanh form. x/2 * (1 + tanh(u)) with u = sqrt(2/pi) * (x + 0.044715 x^3) equals x*s with s = sigmoid(2u): no
-// cancellation for negative x, and one exponential. The derivative is s + x*s*(1-s)*2u'.
-
-constexpr float kGeluScale = 0.7978845608f;  // sqrt(2/pi)
-constexpr float kGeluCubic = 0.044715f;
+// GELU: the formulas are at its constants, in common.h.
 
 __device__ inline float gelu_sigmoid(float x) {
     float u = kGeluScale * (x + kGeluCubic * x * x * x);

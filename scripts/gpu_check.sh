@@ -120,7 +120,7 @@ train() {
         esac
         part "124M on $(basename "$data"), $optimizer" ./train_gpt "${gpt2[@]}" --train "$data/train_*.bin" --val "$data/val_*.bin" \
             --steps "$steps" --warmup 60 --schedule wsd --decay_frac 0.6 --final_lr_frac 0.02 --optimizer "$optimizer" "${rate[@]}" \
-            --eval_every 50 --eval_batches 18 --sample_every "$steps" --out "$runs/$optimizer"
+            --eval_every 50 --eval_tokens 589824 --sample_every "$steps" --out "$runs/$optimizer"
         rm -f "$runs/$optimizer/"*.ckpt
         cp "$runs/$optimizer/log.jsonl" "$results/${name}_$optimizer.jsonl"
     done

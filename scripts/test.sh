@@ -112,6 +112,7 @@ for name in test_fiber_fp32 test_fiber_bf16; do # fiber.h takes bf16 and half fr
     fi
 done
 program test_data python3 test/test_data.py
+program test_seam python3 test/test_seam.py
 while ((${#running[@]})); do collect; done
 
 echo

@@ -99,8 +99,6 @@ static void check_broadcast_host() {
     for (int rank = 0; rank < world.size; rank++) expect(texts[rank] == text(rank), "gather_host");
 }
 
-struct Cpu : CpuOps, CpuComm {};
-
 // Ten steps on gradients that do not depend on the number of ranks: of each element one rank holds all, the others
 // zero, so every order of addition is exact. The weights must not depend on it either, nor on owners, nor on muon or
 // dmuon. Returns a checksum of the weights of all steps.
@@ -108,7 +106,7 @@ static uint64_t updated_weights(const char* method, const char* owner) {
     Options options;
     options.optimizer = method;
     options.owner = owner;
-    std::vector<TensorSpec> specs = {{"wte.weight", TensorKind::embedding, 256, 24}};
+    std::vector<TensorSpec> specs = {{"wte.weight", TensorKind::token_embedding, 256, 24}};
     specs[0].stored_rows = 250;
     for (int layer = 0; layer < 3; layer++) {
         specs.push_back({"ln.weight", TensorKind::layernorm_weight, 1, 24, layer});

@@ -173,11 +173,17 @@ def test_losses_over_rank_counts():
 
 
 def test_validation_reads_the_same_on_any_number_of_ranks():
+    """61 windows: no number of ranks but 1 divides them, and no batch but 1. A window more or less moves the loss by 1e-3."""
     if DEVICE == "cuda":
         raise Skipped("the tolerance of bf16 would hide other windows")
-    flags = ("--val", WORK + "/source_train.bin", "--eval_batches", 60)
-    losses = [train(ranks, *flags, steps=3).log[-1]["val_loss"] for ranks in RANKS]
-    expect_close_losses(losses, losses[:1] * len(losses), TOLERANCE_FP32, "validation on %s ranks" % list(RANKS))
+    flags = ("--val", WORK + "/source_train.bin", "--eval_tokens", 60 * SEQ_LEN + 1)
+    losses = [train(ranks, *flags, steps=3, batch=batch).log[-1]["val_loss"]
+              for ranks, batch in ((1, 2), (1, 1), (1, 8), (1, 120), (2, 2), (2, 12), (3, 2), (3, 8), (4, 3), (5, 2))]
+    expect_close_losses(losses, losses[:1] * len(losses), TOLERANCE_FP32, "validation on other ranks and batches")
+    few = train(3, "--val", WORK + "/source_train.bin", "--eval_tokens", 1, steps=3).log[-1]["val_loss"]  # one window
+    one = train(1, "--val", WORK + "/source_train.bin", "--eval_tokens", 1, steps=3).log[-1]["val_loss"]
+    expect_close_losses([few], [one], TOLERANCE_FP32, "one window on 3 ranks")
+    expect(abs(one - losses[0]) > 100 * TOLERANCE_FP32 * one, "the loss of one window is that of 61: %g" % one)
 
 
 def test_accumulation():
@@ -326,7 +332,7 @@ def running(pid):
 
 
 WAITS_EVERYWHERE = [*MODEL, "--batch", 2, "--optimizer", "dmuon", "--val", WORK + "/source_train.bin", "--eval_every", 2,
-                    "--eval_batches", 1, "--save_every", 3]
+                    "--eval_tokens", 64, "--save_every", 3]
 
 
 def fault(number, rank, launcher, flags=WAITS_EVERYWHERE):
