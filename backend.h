@@ -160,8 +160,12 @@ constexpr bool is_backend() {
     OPERATION(ns_normalize, void(void* X /*(count,mp,np)*/, double* scratch /*(ns_scratch_doubles(count))*/,
                                  const float* grads, const MatrixRef* refs /*(count)*/, int count, int rows, int cols,
                                  NsType type));
+    // The products that are called while an NsChain lives, all of the same `count` matrices, may run as one launch when
+    // it ends. counters: ns_chain_counters(count).
+    static_assert(std::is_constructible<typename Backend::NsChain, int /*count*/, NsType, int* /*counters*/>::value,
+                  "NsChain(count, type, counters)");
     // D = alpha A op(B) + beta C + diag I, one rounding at the store; M, N, K multiples of 8, K = 0 is no product.
-    // symmetric_nt: op(B) = B^T, B (count,N,K), M = N, and D and C are symmetric. nn: op(B) = B (count,K,N).
+    // symmetric_nt: op(B) = B^T, B (count,N,K), M = N, and D and C are symmetric. nn: op(B) = B (count,K,N), diag = 0.
     OPERATION(ns_product, void(void* D /*(count,M,N)*/, const void* A /*(count,M,K)*/, const void* B,
                                const void* C /*(count,M,N) or null*/, float alpha, float beta, float diag, int count,
                                int M, int N, int K, NsProduct kind, NsType type));

@@ -699,6 +699,10 @@ struct CpuOps {
         return {buffer.data(), cols};
     }
 
+    struct NsChain {
+        NsChain(int, NsType, int*) {}  // every product is done when its call returns
+    };
+
     // D = alpha * A op(B) + beta * C + diag * I for every one of `count` matrices; one rounding, at the store.
     // symmetric_nt: B is (count,N,K) and op transposes; the result is known to be symmetric, so the lower triangle is
     // computed and mirrored. nn: B is (count,K,N). A tile's bits depend on its own rows and columns, not on the
