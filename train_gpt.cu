@@ -1167,17 +1167,6 @@ class Trainer {
     }
 
   private:
-    // The line and the exit code of a run that was asked to stop. Not every rank need have received the signal.
-    int stopped(int64_t step) {
-        int number = 0;
-        for (const std::string& received : gather_host(std::to_string(stop_signal)))
-            number = std::max(number, atoi(received.c_str()));
-        say("stopped after step %" PRId64 " of %" PRId64 " by signal %d (%s): %s\n", step, options.steps, number,
-            strsignal(number),
-            options.out.empty() ? "nothing is saved without --out" : "--resume auto goes on from here");
-        return 128 + number;
-    }
-
     void check_memory() {
         const size_t free = Backend::memory_available(), margin = size_t(512) << 20,
                      need = model.activation_bytes(options.batch);
