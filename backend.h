@@ -18,6 +18,7 @@
 #include "common.h"
 
 struct World;  // ranks.h
+class Ticket;  // comm.h
 
 template <class Function>
 using FunctionPointer = Function*;
@@ -66,15 +67,15 @@ constexpr bool is_backend() {
     constexpr FunctionPointer<float(const Event& a, const Event& b)> ms = &Event::ms;
     (void)ms;
 
-    // Collectives, over all ranks; every rank calls the same ones in the same order. Those called while a
-    // CollectiveGroup lives start together when it ends. While an EnqueueDeadline lives, enqueueing that blocks because
-    // a rank is lost ends the run.
-    OPERATION(reduce_scatter, void(float* chunks /*(ranks,chunk)*/, size_t chunk));  // row r of rank r = sum of rows r
-    OPERATION(all_gather, void(real* chunks /*(ranks,chunk)*/, size_t chunk));       // row r = row r of rank r
-    OPERATION(all_reduce, void(float* x /*(n)*/, size_t n));                         // x = sum, on all the same bits
-    OPERATION(all_reduce, void(double* x /*(n)*/, size_t n));
-    OPERATION(broadcast, void(void* x, size_t bytes, int root));
-    static_assert(std::is_default_constructible<typename Backend::CollectiveGroup>::value, "CollectiveGroup()");
+    // Collectives, over all ranks; every rank calls the same ones in the same order. They run beside what is enqueued
+    // after them, until wait(ticket). While an EnqueueDeadline lives, enqueueing that blocks because a rank is lost ends
+    // the run.
+    OPERATION(reduce_scatter, Ticket(float* chunks /*(ranks,chunk)*/, size_t chunk));  // row r of rank r = sum of rows r
+    OPERATION(all_gather, Ticket(real* chunks /*(ranks,chunk)*/, size_t chunk));       // row r = row r of rank r
+    OPERATION(all_reduce, Ticket(float* x /*(n)*/, size_t n));                         // x = sum, on all the same bits
+    OPERATION(all_reduce, Ticket(double* x /*(n)*/, size_t n));
+    OPERATION(broadcast, Ticket(void* x, size_t bytes, int root));
+    OPERATION(wait, void(Ticket ticket));
     static_assert(std::is_default_constructible<typename Backend::EnqueueDeadline>::value, "EnqueueDeadline()");
 
     // ---- The model, in the order of a forward pass

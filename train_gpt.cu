@@ -204,14 +204,14 @@ class Model {
   public:
     const ModelConfig config;
     const bool recompute;
-    const Tensors<real> params;
     const Tensors<float> grads;
 
-    Model(const ModelConfig& config_, bool recompute_, Optimizer<Backend>& optimizer)
+    Model(const ModelConfig& config_, bool recompute_, Optimizer<Backend>& optimizer_)
         : config(config_),
           recompute(recompute_),
-          params(optimizer.params, optimizer.plan, config_),
-          grads(optimizer.grads, optimizer.plan, config_),
+          grads(optimizer_.grads, optimizer_.plan, config_),
+          optimizer(optimizer_),
+          params(optimizer_.params, optimizer_.plan, config_),
           acts(config_.layers) {}
 
     // Device memory of the activations for B sequences per micro-step.
@@ -232,12 +232,14 @@ class Model {
     // tokens (B,T) -> lnf (B,T,C)
     void forward(const int* tokens, int B, int T) {
         const int C = config.channels, N = B * T, H = config.heads, L = config.layers;
+        optimizer.need_flat();
         Backend::embedding_forward(encoded, tokens, params.wte, params.wpe, B, T, C);
         Backend::layernorm_forward(acts[0].ln1, acts[0].ln1_mean, acts[0].ln1_rstd, encoded, params.layers[0].ln1w,
                                    params.layers[0].ln1b, N, C);
         for (int l = 0; l < L; l++) {
             const auto& w = params.layers[l];
             Activations& a = acts[l];
+            optimizer.need_layer(l);
             pack_qkv(l);
             Backend::matmul_forward(a.qkv, 3 * C, a.ln1, qkvw(l), w.qkvb, N, C, 3 * C);
             Backend::attention_forward(a.att, a.lse, a.qkv, B, T, C, H);
@@ -272,8 +274,9 @@ class Model {
     }
 
     // dlogits -> gradients; with accumulate they are added to what is there, else (a step's first micro-step) they take
-    // its place: the products overwrite, and only what is summed over rows has to start at zero
-    void backward(int B, int T, bool accumulate) {
+    // its place: the products overwrite, and only what is summed over rows has to start at zero. complete: it is the
+    // last micro-step, after which the gradients may start to their owners, layer by layer.
+    void backward(int B, int T, bool accumulate, bool complete) {
         const int C = config.channels, N = B * T, H = config.heads, L = config.layers, Vp = config.padded_vocab();
         if (!accumulate) {
             Backend::zero(grads.wpe, size_t(config.seq_len) * C * sizeof(float));
@@ -322,6 +325,7 @@ class Model {
             Backend::layernorm_backward(dresidual, dw.ln1w, dw.ln1b, l > 0 ? grads.layers[l - 1].fcprojb : nullptr,
                                         dresidual, scratch_c, residual_in(l), w.ln1w, a.ln1_mean, a.ln1_rstd, N, C,
                                         partials);
+            if (complete) optimizer.layer_is_complete(l);
         }
         Backend::embedding_backward(grads.wte, grads.wpe, dresidual, inputs, order, B, T, C);
     }
@@ -340,6 +344,8 @@ class Model {
         real* residual3;             // (N,C) the residual stream after the MLP
         real* qkvw;                  // (3C,C) the weights of Q, K and V together, where the parameters have them apart
     };
+    Optimizer<Backend>& optimizer;
+    const Tensors<real> params;  // after need_flat, need_layer
     std::vector<Activations> acts;
     real* encoded;                 // (N,C)
     float *lnf_mean, *lnf_rstd;    // (N)
@@ -820,7 +826,8 @@ class RunState {
                         const size_t count = std::min({kStagingFloats, part.count - at, stored - part.begin - at});
                         if (world.rank == part.owner)
                             Backend::copy(staging, kind.arena + part.state + at, count * sizeof(float));
-                        if (part.owner != 0) Backend::broadcast(staging, count * sizeof(float), part.owner);
+                        if (part.owner != 0)
+                            Backend::wait(Backend::broadcast(staging, count * sizeof(float), part.owner));
                         if (writer) Backend::download(staging_host, staging, count * sizeof(float));
                         finish<Backend>("a checkpoint");
                         while_others_wait([&] { writer->append(staging_host, count * sizeof(float)); });
@@ -867,7 +874,7 @@ class Evaluator {
             Backend::sum_losses(sum, model.losses, B * T);
         }
         double total = 0;
-        Backend::all_reduce(sum, 1);
+        Backend::wait(Backend::all_reduce(sum, 1));
         Backend::download(&total, sum, sizeof total);
         finish<Backend>("an evaluation");
         return total / (double(run.eval_windows) * T);
@@ -1097,7 +1104,7 @@ class Trainer {
             Backend::tune([&] {
                 model.forward(model.inputs, options.batch, options.seq_len);
                 model.loss(options.batch, options.seq_len, 1.0f / float(run.total_batch), true);
-                model.backward(options.batch, options.seq_len, false);
+                model.backward(options.batch, options.seq_len, false, false);
             });
             finish<Backend>("the products to be timed");
         }
@@ -1123,9 +1130,13 @@ class Trainer {
                 // and ranks give the gradient.
                 model.loss(options.batch, options.seq_len, 1.0f / float(run.total_batch), true);
                 Backend::sum_losses(sums, model.losses, int(tokens));
-                model.backward(options.batch, options.seq_len, m > 0);
+                model.backward(options.batch, options.seq_len, m > 0, m + 1 == run.accumulation);
             }
             slot.optimizer_begin.record();
+            host_stopping[step % 2] = stop_signal != 0;
+            Backend::upload(&sums[1], &host_stopping[step % 2], sizeof(double));
+            Ticket summed =
+                Backend::all_reduce(sums, 2);  // before the collectives of the optimizer, which go on after it
             const double share = schedule(options, step),
                          muon_peak = options.muon_lr > 0 ? options.muon_lr : 2 * options.lr;
             slot.lr = options.lr * share;
@@ -1136,9 +1147,7 @@ class Trainer {
                 slot.phases.push_back(phase);
             });
             slot.end.record();
-            host_stopping[step % 2] = stop_signal != 0;
-            Backend::upload(&sums[1], &host_stopping[step % 2], sizeof(double));
-            Backend::all_reduce(sums, 2);
+            Backend::wait(std::move(summed));
             Backend::download(&slot.host->loss, sums, 2 * sizeof(double));
             Backend::download(slot.host->clip, optimizer.clip, 2 * sizeof(float));
             slot.read.record();
