@@ -582,19 +582,24 @@ struct CpuOps {
         }
     }
 
-    // clip = {scale, norm}. scale 0 says that the norm is not finite: the updates below then change nothing.
-    static void clip_scale(float* clip /*(2)*/, const double* sums /*(n)*/, int n, float max_norm) {
+    // clip = {scale, norm, 1 - beta1^t, 1 - beta2^t}. scale 0 says that the norm is not finite: the updates below then
+    // change nothing, and t does not count this step.
+    static void clip_scale(float* clip /*(4)*/, int64_t* t /*(1)*/, const double* sums /*(n)*/, int n, float max_norm,
+                           double beta1, double beta2) {
         double total = 0;
         for (int i = 0; i < n; i++) total += sums[i];
         const float norm = float(std::sqrt(total));
         clip[0] = !std::isfinite(norm) ? 0.0f : max_norm > 0 && norm > max_norm ? max_norm / norm : 1.0f;
         clip[1] = norm;
+        if (clip[0] == 0) return;
+        ++*t;
+        clip[2] = 1.0f - float(std::pow(beta1, double(*t)));
+        clip[3] = 1.0f - float(std::pow(beta2, double(*t)));
     }
 
     static void adamw(real* params, float* master, float* m, float* v, const float* grads, size_t n, float lr,
-                      float beta1, float beta2, float eps, float weight_decay, float correction1 /*1-beta1^t*/,
-                      float correction2 /*1-beta2^t*/, const float* clip) {
-        const float scale = clip[0];
+                      float beta1, float beta2, float eps, float weight_decay, const float* clip /*(4)*/) {
+        const float scale = clip[0], correction1 = clip[2], correction2 = clip[3];
         if (scale == 0) return;
 #pragma omp parallel for simd
         for (size_t i = 0; i < n; i++) {
@@ -721,6 +726,10 @@ struct CpuOps {
         }
         return {buffer.data(), cols};
     }
+
+    struct NsChain {
+        NsChain(int, NsType, int*) {}  // every product is done when its call returns
+    };
 
     // D = alpha * A op(B) + beta * C + diag * I for every one of `count` matrices; one rounding, at the store.
     // symmetric_nt: B is (count,N,K) and op transposes; the result is known to be symmetric, so the lower triangle is

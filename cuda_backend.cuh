@@ -38,24 +38,37 @@ struct CudaRuntime {
     using real = ::real;
     static constexpr const char* kBackendName = sizeof(real) == 4 ? "cuda fp32" : "cuda bf16";
 
-    // An empty string if a GPU can be used, else why not. cudaGetDeviceCount leaves its argument untouched without a
-    // driver, so the return code decides.
-    static std::string unavailable() {
+    // An empty string if as many GPUs can be used, else why not. cudaGetDeviceCount leaves its argument untouched
+    // without a driver, so the return code decides.
+    static std::string unavailable(int wanted) {
         int devices = 0;
         cudaError_t error = cudaGetDeviceCount(&devices);
         if (error != cudaSuccess) return cudaGetErrorString(error);
-        return devices > 0 ? "" : "no CUDA device";
+        if (devices == 0) return "no CUDA device";
+        return devices >= wanted ? "" : strprintf("%d are wanted and %d are here", wanted, devices);
     }
 
+    // A rank sees all GPUs of its machine, or (Slurm's --gpus-per-task, CUDA_VISIBLE_DEVICES) its own alone. Numbers
+    // say nothing then: ranks share a GPU if its UUID is the same.
     static void start(const World& r) {
         int devices = 0;
         CUDA_CHECK(cudaGetDeviceCount(&devices));
-        if (r.local_size > devices)
-            fail("%d ranks on this machine but only %d GPU%s: start at most one rank per GPU", r.local_size, devices,
-                 devices == 1 ? "" : "s");
-        CUDA_CHECK(cudaSetDevice(r.local_rank));
-        CUDA_CHECK(cudaGetDeviceProperties(&properties(), r.local_rank));
+        const int device = r.local_rank % devices;
+        CUDA_CHECK(cudaGetDeviceProperties(&properties(), device));
+        const std::string shared = shared_device(gather_host(device_id(device)));
+        if (!shared.empty()) fail("%s: start at most one rank per GPU", shared.c_str());
+        CUDA_CHECK(cudaSetDevice(device));
         CUDA_CHECK(cudaStreamCreateWithFlags(&cuda_stream, cudaStreamNonBlocking));
+    }
+
+    // "GPU-1b9f... (0000:17:00.0 on node7)"
+    static std::string device_id(int device) {
+        char bus[32] = "", host[256] = "";
+        CUDA_CHECK(cudaDeviceGetPCIBusId(bus, sizeof bus, device));
+        gethostname(host, sizeof host - 1);
+        std::string id = "GPU-";
+        for (char byte : properties().uuid.bytes) id += strprintf("%02x", unsigned(uint8_t(byte)));
+        return strprintf("%s (%s on %s)", id.c_str(), bus, host);
     }
 
     static void stop() {

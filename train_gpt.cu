@@ -36,6 +36,7 @@
 // defines: Plan, newton_schulz, Optimizer, print_plan
 #include "dmuon.cuh"
 
+#include <fcntl.h>
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -47,6 +48,7 @@
 #include <fstream>
 #include <functional>
 #include <limits>
+#include <set>
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 1. Model config
@@ -460,9 +462,31 @@ __attribute__((format(printf, 1, 2))) inline void say(const char* format, ...) {
         fail("cannot write to the standard output: %s", strerror(errno));
 }
 
-// ---- Run: what it is made of ----------------------------------------------------------------------------------------
-// All that can be known, and refused, before the device is touched and the model is allocated.
+// A file as ranks compare it: name, size, and a checksum of a sample that has its first and its last bytes (a shard's
+// header, the checksums of a checkpoint). A file of another run, another version or cut short shows; a single changed
+// byte need not.
+inline std::string describe_file(const std::string& path) {
+    constexpr size_t kBlock = 4096, kBlocks = 9;
+    const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    struct stat info = {};
+    if (fd < 0 || fstat(fd, &info) != 0) return strprintf("%s: %s", path.c_str(), strerror(errno));
+    Checksum checksum;
+    char block[kBlock];
+    const size_t bytes = size_t(info.st_size), last = bytes > kBlock ? bytes - kBlock : 0;
+    for (size_t i = 0; i < kBlocks; i++) {
+        memset(block, 0, kBlock);
+        if (pread(fd, block, kBlock, off_t(last * i / (kBlocks - 1))) < 0)
+            break;  // whoever reads it later will say why
+        checksum.update(block, kBlock);
+    }
+    close(fd);
+    return strprintf("%s of %zu bytes with content %016" PRIx64, path.substr(path.rfind('/') + 1).c_str(), bytes,
+                     checksum.value());
+}
 
+// ---- Run: what it is made of ----------------------------------------------------------------------------------------
+
+// All that can be known, and refused, before the device is touched and the model is allocated.
 struct Run {
     const Options options;
     const std::unique_ptr<Shards> train, val;    // val: null without --val
@@ -480,8 +504,7 @@ struct Run {
           train(new Shards(options.train, options.seq_len)),
           val(options.val.empty() ? nullptr : new Shards(options.val, options.seq_len)),
           tokenizer(find_tokenizer()),
-          source(is_checkpoint(options.model) ? new Checkpoint(options.model) : nullptr),
-          config(model_config(options, find_vocab())),
+          config(agreed_config()),
           total_batch(find_total_batch()),
           accumulation(int(total_batch / (int64_t(options.batch) * options.seq_len * world.size))),
           eval_windows(find_eval_windows()) {
@@ -490,7 +513,10 @@ struct Run {
                  tokenizer->vocab);
         if (options.vocab > 0 && options.vocab != config.vocab)
             fail("--vocab %d contradicts the %d of checkpoint %s", options.vocab, config.vocab, options.model.c_str());
-        if (source) check_model(*source);
+        if (is_checkpoint(options.model)) {
+            source.reset(new Checkpoint(options.model));
+            check_model(*source);
+        }
         if (!options.out.empty()) prepare_directory();
         const std::string checkpoint = find_resume();
         if (checkpoint.empty()) return;
@@ -527,11 +553,36 @@ struct Run {
     }
 
   private:
+    // All that lie beside the shards must be the same.
     std::unique_ptr<Tokenizer> find_tokenizer() const {
-        const std::string path = directory_of(train->paths()[0]) + "/tokenizer.bin";
-        struct stat info;  // lstat: a link to nothing is a tokenizer that is lost, not none
-        const bool none = lstat(path.c_str(), &info) != 0 && errno == ENOENT;
-        return std::unique_ptr<Tokenizer>(none ? nullptr : new Tokenizer(path));
+        std::set<std::string> directories;
+        for (const Shards* shards : {train.get(), val.get()})
+            for (size_t i = 0; shards && i < shards->paths().size(); i++)
+                directories.insert(directory_of(shards->paths()[i]));
+        std::unique_ptr<Tokenizer> found;
+        std::string first;
+        for (const std::string& directory : directories) {
+            const std::string path = directory + "/tokenizer.bin";
+            struct stat info;  // lstat: a link to nothing is a tokenizer that is lost, not none
+            if (lstat(path.c_str(), &info) != 0 && errno == ENOENT) continue;
+            std::unique_ptr<Tokenizer> tokenizer(new Tokenizer(path));
+            if (found && found->identity != tokenizer->identity)
+                fail("%s and %s differ: shards of one run must be of one tokenizer", first.c_str(), path.c_str());
+            if (!found) first = path, found = std::move(tokenizer);
+        }
+        return found;
+    }
+
+    // All ranks have found the same data, tokenizer and model.
+    ModelConfig agreed_config() const {
+        std::string facts;
+        for (const auto& [name, shards] : {std::pair{"train", train.get()}, std::pair{"val", val.get()}})
+            for (size_t i = 0; shards && i < shards->paths().size(); i++)
+                facts += strprintf("%s shard %s\n", name, describe_file(shards->paths()[i]).c_str());
+        facts += strprintf("tokenizer %s\n", tokenizer ? tokenizer->identity.c_str() : "none");
+        if (is_checkpoint(options.model)) facts += "--model " + describe_file(options.model);
+        require_same(facts);
+        return model_config(options, find_vocab());
     }
 
     int find_vocab() const { return options.vocab > 0 ? options.vocab : tokenizer ? tokenizer->vocab : 50257; }
@@ -594,7 +645,9 @@ struct Run {
             if (path.empty())
                 say("--resume auto: no checkpoint in %s yet, starting from step 1\n", options.out.c_str());
         }
-        if (!path.empty()) say("resuming from %s\n", path.c_str());
+        if (path.empty()) return path;
+        require_same("checkpoint " + describe_file(path));
+        say("resuming from %s\n", path.c_str());
         return path;
     }
 
@@ -654,9 +707,7 @@ struct Run {
     }
 };
 
-// ---- RunState: weights and optimizer state in a checkpoint
-// ------------------------------------------------------------ A checkpoint holds whole tensors by name, so it knows
-// neither ranks nor owners: fp32 weights as "h.0.mlp.c_fc.weight", the optimizer's state with a prefix.
+// ---- RunState: weights and optimizer state in a checkpoint ----------------------------------------------------------
 
 // Waits, outside of steps, until the device has done all that was enqueued. Collectives may be among it, so this polls
 // with the ranks' deadline like every other wait.
@@ -667,6 +718,8 @@ void finish(const char* what) {
     wait_until([&] { return reached.done(); }, what);
 }
 
+// A checkpoint holds whole tensors by name, so it knows neither ranks nor owners: fp32 weights as
+// "h.0.mlp.c_fc.weight", the optimizer's state with a prefix.
 template <class Backend>
 class RunState {
     const Run& run;
@@ -714,7 +767,10 @@ class RunState {
                 });
             }
         }
-        if (with_state) optimizer.steps_done = meta_number(checkpoint, "optimizer_steps");
+        if (!with_state) return;
+        const int64_t updates = meta_number(checkpoint, "optimizer_steps");
+        Backend::upload(optimizer.updates, &updates, sizeof updates);
+        Backend::synchronize();
     }
 
   public:
@@ -748,7 +804,10 @@ class RunState {
                 if (tensors[t].decays()) info.shape = {tensors[t].stored_rows, tensors[t].cols};
                 table.push_back(info);
             }
-        const Meta meta = run.meta(step, optimizer.steps_done);
+        int64_t updates = 0;
+        Backend::download(&updates, optimizer.updates, sizeof updates);
+        finish<Backend>("a checkpoint");
+        const Meta meta = run.meta(step, updates);
         const std::string& out = run.options.out;
         std::unique_ptr<CheckpointWriter> writer;  // rank 0's
         while_others_wait([&] { writer.reset(new CheckpointWriter(out, step, meta, table)); });
@@ -772,8 +831,7 @@ class RunState {
     }
 };
 
-// ---- Evaluation
-// -------------------------------------------------------------------------------------------------------
+// ---- Evaluation -----------------------------------------------------------------------------------------------------
 
 // The mean loss over the first --eval_tokens tokens of the validation files, in whole windows, in their order. The
 // ranks have equal shares, give or take a window: neither ranks nor --batch change what is read.
@@ -816,8 +874,7 @@ class Evaluator {
     }
 };
 
-// ---- Samples
-// ----------------------------------------------------------------------------------------------------------
+// ---- Samples --------------------------------------------------------------------------------------------------------
 
 // Text from the model, token by token, each from a forward pass over what is there (no cache of keys and values: short
 // samples, short code). Randomness is a function of seed, step and position. All ranks write the same sample and rank 0
@@ -860,8 +917,7 @@ std::string sample(const Run& run, Model<Backend>& model, int64_t step) {
     return printable(written);
 }
 
-// ---- StepRecord and StepLog: what a step leaves behind
-// ----------------------------------------------------------------
+// ---- StepRecord and StepLog: what a step leaves behind --------------------------------------------------------------
 
 inline std::string number(const char* format, double x) {
     return std::isfinite(x) ? strprintf(format, x) : std::isnan(x) ? "nan" : x > 0 ? "inf" : "-inf";
@@ -969,8 +1025,7 @@ class StepLog {
     StepLog(const StepLog&) = delete;
 };
 
-// ---- The training loop
-// --------------------------------------------------------------------------------------------------
+// ---- The training loop ----------------------------------------------------------------------------------------------
 
 template <class Backend>
 class Trainer {
@@ -987,8 +1042,8 @@ class Trainer {
     // What the device leaves for the host at the end of a step. The host reads it one step later, so it never waits
     // inside a step; two slots, used in turn.
     struct Stats {
-        double loss;    // the sum of the losses over all tokens and ranks
-        float clip[2];  // scale, norm
+        double loss, stopping;  // sums over all ranks: of the losses, of those that are asked to stop
+        float clip[2];          // scale, norm
     };
     struct Slot {
         Event begin, optimizer_begin, end;  // of the step's work on the device
@@ -1000,8 +1055,10 @@ class Trainer {
         double lr = 0;
     };
     Slot slots[2];
-    double* loss_sum;     // device
-    int64_t skipped = 0;  // updates skipped in a row
+    double* sums;           // [2] device: loss, stopping
+    double* host_stopping;  // [2] pinned, by slot
+    bool stopping = false;  // some rank was asked to stop, and all know
+    int64_t skipped = 0;    // updates skipped in a row
     double mean_ms = 0;
 
   public:
@@ -1015,21 +1072,23 @@ class Trainer {
         check_memory();
         model.allocate(options.batch);
         if (run.val) evaluator.reset(new Evaluator<Backend>(run, model));
-        loss_sum = static_cast<double*>(Backend::alloc(sizeof(double), "the sum of losses"));
+        sums = static_cast<double*>(Backend::alloc(2 * sizeof(double), "sums"));
+        host_stopping = static_cast<double*>(Backend::alloc_host(2 * sizeof(double)));
         for (Slot& slot : slots) {
             slot.host = static_cast<Stats*>(Backend::alloc_host(sizeof(Stats)));
             if (options.profile) slot.marks = std::vector<Event>(optimizer.phase_calls());
         }
     }
 
-    void train() {
+    // Returns the exit code: 0, or 128 + the signal that asked it to stop before its last step.
+    int train() {
         state.start();
         print_table();
         if (run.first_step >= options.steps) {
             say("the run is at step %" PRId64 " of %" PRId64
                 ": nothing left to do (--steps is the total, also after a resume)\n",
                 run.first_step, options.steps);
-            return;
+            return 0;
         }
         DataLoader loader(*run.train, run.config.vocab, uint64_t(options.seed), options.batch, world.rank, world.size,
                           run.accumulation, uint64_t(run.first_step), Backend::alloc_host);
@@ -1044,11 +1103,12 @@ class Trainer {
         }
         int64_t micro_steps = 0;
         typename Backend::EnqueueDeadline deadline;
+        note_stop_signals();
         for (int64_t step = run.first_step + 1; step <= options.steps; step++) {
             Slot& slot = slots[step % 2];
             const size_t tokens = size_t(options.batch) * options.seq_len;
             slot.begin.record();
-            Backend::zero(loss_sum, sizeof(double));
+            Backend::zero(sums, 2 * sizeof(double));
             for (int m = 0; m < run.accumulation; m++, micro_steps++) {
                 // The host stays at most two micro-steps ahead; the device never waits for it.
                 if (micro_steps >= 2)
@@ -1062,7 +1122,7 @@ class Trainer {
                 // The loss is the mean over all tokens of the step, whoever has them, so plain sums over micro-steps
                 // and ranks give the gradient.
                 model.loss(options.batch, options.seq_len, 1.0f / float(run.total_batch), true);
-                Backend::sum_losses(loss_sum, model.losses, int(tokens));
+                Backend::sum_losses(sums, model.losses, int(tokens));
                 model.backward(options.batch, options.seq_len, m > 0);
             }
             slot.optimizer_begin.record();
@@ -1076,8 +1136,10 @@ class Trainer {
                 slot.phases.push_back(phase);
             });
             slot.end.record();
-            Backend::all_reduce(loss_sum, 1);
-            Backend::download(&slot.host->loss, loss_sum, sizeof(double));
+            host_stopping[step % 2] = stop_signal != 0;
+            Backend::upload(&sums[1], &host_stopping[step % 2], sizeof(double));
+            Backend::all_reduce(sums, 2);
+            Backend::download(&slot.host->loss, sums, 2 * sizeof(double));
             Backend::download(slot.host->clip, optimizer.clip, 2 * sizeof(float));
             slot.read.record();
             slot.step = step;
@@ -1093,12 +1155,15 @@ class Trainer {
                 report(slot);
                 say("--- sample at step %" PRId64 "\n%s\n---\n", step, sample(run, model, step).c_str());
             }
-            if (!options.out.empty() && due(options.save_every)) {
+            // All ranks read in the same place that one of them is to stop, so they stop after the same step.
+            if (!options.out.empty() && (stopping || due(options.save_every))) {
                 report(slot);
-                save(step, last);
+                save(step, last || stopping);
             }
-            if (last) report(slot);
+            if (last || stopping) report(slot);
+            if (stopping && !last) return stopped(step);
         }
+        return 0;
     }
 
   private:
@@ -1150,10 +1215,21 @@ class Trainer {
     }
 
     // A step that was skipped changed nothing, and must not push out what was saved before the trouble.
-    void save(int64_t step, bool last) {
-        if (skipped > 0 && !last) return say("not saved: the update was skipped\n");
+    void save(int64_t step, bool ends) {
+        if (skipped > 0 && !ends) return say("not saved: the update was skipped\n");
         state.save(step, skipped == 0 ? options.keep : std::numeric_limits<int64_t>::max());
         log.saved();
+    }
+
+    // The line and the exit code of a run that was asked to stop. Not every rank need have received the signal.
+    int stopped(int64_t step) {
+        int number = 0;
+        for (const std::string& received : gather_host(std::to_string(stop_signal)))
+            number = std::max(number, atoi(received.c_str()));
+        say("stopped after step %" PRId64 " of %" PRId64 " by signal %d (%s): %s\n", step, options.steps, number,
+            strsignal(number),
+            options.out.empty() ? "nothing is saved without --out" : "--resume auto goes on from here");
+        return 128 + number;
     }
 
     // Prints and logs a step once the device has finished it; does nothing for a slot that is empty or already
@@ -1166,6 +1242,7 @@ class Trainer {
         say("%s\n", step.printed().c_str());
         log.write(step.json());
         slot.step = 0;
+        stopping = stopping || slot.host->stopping > 0;
         skipped = skip ? skipped + 1 : 0;
         if (skipped == 10)
             fail(
@@ -1218,9 +1295,9 @@ class Trainer {
 
 #ifndef TRAIN_GPT_NO_MAIN
 
-// What this binary was built with, for `--version` and for bug reports.
-inline void print_version() {
-    std::string parts = "cpu";
+// What this binary was built with, for `--version`, for bug reports, and to tell two programs apart.
+inline std::string version() {
+    std::string parts = "train_gpt: cpu";
 #ifdef HAVE_CBLAS
     parts += " blas";
 #endif
@@ -1236,23 +1313,33 @@ inline void print_version() {
 #ifdef USE_MPI
     parts += " mpi";
 #endif
-    printf("train_gpt: %s\n", parts.c_str());
+    return parts;
+}
+
+// What the ranks of a run must have in common before any of them looks at data, one fact a line.
+inline std::string program_and_flags(const Options& options) {
+    std::string facts = version();
+    for (const Flag& flag : flag_table())
+        if (flag.name != std::string("rank_timeout"))  // each waits for the others as long as it likes
+            facts += strprintf("\n--%s %s", flag.name, flag_value(flag, options).c_str());
+    return facts;
 }
 
 template <class Backend>
-void train(const Options& options) {
+int train(const Options& options) {
     const Run run(options);
     Backend::start(world);
-    Trainer<Backend>(run).train();
+    const int exit_code = Trainer<Backend>(run).train();
     Backend::stop();
+    return exit_code;
 }
 
 // auto: the GPU if there is one. All ranks must come to the same answer as rank 0, or they would wait for each other in
-// different collectives.
-inline bool use_cuda(const Options& options) {
+// different collectives. gpus: how many this process must see.
+inline bool use_cuda(const Options& options, [[maybe_unused]] int gpus = 1) {
     if (options.device == "cpu") return false;
 #ifdef __CUDACC__
-    const std::string why = Cuda::unavailable();
+    const std::string why = Cuda::unavailable(gpus);
     if (why.empty()) return true;
     if (options.device == "cuda" || options.gpus > 0)
         fail("no GPU can be used: %s; --device cpu trains without one", why.c_str());
@@ -1268,7 +1355,7 @@ inline void print_what_is_asked(const Options& given) {
     if (given.help) {
         print_help(stdout);
     } else if (given.version) {
-        print_version();
+        puts(version().c_str());
     } else if (world.rank == 0) {
         const Options options = with_checkpoint_sizes(given);
         const ModelConfig config = model_config(options, options.vocab > 0 ? options.vocab : 50257);
@@ -1287,11 +1374,13 @@ inline void keep_standard_streams() {
 }
 
 int main(int argc, char** argv) {
+    signal(SIGXFSZ, SIG_IGN);  // a write past the limit of file sizes (ulimit -f) then fails, and says so
     try {
         keep_standard_streams();
         const Options options = parse_flags(argc, argv);
         if (options.help || options.version || options.print_plan) return print_what_is_asked(options), 0;
-        start_ranks(argv, options.gpus, options.rank_timeout);
+        start_ranks(argv, options.gpus, options.rank_timeout, [&] { use_cuda(options, options.gpus); });
+        require_same(program_and_flags(options));
 #ifdef __CUDACC__
         const bool cuda = use_cuda(options);
         bool first_rank = cuda;
@@ -1299,13 +1388,13 @@ int main(int argc, char** argv) {
         if (cuda != first_rank)
             fail("rank 0 uses a %s and this rank a %s: give every machine a GPU that works, or pass --device cpu",
                  first_rank ? "GPU" : "CPU", cuda ? "GPU" : "CPU");
-        if (cuda) train<Cuda>(options);
-        else train<Cpu>(options);
+        const int exit_code = cuda ? train<Cuda>(options) : train<Cpu>(options);
 #else
         use_cuda(options);
-        train<Cpu>(options);
+        const int exit_code = train<Cpu>(options);
 #endif
         stop_ranks();
+        return exit_code;
     } catch (const Error& error) {
         fail_ranks(error.what(), error.exit_code);
     } catch (const std::bad_alloc&) {
@@ -1313,7 +1402,6 @@ int main(int argc, char** argv) {
     } catch (const std::exception& error) {
         fail_ranks(strprintf("unexpected: %s", error.what()).c_str(), 1);
     }
-    return 0;
 }
 
 #endif

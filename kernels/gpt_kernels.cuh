@@ -440,9 +440,11 @@ __global__ void sum_squares_kernel(double* sums, const float* __restrict__ x, co
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
-// One block. clip[0] = 0 tells the update kernels below to leave everything as it is.
-__global__ void clip_scale_kernel(float* clip /*(2): scale, norm*/, const double* __restrict__ sums /*(n)*/, int n,
-                                  float max_norm) {
+// One block. clip[0] = 0 tells the update kernels below to leave everything as it is; t counts the steps in which they
+// do not, for AdamW's bias corrections.
+__global__ void clip_scale_kernel(float* clip /*(4): scale, norm, 1 - beta1^t, 1 - beta2^t*/, int64_t* t /*(1)*/,
+                                  const double* __restrict__ sums /*(n)*/, int n, float max_norm, double beta1,
+                                  double beta2) {
     double sum = 0;
     for (int i = threadIdx.x; i < n; i += blockDim.x) sum += sums[i];
     sum = block_sum(sum);
@@ -450,21 +452,26 @@ __global__ void clip_scale_kernel(float* clip /*(2): scale, norm*/, const double
     float norm = float(sqrt(sum));
     clip[0] = !isfinite(norm) ? 0.0f : max_norm > 0 && norm > max_norm ? max_norm / norm : 1.0f;
     clip[1] = norm;
+    if (clip[0] == 0) return;
+    const double updates = double(++*t);
+    clip[2] = 1.0f - float(pow(beta1, updates));
+    clip[3] = 1.0f - float(pow(beta2, updates));
 }
 
 struct AdamW {
-    float lr, beta1, beta2, eps, weight_decay, correction1 /*1-beta1^t*/, correction2 /*1-beta2^t*/;
+    float lr, beta1, beta2, eps, weight_decay;
 };
 
-__device__ inline void adamw_element(float& master, float& m, float& v, float g, const AdamW& h) {
+__device__ inline void adamw_element(float& master, float& m, float& v, float g, const AdamW& h, float correction1,
+                                     float correction2) {
     m = h.beta1 * m + (1.0f - h.beta1) * g;
     v = h.beta2 * v + (1.0f - h.beta2) * g * g;
-    master = master * (1.0f - h.lr * h.weight_decay) - h.lr * (m / h.correction1) / (sqrtf(v / h.correction2) + h.eps);
+    master = master * (1.0f - h.lr * h.weight_decay) - h.lr * (m / correction1) / (sqrtf(v / correction2) + h.eps);
 }
 
 __global__ void adamw_kernel(real* params, float* master, float* m, float* v, const float* __restrict__ grads, size_t n,
-                             AdamW h, const float* __restrict__ clip) {
-    float scale = clip[0];
+                             AdamW h, const float* __restrict__ clip /*(4)*/) {
+    const float scale = clip[0], correction1 = clip[2], correction2 = clip[3];
     size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * kQuad;
     if (scale == 0 || i >= n) return;
     if (i + kQuad <= n) {
@@ -472,7 +479,7 @@ __global__ void adamw_kernel(real* params, float* master, float* m, float* v, co
         FloatQuad g4 = FloatQuad::load(grads + i);
         RealQuad p4;
         for (int k = 0; k < kQuad; k++) {
-            adamw_element(w4[k], m4[k], v4[k], g4[k] * scale, h);
+            adamw_element(w4[k], m4[k], v4[k], g4[k] * scale, h, correction1, correction2);
             p4[k] = from_float<real>(w4[k]);
         }
         w4.store(master + i);
@@ -481,7 +488,7 @@ __global__ void adamw_kernel(real* params, float* master, float* m, float* v, co
         p4.store(params + i);
     } else {
         for (; i < n; i++) {
-            adamw_element(master[i], m[i], v[i], grads[i] * scale, h);
+            adamw_element(master[i], m[i], v[i], grads[i] * scale, h, correction1, correction2);
             params[i] = from_float<real>(master[i]);
         }
     }
@@ -615,14 +622,14 @@ struct GptKernels {
         LAUNCH(sum_squares_kernel, n, 512, 0, sums, x, ranges);
     }
 
-    static void clip_scale(float* clip /*(2): scale, norm*/, const double* sums /*(n)*/, int n, float max_norm) {
-        LAUNCH(clip_scale_kernel, 1, 1024, 0, clip, sums, n, max_norm);
+    static void clip_scale(float* clip /*(4)*/, int64_t* t /*(1)*/, const double* sums /*(n)*/, int n, float max_norm,
+                           double beta1, double beta2) {
+        LAUNCH(clip_scale_kernel, 1, 1024, 0, clip, t, sums, n, max_norm, beta1, beta2);
     }
 
     static void adamw(real* params, float* master, float* m, float* v, const float* grads, size_t n, float lr,
-                      float beta1, float beta2, float eps, float weight_decay, float correction1 /*1-beta1^t*/,
-                      float correction2 /*1-beta2^t*/, const float* clip) {
-        AdamW h{lr, beta1, beta2, eps, weight_decay, correction1, correction2};
+                      float beta1, float beta2, float eps, float weight_decay, const float* clip /*(4)*/) {
+        AdamW h{lr, beta1, beta2, eps, weight_decay};
         if (n > 0) LAUNCH(adamw_kernel, quad_blocks(n), kThreads, 0, params, master, m, v, grads, n, h, clip);
     }
 

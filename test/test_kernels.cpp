@@ -445,11 +445,18 @@ TEST_CASE("sum_squares and clip_scale") {
                 INFO(count << " sums, the last " << last << ", max_norm " << max_norm);
                 std::vector<double> values(count, 1e-3);
                 values[count - 1] = last;
-                Floats want_clip(2);
-                CpuOps::clip_scale(want_clip.data(), values.data(), count, max_norm);
-                DeviceBuffer<float> clip(2);
-                GptKernels::clip_scale(clip, DeviceBuffer<double>(values), count, max_norm);
+                Floats want_clip(4);
+                int64_t want_t = 7;
+                CpuOps::clip_scale(want_clip.data(), &want_t, values.data(), count, max_norm, 0.9, 0.999);
+                DeviceBuffer<float> clip(4);
+                DeviceBuffer<int64_t> t(std::vector<int64_t>{7});
+                GptKernels::clip_scale(clip, t, DeviceBuffer<double>(values), count, max_norm, 0.9, 0.999);
                 Floats got_clip = clip.download();
+                CHECK(t.download()[0] == want_t);
+                if (want_clip[0] != 0) {
+                    CHECK(got_clip[2] == doctest::Approx(want_clip[2]).epsilon(1e-6));
+                    CHECK(got_clip[3] == doctest::Approx(want_clip[3]).epsilon(1e-4));  // 1 - 0.992: two digits cancel
+                }
                 CHECK(got_clip[0] == doctest::Approx(want_clip[0]).epsilon(1e-6));
                 CHECK(std::isfinite(got_clip[1]) == std::isfinite(want_clip[1]));
                 if (std::isfinite(want_clip[1])) CHECK(got_clip[1] == doctest::Approx(want_clip[1]).epsilon(1e-6));
@@ -465,11 +472,10 @@ TEST_CASE("adamw, muon_momentum, cast_params") {
             INFO("n " << n << " scale " << scale);
             Floats master = normal(n), m = normal(n, 0.1f), v = normal(n, 0.1f), momentum = normal(n), params(n);
             for (float& value : v) value *= value;
-            const Floats clip = {scale, 1.0f}, master_before = master, m_before = m, v_before = v,
-                         momentum_before = momentum;
+            Floats clip = {scale, 1.0f, 0.0f, 0.0f};
+            const Floats master_before = master, m_before = m, v_before = v, momentum_before = momentum;
             DeviceBuffer<real> device_params(n);
-            DeviceBuffer<float> device_master(master), device_m(m), device_v(v), device_momentum(momentum),
-                device_clip(clip);
+            DeviceBuffer<float> device_master(master), device_m(m), device_v(v), device_momentum(momentum);
 
             GptKernels::cast_params(device_params, device_master, n);
             CHECK(same_bits(device_params.download(), narrow(master)));
@@ -477,17 +483,19 @@ TEST_CASE("adamw, muon_momentum, cast_params") {
             const float lr = 0.3f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.1f;
             for (int step = 1; step <= 3; step++) {
                 Floats grads = normal(n, 2.0f);
-                float correction1 = 1 - std::pow(beta1, float(step)), correction2 = 1 - std::pow(beta2, float(step));
+                clip[2] = 1 - std::pow(beta1, float(step)), clip[3] = 1 - std::pow(beta2, float(step));
+                const DeviceBuffer<float> device_clip(clip);
                 CpuOps::adamw(params.data(), master.data(), m.data(), v.data(), grads.data(), n, lr, beta1, beta2, eps,
-                              weight_decay, correction1, correction2, clip.data());
+                              weight_decay, clip.data());
                 GptKernels::adamw(device_params, device_master, device_m, device_v, DeviceBuffer<float>(grads), n, lr,
-                                  beta1, beta2, eps, weight_decay, correction1, correction2, device_clip);
+                                  beta1, beta2, eps, weight_decay, device_clip);
             }
             check_close(device_master.download(), master, n, 1e-5, 1);
             check_close(device_m.download(), m, n, 1e-5, 0.1);
             check_close(device_v.download(), v, n);
             CHECK(same_bits(device_params.download(), narrow(device_master.download())));
 
+            const DeviceBuffer<float> device_clip(clip);
             Floats grads;
             for (bool nesterov : {false, true}) {
                 grads = normal(n);
