@@ -313,8 +313,10 @@ struct CudaMatmul {
         set(plan, CUBLASLT_MATMUL_DESC_TRANSA, key.trans_a ? CUBLAS_OP_T : CUBLAS_OP_N);
         set(plan, CUBLASLT_MATMUL_DESC_TRANSB, key.trans_b ? CUBLAS_OP_T : CUBLAS_OP_N);
         set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE, key.epilogue);
-        set(plan, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, real_type);
-        if (key.epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS || key.epilogue == CUBLASLT_EPILOGUE_DGELU) {
+        const bool gelu = key.epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
+                   dgelu = key.epilogue == CUBLASLT_EPILOGUE_DGELU;
+        if (gelu || key.epilogue == CUBLASLT_EPILOGUE_BIAS) set(plan, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, real_type);
+        if (gelu || dgelu) {
             set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, int64_t(key.ldd));
             set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE, real_type);
         }

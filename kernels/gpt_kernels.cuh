@@ -7,6 +7,7 @@
 // Results are the same bits in every run and on every GPU: no atomics, and the order of a sum depends on shapes only.
 // Letters: B sequences of T positions, N = B*T rows, C channels (a multiple of 8), V vocabulary, Vp the same padded.
 #pragma once
+#include <algorithm>
 #include <cfloat>
 
 #include "cuda_common.cuh"
@@ -117,7 +118,7 @@ __global__ void token_backward_kernel(float* dwte /*(Vp,C) +=*/, const real* __r
 // ---------------------------------------------------------------------------------------------------------------------
 // LayerNorm and residual
 
-constexpr int kLayerNormWarps = 4;  // of a block whose warps each take rows of their own
+constexpr int kLayerNormWarps = 4;  // of a block of the forward
 
 // One warp per row, the row in registers (above 4096 channels a little spills), `packs` of them in each lane. With add,
 // x = a + b, also written to residual; else x = a. Mean and variance take two passes over the registers: no
@@ -178,15 +179,15 @@ __global__ void layernorm_forward_kernel(real* residual /*(N,C)*/, real* out /*(
 // three sums over rows: of dout*xhat (dweight), of dout (dbias) and of dx as it is stored, which is the bias gradient
 // of the projection whose output was added to the residual stream there.
 //
-// Three reads and a write per element: the kernel is as fast as its loads overlap with its sums. A team (one warp, or
-// in wide rows the whole block) takes `rows` rows at a time, and while it computes, cp.async brings the next ones into
-// shared memory, where each thread reads back just what it copied itself: no barrier, and no registers for what is on
-// its way. These hold the three sums: a thread keeps its columns for all its rows. At the end the teams of a block add
-// theirs one after the other, and add_partials_kernel adds the blocks.
-template <int packs /*of a row, per thread*/, int rows, bool alone /*a team is one warp*/>
-__global__ void __launch_bounds__(alone        ? kLayerNormWarps* kWarpSize
-                                  : packs == 1 ? 256
-                                               : kMaxChannels / Pack<real>::size / packs)
+// Three reads and a write per element: the kernel is as fast as its loads overlap with its sums. A block takes `rows`
+// rows at a time, which share the barriers of the sums along them. While it computes, cp.async brings the next ones
+// into shared memory, where each thread reads back just what it copied itself: no barrier for that, and no registers
+// for what is on its way. These hold the three sums over rows: a thread keeps the same columns for all rows of its
+// block. At the end add_partials_kernel adds the blocks.
+constexpr int kLayerNormThreads = 256;  // at most, of a block whose threads have one pack of a row each
+
+template <int packs /*of a row, per thread*/, int rows>
+__global__ void __launch_bounds__(packs == 1 ? kLayerNormThreads : kMaxChannels / Pack<real>::size / packs)
     layernorm_backward_kernel(real* dx /*(N,C)*/, float* partials /*(gridDim.x,3,C)*/,
                               const real* before /*(N,C), may be dx; null: zeros*/, const real* dout /*(N,C)*/,
                               const real* x /*(N,C)*/, const real* __restrict__ weight /*(C)*/,
@@ -194,9 +195,7 @@ __global__ void __launch_bounds__(alone        ? kLayerNormWarps* kWarpSize
                               int C) {
     using P = Pack<real>;
     DYNAMIC_SHARED(P, ring);  // (2, rows, {dout, x, before}, packs, blockDim.x)
-    const int members = alone ? kWarpSize : blockDim.x, teams = blockDim.x / members;
-    const int member = threadIdx.x % members, team = threadIdx.x / members;
-    auto column = [&](int p) { return (p * members + member) * P::size; };
+    auto column = [&](int p) { return (p * int(blockDim.x) + int(threadIdx.x)) * P::size; };
     auto place = [&](int stage, int row, int input, int p) {
         return ring + (((stage * rows + row) * 3 + input) * packs + p) * blockDim.x + threadIdx.x;
     };
@@ -225,8 +224,8 @@ __global__ void __launch_bounds__(alone        ? kLayerNormWarps* kWarpSize
         cp_async_commit();
     };
 
-    const int stride = gridDim.x * teams * rows;
-    int row0 = (blockIdx.x * teams + team) * rows, stage = 0;
+    const int stride = gridDim.x * rows;
+    int row0 = blockIdx.x * rows, stage = 0;
     fetch(row0, stage);
     for (; row0 < N; row0 += stride, stage ^= 1) {
         float m[rows], s[rows], sums[2 * rows] = {};  // of g and of g*xhat, for each row
@@ -248,12 +247,7 @@ __global__ void __launch_bounds__(alone        ? kLayerNormWarps* kWarpSize
                 }
             }
         }
-        if (alone) {
-            UNROLL
-            for (int i = 0; i < 2 * rows; i++) sums[i] = warp_sum(sums[i]);
-        } else {
-            block_sums(sums);
-        }
+        block_sums(sums);
         UNROLL
         for (int r = 0; r < rows; r++) {
             float mean_g = sums[2 * r] / C, mean_gx = sums[2 * r + 1] / C;
@@ -271,23 +265,16 @@ __global__ void __launch_bounds__(alone        ? kLayerNormWarps* kWarpSize
         }
     }
 
-    cp_async_wait<0>();
-    __syncthreads();                                   // the ring is free
-    float* of_block = reinterpret_cast<float*>(ring);  // (3,C)
-    for (int turn = 0; turn < teams; turn++) {
-        UNROLL
-        for (int p = 0; p < packs; p++) {
-            if (team != turn || column(p) >= C) continue;
-            for (int k = 0; k < P::size; k++) {
-                float* sum = of_block + column(p) + k;
-                sum[0] = (turn > 0 ? sum[0] : 0.0f) + sum_dout_xhat[p][k];
-                sum[C] = (turn > 0 ? sum[C] : 0.0f) + sum_dout[p][k];
-                sum[2 * C] = (turn > 0 ? sum[2 * C] : 0.0f) + sum_dx[p][k];
-            }
+    float* partial = partials + size_t(blockIdx.x) * 3 * C;
+    UNROLL
+    for (int p = 0; p < packs; p++) {
+        if (column(p) >= C) continue;
+        for (int k = 0; k < P::size; k++) {
+            partial[column(p) + k] = sum_dout_xhat[p][k];
+            partial[C + column(p) + k] = sum_dout[p][k];
+            partial[2 * C + column(p) + k] = sum_dx[p][k];
         }
-        __syncthreads();
     }
-    for (int i = threadIdx.x; i < 3 * C; i += blockDim.x) partials[size_t(blockIdx.x) * 3 * C + i] = of_block[i];
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -582,9 +569,9 @@ struct GptKernels {
         });
     }
 
-    static size_t layernorm_scratch_floats(int C) { return size_t(kMultiprocessors) * 8 * 3 * C; }
+    static size_t layernorm_scratch_floats(int C) { return size_t(layernorm_backward_blocks(C)) * 3 * C; }
 
-    // dx = before + the gradient of x; dsum += the sums of dx's columns
+    // dx = before + the gradient of x; dsum += the sum of dx's rows
     static void layernorm_backward(real* dx /*(N,C)*/, float* dweight /*(C) +=*/, float* dbias /*(C) +=*/,
                                    float* dsum /*(C) +=, or null*/,
                                    const real* before /*(N,C), may be dx; null: zeros*/, const real* dout /*(N,C)*/,
@@ -592,27 +579,13 @@ struct GptKernels {
                                    const float* rstd /*(N)*/, int N, int C,
                                    float* scratch /*layernorm_scratch_floats(C)*/) {
         check_channels(C);
-        auto launch = [&](auto kernel, int packs, int rows, int threads, int teams, int per_multiprocessor) {
-            const int blocks = std::min(kMultiprocessors * per_multiprocessor, ceil_div(N, teams * rows));
-            const size_t ring = size_t(2 * rows * 3 * packs) * threads * sizeof(Pack<real>),
-                         sums = 3 * C * sizeof(float);
-            LAUNCH(kernel, blocks, threads, std::max(ring, sums), dx, scratch, before, dout, x, weight, mean, rstd, N,
-                   C);
-            LAUNCH(add_partials_kernel, dim3(ceil_div(C, kWarpSize), 3), kWarpSize * kWarpSize, 0, dweight, dbias, dsum,
-                   scratch, blocks, C);
-        };
-        // As many blocks as are resident at once: by registers, of which a thread needs about 50 and 32 per pack.
-        auto alone = [&](auto packs, int per_multiprocessor) {
-            launch(layernorm_backward_kernel<packs, 1, true>, packs, 1, kLayerNormWarps * kWarpSize, kLayerNormWarps,
-                   per_multiprocessor);
-        };
-        const int warps = threads_for(C) / kWarpSize;
-        if (warps == 1) alone(std::integral_constant<int, 1>(), 8);
-        else if (warps == 2) alone(std::integral_constant<int, 2>(), 5);
-        else if (warps == 3) alone(std::integral_constant<int, 3>(), 3);  // bf16: C = 768
-        else if (warps == 4) alone(std::integral_constant<int, 4>(), 3);  // 1024
-        else if (warps <= 8) launch(layernorm_backward_kernel<1, 2, false>, 1, 2, warps * kWarpSize, 1, 24 / warps);
-        else launch(layernorm_backward_kernel<2, 1, false>, 2, 1, ceil_div(warps, 2) * kWarpSize, 1, 1);
+        const bool narrow = threads_for(C) <= kLayerNormThreads;
+        auto kernel = narrow ? layernorm_backward_kernel<1, 4> : layernorm_backward_kernel<4, 1>;
+        const int blocks = std::min(layernorm_backward_blocks(C), ceil_div(N, narrow ? 4 : 1));
+        LAUNCH(kernel, blocks, layernorm_backward_threads(C), layernorm_backward_ring(C), dx, scratch, before, dout, x,
+               weight, mean, rstd, N, C);
+        LAUNCH(add_partials_kernel, dim3(ceil_div(C, kWarpSize), 3), kWarpSize * kWarpSize, 0, dweight, dbias, dsum,
+               scratch, blocks, C);
     }
 
     static void gelu_forward(real* out, const real* x, size_t n) {
@@ -700,6 +673,17 @@ struct GptKernels {
         else f(std::integral_constant<int, kMaxChannels / kWarpSize / Pack<real>::size>());
     }
 
+    static int layernorm_backward_threads(int C) {
+        return threads_for(C) <= kLayerNormThreads ? threads_for(C) : threads_for(ceil_div(C, 4));
+    }
+    // Bytes: two stages of dout, x and before, of each four packs per thread
+    static size_t layernorm_backward_ring(int C) {
+        return size_t(2 * 3 * 4) * layernorm_backward_threads(C) * sizeof(Pack<real>);
+    }
+    // As many as an H100's shared memory holds at once, at most 16 on each multiprocessor.
+    static int layernorm_backward_blocks(int C) {
+        return kMultiprocessors * int(std::clamp<size_t>((224 << 10) / (layernorm_backward_ring(C) + 2048), 1, 16));
+    }
     // Eight blocks of 256 threads on each multiprocessor, spread over the columns first.
     static int bias_backward_slices(int OC) { return std::max(1, kMultiprocessors * 8 / ceil_div(OC, kBiasColumns)); }
 };
