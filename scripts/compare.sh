@@ -72,7 +72,7 @@ command_of() {
 
 # Which are to be trained, and how long that will take: the median of a few steps, times their number, and an evaluation
 # costs about as much as five.
-todo=() total=0 times=()
+todo=() total=0 times=""
 for optimizer in "${optimizers[@]}"; do
     command_of "$optimizer"
     run=$runs/$optimizer
@@ -87,11 +87,11 @@ for optimizer in "${optimizers[@]}"; do
         sed -nE 's/^step .* ([0-9]+)\.([0-9])[0-9]* ms .*/\1\2/p' | sort -n | sed -n 8p) # of a millisecond
     seconds=$((tenths * (steps + 5 * steps / 100) / 10000 + 1))
     total=$((total + seconds))
-    times+=("$optimizer $seconds s")
+    times+="${times:+, }$optimizer $seconds s"
 done
 if ((${#todo[@]})); then
     echo "$steps steps on the bytes of ${data#data/} with each of: ${todo[*]}"
-    printf 'on this machine as busy as it is now: about %d min %02d s (%s)\n' $((total / 60)) $((total % 60)) "$(IFS=,; echo "${times[*]}" | sed "s|,|, |g")"
+    echo "on this machine, as busy as it is now: about $((total / 60)) min $((total % 60)) s ($times)"
 fi
 
 for optimizer in "${todo[@]}"; do
