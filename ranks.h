@@ -2,8 +2,10 @@
 // Read in this order:
 //   World, launched_world         who am I, of how many; read from the environment that the launcher left
 //   abort_ranks .. wait_until     ending a run with one clear line; deadlines
+//   stop_signal                   ending a run on request, after its step
 //   start_by_mpi, start_children  the two ways to be many: mpirun or srun, and --gpus N (this program starts itself)
-//   broadcast_host, ..            what rank 0 knows or does alone, before and between the collectives of comm.h
+//   broadcast_host, gather_host   what one rank knows or does alone, before and between the collectives of comm.h
+//   require_same, shared_device   what makes ranks no run: other flags or data than rank 0's, one GPU for two
 // A single process does not touch MPI. USE_MPI comes from the Makefile.
 #pragma once
 #include <fcntl.h>
@@ -22,6 +24,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <future>
+#include <map>
+#include <sstream>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "common.h"
@@ -38,7 +44,7 @@ enum class Launcher { none, mpi, self };  // one process; mpirun or srun; our ow
 
 struct World {
     int rank = 0, size = 1;              // over the whole run
-    int local_rank = 0, local_size = 1;  // on this machine: rank local_rank uses GPU local_rank
+    int local_rank = 0, local_size = 1;  // on this machine
     Launcher launcher = Launcher::none;
     double timeout = 300;  // seconds that a rank waits for its peers (--rank_timeout)
 };
@@ -205,6 +211,36 @@ void wait_until(Done done, const char* what) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// A run that is asked to stop: kill, Ctrl-C, a lost terminal, Slurm's warning before its time limit
+
+constexpr int kStopSignals[] = {SIGTERM, SIGINT, SIGHUP, SIGUSR1};
+
+inline std::atomic<int> stop_signal{0};  // the first that this process has received
+
+// What was ignored when we started stays so: nohup, and jobs that a script puts in the background.
+inline bool is_ignored(int number) {
+    struct sigaction before;
+    return sigaction(number, nullptr, &before) == 0 && before.sa_handler == SIG_IGN;
+}
+
+// From here on the first such signal is noted in stop_signal, and a second one ends the process at once.
+inline void note_stop_signals() {
+    static std::atomic<int> received{0};
+    static const pid_t parent = getppid();
+    struct sigaction action = {};
+    action.sa_flags = SA_SIGINFO | SA_RESTART;
+    action.sa_sigaction = [](int number, siginfo_t* info, void*) {
+        int none = 0;
+        stop_signal.compare_exchange_strong(none, number);
+        // With --gpus, Ctrl-C reaches the ranks and their parent, which hands it on: its word alone counts.
+        if (world.launcher == Launcher::self && info->si_pid != parent) return;
+        if (received++ > 0) _exit(128 + number);
+    };
+    for (int number : kStopSignals)
+        if (!is_ignored(number)) sigaction(number, &action, nullptr);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // MPI: mpirun, srun
 
 #ifdef USE_MPI
@@ -267,27 +303,29 @@ inline void start_by_mpi() {
 // ---------------------------------------------------------------------------------------------------------------------
 // --gpus N: this process becomes the parent and starts N copies of itself
 
-// Waits for the children; when one fails, or the user stops the run, ends the others. Does not return.
+// Waits for the children, hands on the first request to stop, and ends them all at the second or when one fails. Does
+// not return.
 [[noreturn]] inline void watch_children(std::vector<pid_t> children, const sigset_t& signals) {
     using clock = std::chrono::steady_clock;
-    const std::chrono::seconds grace(10);  // from asking (SIGTERM) to ending (SIGKILL works on a stopped one too)
+    const std::chrono::seconds grace(10);  // from a second request to stop to SIGKILL
     clock::time_point kill_time = clock::time_point::max();
-    int exit_code = 0;
+    int exit_code = 0, stopped = 0;  // of a rank that failed, of one that has stopped as asked
+    int asked = 0;                   // the signal that did
     size_t alive = children.size();
-    auto end_all = [&](int signal_number) {
+    auto tell_all = [&](int signal_number) {
         for (pid_t child : children) {
             if (child == 0) continue;
             kill(child, signal_number);
             kill(child, SIGCONT);  // a stopped process hears nothing but SIGKILL before it is continued
         }
-        kill_time = clock::now() + grace;
     };
     while (alive > 0) {
         timespec second = {1, 0};
         const int signal_number = sigtimedwait(&signals, nullptr, &second);
         if (signal_number > 0 && signal_number != SIGCHLD) {
-            if (!exit_code) exit_code = 128 + signal_number;
-            end_all(signal_number);
+            tell_all(signal_number);  // at the first they finish their step and save, however long that takes
+            if (asked) kill_time = clock::now() + grace;
+            asked = signal_number;
         }
         int status = 0;
         for (pid_t pid; (pid = waitpid(-1, &status, WNOHANG)) > 0;) {
@@ -296,8 +334,14 @@ inline void start_by_mpi() {
             children[rank] = 0;
             alive--;
             if (status == 0 || exit_code) continue;
-            exit_code = WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
-            if (!shared_page->explained) {
+            const int code = WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+            const bool as_asked = asked && code == 128 + asked;
+            if (as_asked && WIFEXITED(status)) {  // and so will the others
+                stopped = code;
+                continue;
+            }
+            exit_code = code;
+            if (!as_asked && !shared_page->explained) {
                 if (WIFSIGNALED(status))
                     fprintf(stderr, "train_gpt: rank %zu was killed by signal %d (%s); ending the other ranks\n", rank,
                             WTERMSIG(status), strsignal(WTERMSIG(status)));
@@ -305,14 +349,15 @@ inline void start_by_mpi() {
                     fprintf(stderr, "train_gpt: rank %zu ended with exit code %d; ending the other ranks\n", rank,
                             exit_code);
             }
-            end_all(SIGTERM);
+            tell_all(SIGKILL);  // they would wait for it
         }
-        if (alive > 0 && clock::now() > kill_time) end_all(SIGKILL);
+        if (alive > 0 && clock::now() > kill_time) tell_all(SIGKILL);
     }
-    exit(exit_code);
+    exit(exit_code ? exit_code : stopped);
 }
 
-[[noreturn]] inline void start_children(char** argv, int count) {
+template <class Check>
+[[noreturn]] void start_children(char** argv, int count, Check check) {
     const int fd = memfd_create("train_gpt", 0);  // without CLOEXEC: the children inherit it
     if (fd < 0 || ftruncate(fd, sizeof(SharedPage)) != 0)
         fail("cannot make the shared page of the ranks: %s", strerror(errno));
@@ -323,8 +368,11 @@ inline void start_by_mpi() {
     // The parent takes these signals one by one in watch_children; the children get the mask we started with.
     sigset_t signals, before;
     sigemptyset(&signals);
-    for (int number : {SIGCHLD, SIGINT, SIGTERM, SIGHUP}) sigaddset(&signals, number);
+    sigaddset(&signals, SIGCHLD);
+    for (int number : kStopSignals)
+        if (!is_ignored(number)) sigaddset(&signals, number);
     sigprocmask(SIG_BLOCK, &signals, &before);
+    check();  // after that: the threads that a driver may start inherit the mask, and leave the signals to us
     const pid_t parent = getpid();
     std::vector<pid_t> children;
     for (int rank = 0; rank < count; rank++) {
@@ -358,17 +406,19 @@ inline void start_by_self() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Start, stop, and a broadcast that needs no backend
+// Start, stop, and exchange that needs no backend
 
-// Called first thing after the flags are read, before any CUDA call. With gpus > 1 it does not return in the parent.
-inline void start_ranks(char** argv, int gpus, double rank_timeout) {
+// Called first thing after the flags are read, before any CUDA call. With gpus > 1 it does not return in the parent,
+// which calls check() before it starts the ranks: what they lack is then said by one process.
+template <class Check>
+void start_ranks(char** argv, int gpus, double rank_timeout, Check check) {
     world.timeout = rank_timeout;
     if (world.launcher == Launcher::self) return start_by_self();
     if (world.launcher == Launcher::mpi && gpus > 0)
         usage_fail("--gpus %d starts ranks by itself, but mpirun or srun has already started %d: drop one of the two",
                    gpus, world.size);
     if (world.launcher == Launcher::mpi) return start_by_mpi();
-    if (gpus > 1) start_children(argv, gpus);
+    if (gpus > 1) start_children(argv, gpus, check);
 }
 
 inline void stop_ranks() {
@@ -380,30 +430,47 @@ inline void stop_ranks() {
 #endif
 }
 
-// x of every rank becomes that of rank 0. For start-up: it blocks the host.
-inline void broadcast_host(void* x, size_t bytes) {
+// x of every rank becomes that of root. For start-up: it blocks the host.
+inline void broadcast_host(void* x, size_t bytes, int root = 0) {
 #ifdef USE_MPI
-    if (world.launcher == Launcher::mpi) return mpi_broadcast(x, bytes, 0);
+    if (world.launcher == Launcher::mpi) return mpi_broadcast(x, bytes, root);
 #endif
     if (world.launcher != Launcher::self) return;
-    auto barrier = [] {
+    const std::string what = strprintf("a broadcast from rank %d", root);
+    auto barrier = [&] {
         const int round = shared_page->round;
         if (++shared_page->arrived == world.size) {
             shared_page->arrived = 0;
             shared_page->round = round + 1;
         } else {
-            wait_until([&] { return shared_page->round != round; }, "a broadcast from rank 0");
+            wait_until([&] { return shared_page->round != round; }, what.c_str());
         }
     };
     for (size_t at = 0; at < bytes;) {
         const size_t piece = std::min(bytes - at, sizeof shared_page->data);
         char* part = static_cast<char*>(x) + at;
-        if (world.rank == 0) memcpy(shared_page->data, part, piece);
+        if (world.rank == root) memcpy(shared_page->data, part, piece);
         barrier();  // the bytes are there
-        if (world.rank != 0) memcpy(part, shared_page->data, piece);
+        if (world.rank != root) memcpy(part, shared_page->data, piece);
         barrier();  // everyone has them
         at += piece;
     }
+}
+
+// The text of root, everywhere.
+inline std::string broadcast_text(std::string text, int root) {
+    uint64_t bytes = text.size();
+    broadcast_host(&bytes, sizeof bytes, root);
+    text.resize(bytes);
+    broadcast_host(&text[0], bytes, root);
+    return text;
+}
+
+// The texts of all ranks, by rank.
+inline std::vector<std::string> gather_host(const std::string& mine) {
+    std::vector<std::string> texts;
+    for (int rank = 0; rank < world.size; rank++) texts.push_back(broadcast_text(mine, rank));
+    return texts;
 }
 
 // Calls work() on rank 0 alone, in a thread of its own, and returns everywhere when it is over. However long a disk
@@ -418,4 +485,43 @@ void while_others_wait(Work work) {
         broadcast_host(&over, sizeof over);
     }
     if (world.rank == 0) done.get();  // throws what work() threw
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What all ranks must have in common, and what no two may
+
+// The first line in which two texts differ, as (a's, b's); "nothing" for a line that one of them lacks.
+inline std::pair<std::string, std::string> first_difference(const std::string& a, const std::string& b) {
+    std::istringstream lines_a(a), lines_b(b);
+    for (;;) {
+        std::string line_a, line_b;
+        const bool any_a = bool(std::getline(lines_a, line_a)), any_b = bool(std::getline(lines_b, line_b));
+        if (!any_a) line_a = "nothing";
+        if (!any_b) line_b = "nothing";
+        if (line_a != line_b || !(any_a || any_b)) return {line_a, line_b};
+    }
+}
+
+// Each rank tells what it was given, one fact a line; a rank that was given something else would train a mixture, or
+// wait for ever. Ends the run if one was.
+inline void require_same(const std::string& facts) {
+    const std::string of_rank_0 = broadcast_text(facts, 0);
+    const std::vector<std::string> others = gather_host(facts == of_rank_0 ? "" : facts);
+    for (int rank = 0; rank < world.size; rank++) {
+        if (others[rank].empty()) continue;
+        const auto [first, other] = first_difference(of_rank_0, others[rank]);
+        usage_fail("rank 0 has %s, rank %d has %s: give all ranks the same flags, program and data", first.c_str(),
+                   rank, other.c_str());
+    }
+}
+
+// devices[r]: the GPU of rank r, as an id without spaces that no other GPU has, then where it is. Says which two ranks
+// share one; "" if none do.
+inline std::string shared_device(const std::vector<std::string>& devices) {
+    std::map<std::string, int> rank_of;
+    for (int rank = 0; rank < int(devices.size()); rank++) {
+        const auto [found, is_new] = rank_of.emplace(devices[rank].substr(0, devices[rank].find(' ')), rank);
+        if (!is_new) return strprintf("ranks %d and %d share GPU %s", found->second, rank, devices[rank].c_str());
+    }
+    return "";
 }

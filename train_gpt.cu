@@ -36,6 +36,7 @@
 // defines: Plan, newton_schulz, Optimizer, print_plan
 #include "dmuon.cuh"
 
+#include <fcntl.h>
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -47,6 +48,7 @@
 #include <fstream>
 #include <functional>
 #include <limits>
+#include <set>
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 1. Model config
@@ -236,13 +238,13 @@ class Model {
         for (int l = 0; l < L; l++) {
             const auto& w = params.layers[l];
             Activations& a = acts[l];
-            Backend::matmul_forward(a.qkv, 3 * C, a.ln1, packed_qkv(w.qkvw), w.qkvb, N, C, 3 * C);
+            pack_qkv(l);
+            Backend::matmul_forward(a.qkv, 3 * C, a.ln1, qkvw(l), w.qkvb, N, C, 3 * C);
             Backend::attention_forward(a.att, a.lse, a.qkv, B, T, C, H);
             Backend::matmul_forward(scratch_c, C, a.att, w.attprojw, w.attprojb, N, C, C);
             Backend::residual_layernorm_forward(a.residual2, a.ln2, a.ln2_mean, a.ln2_rstd, residual_in(l), scratch_c,
                                                 w.ln2w, w.ln2b, N, C);
-            Backend::matmul_forward(a.fc, 4 * C, a.ln2, w.fcw, w.fcb, N, C, 4 * C);
-            Backend::gelu_forward(a.gelu, a.fc, size_t(N) * 4 * C);
+            Backend::matmul_gelu_forward(a.gelu, a.fc, a.ln2, w.fcw, w.fcb, N, C, 4 * C);
             Backend::matmul_forward(scratch_c, C, a.gelu, w.fcprojw, w.fcprojb, N, 4 * C, C);
             // The block's residual and the next block's first LayerNorm (after the last block: the final one) in one
             // pass.
@@ -269,15 +271,21 @@ class Model {
         Backend::matmul_forward(out, Vp, x, params.wte, nullptr, rows, config.channels, Vp);
     }
 
-    // dlogits -> gradients, added to what is there
-    void backward(int B, int T) {
+    // dlogits -> gradients; with accumulate they are added to what is there, else (a step's first micro-step) they take
+    // its place: the products overwrite, and only what is summed over rows has to start at zero
+    void backward(int B, int T, bool accumulate) {
         const int C = config.channels, N = B * T, H = config.heads, L = config.layers, Vp = config.padded_vocab();
+        if (!accumulate) {
+            Backend::zero(grads.wpe, size_t(config.seq_len) * C * sizeof(float));
+            float* vectors = grads.layers[0].ln1w;  // lie together, from the first LayerNorm's to the last
+            Backend::zero(vectors, (grads.lnfb + C - vectors) * sizeof(float));
+        }
         Backend::matmul_backward_input(scratch_c, logits, params.wte, N, C, Vp);
-        Backend::matmul_backward_weight(grads.wte, logits, Vp, lnf, N, C, Vp);
-        // dresidual (N,C): the gradient of the residual stream, which LayerNorm's backward adds to all the way down
-        Backend::zero(dresidual, size_t(N) * C * sizeof(real));
-        Backend::layernorm_backward(dresidual, grads.lnfw, grads.lnfb, scratch_c, acts[L - 1].residual3, params.lnfw,
-                                    lnf_mean, lnf_rstd, N, C, partials);
+        Backend::matmul_backward_weight(grads.wte, logits, Vp, lnf, N, C, Vp, accumulate);
+        // dresidual (N,C): the gradient of the residual stream, which LayerNorm's backward adds to all the way down.
+        // Its column sums are the bias gradient of the projection that was added to the stream just before.
+        Backend::layernorm_backward(dresidual, grads.lnfw, grads.lnfb, grads.layers[L - 1].fcprojb, nullptr, scratch_c,
+                                    acts[L - 1].residual3, params.lnfw, lnf_mean, lnf_rstd, N, C, partials);
         for (int l = L - 1; l >= 0; l--) {
             const auto& w = params.layers[l];
             const auto& dw = grads.layers[l];
@@ -289,28 +297,31 @@ class Model {
                 Backend::gelu_forward(a.gelu, a.fc, size_t(N) * 4 * C);
                 Backend::layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, w.ln2w, w.ln2b, N, C);
             }
-            Backend::matmul_backward_weight(dw.fcprojw, dresidual, C, a.gelu, N, 4 * C, C);
-            Backend::bias_backward(dw.fcprojb, dresidual, N, C, partials);
-            Backend::matmul_backward_input(dfc, dresidual, w.fcprojw, N, 4 * C, C);
-            Backend::gelu_backward(dfc, dfc, a.fc, size_t(N) * 4 * C);
-            Backend::matmul_backward_weight(dw.fcw, dfc, 4 * C, a.ln2, N, C, 4 * C);
+            Backend::matmul_backward_weight(dw.fcprojw, dresidual, C, a.gelu, N, 4 * C, C, accumulate);
+            Backend::matmul_backward_input_gelu(dfc, dresidual, w.fcprojw, a.fc, N, 4 * C, C);
+            Backend::matmul_backward_weight(dw.fcw, dfc, 4 * C, a.ln2, N, C, 4 * C, accumulate);
             Backend::bias_backward(dw.fcb, dfc, N, 4 * C, partials);
             Backend::matmul_backward_input(scratch_c, dfc, w.fcw, N, C, 4 * C);
-            Backend::layernorm_backward(dresidual, dw.ln2w, dw.ln2b, scratch_c, a.residual2, w.ln2w, a.ln2_mean,
-                                        a.ln2_rstd, N, C, partials);
+            Backend::layernorm_backward(dresidual, dw.ln2w, dw.ln2b, dw.attprojb, dresidual, scratch_c, a.residual2,
+                                        w.ln2w, a.ln2_mean, a.ln2_rstd, N, C, partials);
             // attention
-            Backend::matmul_backward_weight(dw.attprojw, dresidual, C, a.att, N, C, C);
-            Backend::bias_backward(dw.attprojb, dresidual, N, C, partials);
+            Backend::matmul_backward_weight(dw.attprojw, dresidual, C, a.att, N, C, C, accumulate);
             Backend::matmul_backward_input(scratch_c, dresidual, w.attprojw, N, C, C);
             Backend::attention_backward(dqkv, delta, scratch_c, a.qkv, a.att, a.lse, B, T, C, H);
             if (recompute)
                 Backend::layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual_in(l), w.ln1w, w.ln1b, N, C);
-            for (int i = 0; i < 3; i++)  // dQ, dK, dV go where their owners want them
-                Backend::matmul_backward_weight(dw.qkvw[i], dqkv + i * C, 3 * C, a.ln1, N, C, C);
+            // dQ, dK, dV go where their owners want them. One rank has them side by side. With more, three products
+            // also where they are neighbours: the same bits whoever owns what.
+            if (world.size == 1)
+                Backend::matmul_backward_weight(dw.qkvw[0], dqkv, 3 * C, a.ln1, N, C, 3 * C, accumulate);
+            else
+                for (int i = 0; i < 3; i++)
+                    Backend::matmul_backward_weight(dw.qkvw[i], dqkv + i * C, 3 * C, a.ln1, N, C, C, accumulate);
             Backend::bias_backward(dw.qkvb, dqkv, N, 3 * C, partials);
-            Backend::matmul_backward_input(scratch_c, dqkv, packed_qkv(w.qkvw), N, C, 3 * C);
-            Backend::layernorm_backward(dresidual, dw.ln1w, dw.ln1b, scratch_c, residual_in(l), w.ln1w, a.ln1_mean,
-                                        a.ln1_rstd, N, C, partials);
+            Backend::matmul_backward_input(scratch_c, dqkv, qkvw(l), N, C, 3 * C);
+            Backend::layernorm_backward(dresidual, dw.ln1w, dw.ln1b, l > 0 ? grads.layers[l - 1].fcprojb : nullptr,
+                                        dresidual, scratch_c, residual_in(l), w.ln1w, a.ln1_mean, a.ln1_rstd, N, C,
+                                        partials);
         }
         Backend::embedding_backward(grads.wte, grads.wpe, dresidual, inputs, order, B, T, C);
     }
@@ -327,6 +338,7 @@ class Model {
         float *ln2_mean, *ln2_rstd;  // (N)
         real *fc, *gelu;             // (N,4C)
         real* residual3;             // (N,C) the residual stream after the MLP
+        real* qkvw;                  // (3C,C) the weights of Q, K and V together, where the parameters have them apart
     };
     std::vector<Activations> acts;
     real* encoded;                 // (N,C)
@@ -335,16 +347,21 @@ class Model {
     real *scratch_c, *scratch_4c;  // (N,C), (N,4C)
     float* delta;                  // (B,H,T) scratch of the attention backward
     float* partials;               // partial sums of layernorm_backward and bias_backward
-    real* qkvw_scratch;            // (3C,C)
 
     const real* residual_in(int l) const { return l == 0 ? encoded : acts[l - 1].residual3; }
 
-    // Q, K and V as one (3C,C) matrix for one product: in place where they are neighbours, else copied together.
-    const real* packed_qkv(real* const qkvw[3]) {
+    // The weights of Q, K and V as one (3C,C) matrix for one product: in place where they are neighbours, else the copy
+    // that the forward pass makes for itself and for the backward.
+    bool qkv_apart(int l) const {
+        real* const* w = params.layers[l].qkvw;
         const size_t square = size_t(config.channels) * config.channels;
-        if (qkvw[1] == qkvw[0] + square && qkvw[2] == qkvw[1] + square) return qkvw[0];
-        for (int i = 0; i < 3; i++) Backend::copy(qkvw_scratch + i * square, qkvw[i], square * sizeof(real));
-        return qkvw_scratch;
+        return w[1] != w[0] + square || w[2] != w[1] + square;
+    }
+    const real* qkvw(int l) const { return qkv_apart(l) ? acts[l].qkvw : params.layers[l].qkvw[0]; }
+    void pack_qkv(int l) {
+        const size_t square = size_t(config.channels) * config.channels;
+        for (int i = 0; i < 3 && qkv_apart(l); i++)
+            Backend::copy(acts[l].qkvw + i * square, params.layers[l].qkvw[i], square * sizeof(real));
     }
 
     Arena activations(int B) {
@@ -358,6 +375,7 @@ class Model {
             arena.add(a.ln1_mean, N), arena.add(a.ln1_rstd, N), arena.add(a.ln2_mean, N), arena.add(a.ln2_rstd, N);
             arena.add(a.qkv, N * 3 * C), arena.add(a.att, N * C), arena.add(a.lse, rows);
             arena.add(a.residual2, N * C), arena.add(a.fc, N * 4 * C), arena.add(a.residual3, N * C);
+            if (qkv_apart(l)) arena.add(a.qkvw, 3 * C * C);
             const bool shared = recompute && l > 0;
             if (!shared) arena.add(a.ln1, N * C), arena.add(a.ln2, N * C), arena.add(a.gelu, N * 4 * C);
         }
@@ -367,7 +385,6 @@ class Model {
             arena.add(delta, rows);
         arena.add(partials,
                   std::max(Backend::layernorm_scratch_floats(int(C)), Backend::bias_scratch_floats(int(4 * C))));
-        arena.add(qkvw_scratch, 3 * C * C);
         return arena;
     }
 };
@@ -445,9 +462,31 @@ __attribute__((format(printf, 1, 2))) inline void say(const char* format, ...) {
         fail("cannot write to the standard output: %s", strerror(errno));
 }
 
-// ---- Run: what it is made of ----------------------------------------------------------------------------------------
-// All that can be known, and refused, before the device is touched and the model is allocated.
+// A file as ranks compare it: name, size, and a checksum of a sample that has its first and its last bytes (a shard's
+// header, the checksums of a checkpoint). A file of another run, another version or cut short shows; a single changed
+// byte need not.
+inline std::string describe_file(const std::string& path) {
+    constexpr size_t kBlock = 4096, kBlocks = 9;
+    const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    struct stat info = {};
+    if (fd < 0 || fstat(fd, &info) != 0) return strprintf("%s: %s", path.c_str(), strerror(errno));
+    Checksum checksum;
+    char block[kBlock];
+    const size_t bytes = size_t(info.st_size), last = bytes > kBlock ? bytes - kBlock : 0;
+    for (size_t i = 0; i < kBlocks; i++) {
+        memset(block, 0, kBlock);
+        if (pread(fd, block, kBlock, off_t(last * i / (kBlocks - 1))) < 0)
+            break;  // whoever reads it later will say why
+        checksum.update(block, kBlock);
+    }
+    close(fd);
+    return strprintf("%s of %zu bytes with content %016" PRIx64, path.substr(path.rfind('/') + 1).c_str(), bytes,
+                     checksum.value());
+}
 
+// ---- Run: what it is made of ----------------------------------------------------------------------------------------
+
+// All that can be known, and refused, before the device is touched and the model is allocated.
 struct Run {
     const Options options;
     const std::unique_ptr<Shards> train, val;    // val: null without --val
@@ -465,8 +504,7 @@ struct Run {
           train(new Shards(options.train, options.seq_len)),
           val(options.val.empty() ? nullptr : new Shards(options.val, options.seq_len)),
           tokenizer(find_tokenizer()),
-          source(is_checkpoint(options.model) ? new Checkpoint(options.model) : nullptr),
-          config(model_config(options, find_vocab())),
+          config(agreed_config()),
           total_batch(find_total_batch()),
           accumulation(int(total_batch / (int64_t(options.batch) * options.seq_len * world.size))),
           eval_windows(find_eval_windows()) {
@@ -475,7 +513,10 @@ struct Run {
                  tokenizer->vocab);
         if (options.vocab > 0 && options.vocab != config.vocab)
             fail("--vocab %d contradicts the %d of checkpoint %s", options.vocab, config.vocab, options.model.c_str());
-        if (source) check_model(*source);
+        if (is_checkpoint(options.model)) {
+            source.reset(new Checkpoint(options.model));
+            check_model(*source);
+        }
         if (!options.out.empty()) prepare_directory();
         const std::string checkpoint = find_resume();
         if (checkpoint.empty()) return;
@@ -512,11 +553,36 @@ struct Run {
     }
 
   private:
+    // All that lie beside the shards must be the same.
     std::unique_ptr<Tokenizer> find_tokenizer() const {
-        const std::string path = directory_of(train->paths()[0]) + "/tokenizer.bin";
-        struct stat info;  // lstat: a link to nothing is a tokenizer that is lost, not none
-        const bool none = lstat(path.c_str(), &info) != 0 && errno == ENOENT;
-        return std::unique_ptr<Tokenizer>(none ? nullptr : new Tokenizer(path));
+        std::set<std::string> directories;
+        for (const Shards* shards : {train.get(), val.get()})
+            for (size_t i = 0; shards && i < shards->paths().size(); i++)
+                directories.insert(directory_of(shards->paths()[i]));
+        std::unique_ptr<Tokenizer> found;
+        std::string first;
+        for (const std::string& directory : directories) {
+            const std::string path = directory + "/tokenizer.bin";
+            struct stat info;  // lstat: a link to nothing is a tokenizer that is lost, not none
+            if (lstat(path.c_str(), &info) != 0 && errno == ENOENT) continue;
+            std::unique_ptr<Tokenizer> tokenizer(new Tokenizer(path));
+            if (found && found->identity != tokenizer->identity)
+                fail("%s and %s differ: shards of one run must be of one tokenizer", first.c_str(), path.c_str());
+            if (!found) first = path, found = std::move(tokenizer);
+        }
+        return found;
+    }
+
+    // All ranks have found the same data, tokenizer and model.
+    ModelConfig agreed_config() const {
+        std::string facts;
+        for (const auto& [name, shards] : {std::pair{"train", train.get()}, std::pair{"val", val.get()}})
+            for (size_t i = 0; shards && i < shards->paths().size(); i++)
+                facts += strprintf("%s shard %s\n", name, describe_file(shards->paths()[i]).c_str());
+        facts += strprintf("tokenizer %s\n", tokenizer ? tokenizer->identity.c_str() : "none");
+        if (is_checkpoint(options.model)) facts += "--model " + describe_file(options.model);
+        require_same(facts);
+        return model_config(options, find_vocab());
     }
 
     int find_vocab() const { return options.vocab > 0 ? options.vocab : tokenizer ? tokenizer->vocab : 50257; }
@@ -579,7 +645,9 @@ struct Run {
             if (path.empty())
                 say("--resume auto: no checkpoint in %s yet, starting from step 1\n", options.out.c_str());
         }
-        if (!path.empty()) say("resuming from %s\n", path.c_str());
+        if (path.empty()) return path;
+        require_same("checkpoint " + describe_file(path));
+        say("resuming from %s\n", path.c_str());
         return path;
     }
 
@@ -639,9 +707,7 @@ struct Run {
     }
 };
 
-// ---- RunState: weights and optimizer state in a checkpoint
-// ------------------------------------------------------------ A checkpoint holds whole tensors by name, so it knows
-// neither ranks nor owners: fp32 weights as "h.0.mlp.c_fc.weight", the optimizer's state with a prefix.
+// ---- RunState: weights and optimizer state in a checkpoint ----------------------------------------------------------
 
 // Waits, outside of steps, until the device has done all that was enqueued. Collectives may be among it, so this polls
 // with the ranks' deadline like every other wait.
@@ -652,6 +718,8 @@ void finish(const char* what) {
     wait_until([&] { return reached.done(); }, what);
 }
 
+// A checkpoint holds whole tensors by name, so it knows neither ranks nor owners: fp32 weights as
+// "h.0.mlp.c_fc.weight", the optimizer's state with a prefix.
 template <class Backend>
 class RunState {
     const Run& run;
@@ -699,7 +767,10 @@ class RunState {
                 });
             }
         }
-        if (with_state) optimizer.steps_done = meta_number(checkpoint, "optimizer_steps");
+        if (!with_state) return;
+        const int64_t updates = meta_number(checkpoint, "optimizer_steps");
+        Backend::upload(optimizer.updates, &updates, sizeof updates);
+        Backend::synchronize();
     }
 
   public:
@@ -733,7 +804,10 @@ class RunState {
                 if (tensors[t].decays()) info.shape = {tensors[t].stored_rows, tensors[t].cols};
                 table.push_back(info);
             }
-        const Meta meta = run.meta(step, optimizer.steps_done);
+        int64_t updates = 0;
+        Backend::download(&updates, optimizer.updates, sizeof updates);
+        finish<Backend>("a checkpoint");
+        const Meta meta = run.meta(step, updates);
         const std::string& out = run.options.out;
         std::unique_ptr<CheckpointWriter> writer;  // rank 0's
         while_others_wait([&] { writer.reset(new CheckpointWriter(out, step, meta, table)); });
@@ -757,8 +831,7 @@ class RunState {
     }
 };
 
-// ---- Evaluation
-// -------------------------------------------------------------------------------------------------------
+// ---- Evaluation -----------------------------------------------------------------------------------------------------
 
 // The mean loss over the first --eval_tokens tokens of the validation files, in whole windows, in their order. The
 // ranks have equal shares, give or take a window: neither ranks nor --batch change what is read.
@@ -801,8 +874,7 @@ class Evaluator {
     }
 };
 
-// ---- Samples
-// ----------------------------------------------------------------------------------------------------------
+// ---- Samples --------------------------------------------------------------------------------------------------------
 
 // Text from the model, token by token, each from a forward pass over what is there (no cache of keys and values: short
 // samples, short code). Randomness is a function of seed, step and position. All ranks write the same sample and rank 0
@@ -819,9 +891,12 @@ std::string sample(const Run& run, Model<Backend>& model, int64_t step) {
     std::string written;
     for (int64_t i = 0; i < options.sample_tokens; i++) {
         const int T = int(std::min<size_t>(tokens.size(), size_t(run.config.seq_len)));
-        Backend::upload(model.inputs, tokens.data() + tokens.size() - T, T * sizeof(int));
+        // Padded, so that few shapes of products occur. What stands there does not matter: no position sees later ones.
+        std::vector<int> window(tokens.end() - T, tokens.end());
+        window.resize(std::min(round_up(T, 64), run.config.seq_len));
+        Backend::upload(model.inputs, window.data(), window.size() * sizeof(int));
         finish<Backend>("a sample");
-        model.forward(model.inputs, 1, T);
+        model.forward(model.inputs, 1, int(window.size()));
         model.head(model.logits, model.lnf + size_t(T - 1) * run.config.channels, 1);
         Backend::download(row.data(), model.logits, row.size() * sizeof(real));
         finish<Backend>("a sample");
@@ -842,8 +917,7 @@ std::string sample(const Run& run, Model<Backend>& model, int64_t step) {
     return printable(written);
 }
 
-// ---- StepRecord and StepLog: what a step leaves behind
-// ----------------------------------------------------------------
+// ---- StepRecord and StepLog: what a step leaves behind --------------------------------------------------------------
 
 inline std::string number(const char* format, double x) {
     return std::isfinite(x) ? strprintf(format, x) : std::isnan(x) ? "nan" : x > 0 ? "inf" : "-inf";
@@ -951,8 +1025,7 @@ class StepLog {
     StepLog(const StepLog&) = delete;
 };
 
-// ---- The training loop
-// --------------------------------------------------------------------------------------------------
+// ---- The training loop ----------------------------------------------------------------------------------------------
 
 template <class Backend>
 class Trainer {
@@ -969,8 +1042,8 @@ class Trainer {
     // What the device leaves for the host at the end of a step. The host reads it one step later, so it never waits
     // inside a step; two slots, used in turn.
     struct Stats {
-        double loss;    // the sum of the losses over all tokens and ranks
-        float clip[2];  // scale, norm
+        double loss, stopping;  // sums over all ranks: of the losses, of those that are asked to stop
+        float clip[2];          // scale, norm
     };
     struct Slot {
         Event begin, optimizer_begin, end;  // of the step's work on the device
@@ -982,8 +1055,10 @@ class Trainer {
         double lr = 0;
     };
     Slot slots[2];
-    double* loss_sum;     // device
-    int64_t skipped = 0;  // updates skipped in a row
+    double* sums;           // [2] device: loss, stopping
+    double* host_stopping;  // [2] pinned, by slot
+    bool stopping = false;  // some rank was asked to stop, and all know
+    int64_t skipped = 0;    // updates skipped in a row
     double mean_ms = 0;
 
   public:
@@ -997,33 +1072,43 @@ class Trainer {
         check_memory();
         model.allocate(options.batch);
         if (run.val) evaluator.reset(new Evaluator<Backend>(run, model));
-        loss_sum = static_cast<double*>(Backend::alloc(sizeof(double), "the sum of losses"));
+        sums = static_cast<double*>(Backend::alloc(2 * sizeof(double), "sums"));
+        host_stopping = static_cast<double*>(Backend::alloc_host(2 * sizeof(double)));
         for (Slot& slot : slots) {
             slot.host = static_cast<Stats*>(Backend::alloc_host(sizeof(Stats)));
             if (options.profile) slot.marks = std::vector<Event>(optimizer.phase_calls());
         }
     }
 
-    void train() {
+    // Returns the exit code: 0, or 128 + the signal that asked it to stop before its last step.
+    int train() {
         state.start();
         print_table();
         if (run.first_step >= options.steps) {
             say("the run is at step %" PRId64 " of %" PRId64
                 ": nothing left to do (--steps is the total, also after a resume)\n",
                 run.first_step, options.steps);
-            return;
+            return 0;
         }
         DataLoader loader(*run.train, run.config.vocab, uint64_t(options.seed), options.batch, world.rank, world.size,
                           run.accumulation, uint64_t(run.first_step), Backend::alloc_host);
         Event uploaded[3];  // as many batches as the loader keeps: a batch is refilled only after its upload
+        if (options.tune) {
+            Backend::tune([&] {
+                model.forward(model.inputs, options.batch, options.seq_len);
+                model.loss(options.batch, options.seq_len, 1.0f / float(run.total_batch), true);
+                model.backward(options.batch, options.seq_len, false);
+            });
+            finish<Backend>("the products to be timed");
+        }
         int64_t micro_steps = 0;
         typename Backend::EnqueueDeadline deadline;
+        note_stop_signals();
         for (int64_t step = run.first_step + 1; step <= options.steps; step++) {
             Slot& slot = slots[step % 2];
             const size_t tokens = size_t(options.batch) * options.seq_len;
             slot.begin.record();
-            Backend::zero(optimizer.grads, optimizer.plan.arena * sizeof(float));
-            Backend::zero(loss_sum, sizeof(double));
+            Backend::zero(sums, 2 * sizeof(double));
             for (int m = 0; m < run.accumulation; m++, micro_steps++) {
                 // The host stays at most two micro-steps ahead; the device never waits for it.
                 if (micro_steps >= 2)
@@ -1037,8 +1122,8 @@ class Trainer {
                 // The loss is the mean over all tokens of the step, whoever has them, so plain sums over micro-steps
                 // and ranks give the gradient.
                 model.loss(options.batch, options.seq_len, 1.0f / float(run.total_batch), true);
-                Backend::sum_losses(loss_sum, model.losses, int(tokens));
-                model.backward(options.batch, options.seq_len);
+                Backend::sum_losses(sums, model.losses, int(tokens));
+                model.backward(options.batch, options.seq_len, m > 0);
             }
             slot.optimizer_begin.record();
             const double share = schedule(options, step),
@@ -1051,8 +1136,10 @@ class Trainer {
                 slot.phases.push_back(phase);
             });
             slot.end.record();
-            Backend::all_reduce(loss_sum, 1);
-            Backend::download(&slot.host->loss, loss_sum, sizeof(double));
+            host_stopping[step % 2] = stop_signal != 0;
+            Backend::upload(&sums[1], &host_stopping[step % 2], sizeof(double));
+            Backend::all_reduce(sums, 2);
+            Backend::download(&slot.host->loss, sums, 2 * sizeof(double));
             Backend::download(slot.host->clip, optimizer.clip, 2 * sizeof(float));
             slot.read.record();
             slot.step = step;
@@ -1068,12 +1155,15 @@ class Trainer {
                 report(slot);
                 say("--- sample at step %" PRId64 "\n%s\n---\n", step, sample(run, model, step).c_str());
             }
-            if (!options.out.empty() && due(options.save_every)) {
+            // All ranks read in the same place that one of them is to stop, so they stop after the same step.
+            if (!options.out.empty() && (stopping || due(options.save_every))) {
                 report(slot);
-                save(step, last);
+                save(step, last || stopping);
             }
-            if (last) report(slot);
+            if (last || stopping) report(slot);
+            if (stopping && !last) return stopped(step);
         }
+        return 0;
     }
 
   private:
@@ -1125,10 +1215,21 @@ class Trainer {
     }
 
     // A step that was skipped changed nothing, and must not push out what was saved before the trouble.
-    void save(int64_t step, bool last) {
-        if (skipped > 0 && !last) return say("not saved: the update was skipped\n");
+    void save(int64_t step, bool ends) {
+        if (skipped > 0 && !ends) return say("not saved: the update was skipped\n");
         state.save(step, skipped == 0 ? options.keep : std::numeric_limits<int64_t>::max());
         log.saved();
+    }
+
+    // The line and the exit code of a run that was asked to stop. Not every rank need have received the signal.
+    int stopped(int64_t step) {
+        int number = 0;
+        for (const std::string& received : gather_host(std::to_string(stop_signal)))
+            number = std::max(number, atoi(received.c_str()));
+        say("stopped after step %" PRId64 " of %" PRId64 " by signal %d (%s): %s\n", step, options.steps, number,
+            strsignal(number),
+            options.out.empty() ? "nothing is saved without --out" : "--resume auto goes on from here");
+        return 128 + number;
     }
 
     // Prints and logs a step once the device has finished it; does nothing for a slot that is empty or already
@@ -1141,6 +1242,7 @@ class Trainer {
         say("%s\n", step.printed().c_str());
         log.write(step.json());
         slot.step = 0;
+        stopping = stopping || slot.host->stopping > 0;
         skipped = skip ? skipped + 1 : 0;
         if (skipped == 10)
             fail(
@@ -1193,9 +1295,9 @@ class Trainer {
 
 #ifndef TRAIN_GPT_NO_MAIN
 
-// What this binary was built with, for `--version` and for bug reports.
-inline void print_version() {
-    std::string parts = "cpu";
+// What this binary was built with, for `--version`, for bug reports, and to tell two programs apart.
+inline std::string version() {
+    std::string parts = "train_gpt: cpu";
 #ifdef HAVE_CBLAS
     parts += " blas";
 #endif
@@ -1211,23 +1313,33 @@ inline void print_version() {
 #ifdef USE_MPI
     parts += " mpi";
 #endif
-    printf("train_gpt: %s\n", parts.c_str());
+    return parts;
+}
+
+// What the ranks of a run must have in common before any of them looks at data, one fact a line.
+inline std::string program_and_flags(const Options& options) {
+    std::string facts = version();
+    for (const Flag& flag : flag_table())
+        if (flag.name != std::string("rank_timeout"))  // each waits for the others as long as it likes
+            facts += strprintf("\n--%s %s", flag.name, flag_value(flag, options).c_str());
+    return facts;
 }
 
 template <class Backend>
-void train(const Options& options) {
+int train(const Options& options) {
     const Run run(options);
     Backend::start(world);
-    Trainer<Backend>(run).train();
+    const int exit_code = Trainer<Backend>(run).train();
     Backend::stop();
+    return exit_code;
 }
 
 // auto: the GPU if there is one. All ranks must come to the same answer as rank 0, or they would wait for each other in
-// different collectives.
-inline bool use_cuda(const Options& options) {
+// different collectives. gpus: how many this process must see.
+inline bool use_cuda(const Options& options, [[maybe_unused]] int gpus = 1) {
     if (options.device == "cpu") return false;
 #ifdef __CUDACC__
-    const std::string why = Cuda::unavailable();
+    const std::string why = Cuda::unavailable(gpus);
     if (why.empty()) return true;
     if (options.device == "cuda" || options.gpus > 0)
         fail("no GPU can be used: %s; --device cpu trains without one", why.c_str());
@@ -1243,7 +1355,7 @@ inline void print_what_is_asked(const Options& given) {
     if (given.help) {
         print_help(stdout);
     } else if (given.version) {
-        print_version();
+        puts(version().c_str());
     } else if (world.rank == 0) {
         const Options options = with_checkpoint_sizes(given);
         const ModelConfig config = model_config(options, options.vocab > 0 ? options.vocab : 50257);
@@ -1262,11 +1374,13 @@ inline void keep_standard_streams() {
 }
 
 int main(int argc, char** argv) {
+    signal(SIGXFSZ, SIG_IGN);  // a write past the limit of file sizes (ulimit -f) then fails, and says so
     try {
         keep_standard_streams();
         const Options options = parse_flags(argc, argv);
         if (options.help || options.version || options.print_plan) return print_what_is_asked(options), 0;
-        start_ranks(argv, options.gpus, options.rank_timeout);
+        start_ranks(argv, options.gpus, options.rank_timeout, [&] { use_cuda(options, options.gpus); });
+        require_same(program_and_flags(options));
 #ifdef __CUDACC__
         const bool cuda = use_cuda(options);
         bool first_rank = cuda;
@@ -1274,13 +1388,13 @@ int main(int argc, char** argv) {
         if (cuda != first_rank)
             fail("rank 0 uses a %s and this rank a %s: give every machine a GPU that works, or pass --device cpu",
                  first_rank ? "GPU" : "CPU", cuda ? "GPU" : "CPU");
-        if (cuda) train<Cuda>(options);
-        else train<Cpu>(options);
+        const int exit_code = cuda ? train<Cuda>(options) : train<Cpu>(options);
 #else
         use_cuda(options);
-        train<Cpu>(options);
+        const int exit_code = train<Cpu>(options);
 #endif
         stop_ranks();
+        return exit_code;
     } catch (const Error& error) {
         fail_ranks(error.what(), error.exit_code);
     } catch (const std::bad_alloc&) {
@@ -1288,7 +1402,6 @@ int main(int argc, char** argv) {
     } catch (const std::exception& error) {
         fail_ranks(strprintf("unexpected: %s", error.what()).c_str(), 1);
     }
-    return 0;
 }
 
 #endif

@@ -91,8 +91,12 @@ static void check_collectives() {
 }
 
 static void check_broadcast_host() {
-    auto broadcast = [](void* x, size_t bytes, int) { broadcast_host(x, bytes); };
-    for (size_t bytes : {0, 1, 128, 4000, 4001, 100000}) check_broadcast(bytes, 0, broadcast);
+    for (int root = 0; root < world.size; root++)
+        for (size_t bytes : {0, 1, 128, 4000, 4001, 100000}) check_broadcast(bytes, root, broadcast_host);
+    auto text = [](int rank) { return std::string(rank == 1 ? 0 : 3000 * rank + 1, char('a' + rank)); };
+    const std::vector<std::string> texts = gather_host(text(world.rank));
+    expect(int(texts.size()) == world.size, "gather_host: as many texts as ranks");
+    for (int rank = 0; rank < world.size; rank++) expect(texts[rank] == text(rank), "gather_host");
 }
 
 // Ten steps on gradients that do not depend on the number of ranks: of each element one rank holds all, the others
@@ -198,6 +202,14 @@ static void work(const std::string& job) {
         return;
     }
     if (job == "updates") return check_updates();
+    if (job == "same" || job == "other_fact" || job == "fewer_facts") {
+        std::string facts = "build 1\n--batch 4\n--lr 0.1";
+        if (chosen && job == "other_fact") facts = "build 1\n--batch 8\n--lr 0.1";
+        if (chosen && job == "fewer_facts") facts = "build 1\n--batch 4";
+        require_same(facts);
+        if (world.rank == 0) printf("the ranks agree\n");
+        return;
+    }
     if (job == "slow_disk") {  // longer than the others would wait for a collective
         bool done = false;
         while_others_wait([&] { sleep_seconds(2.5 * world.timeout), done = true; });
@@ -205,7 +217,21 @@ static void work(const std::string& job) {
         if (world.rank == 0) printf("the disk was slow\n");
         while_others_wait([] { fail("the disk is full"); });
     }
-    keep_busy(100);  // under way
+    if (job == "stop_signal" || job == "long_step") note_stop_signals();
+    keep_busy(100);              // under way
+    if (job == "stop_signal") {  // all agree each round, as the trainer does each step
+        if (world.rank == 0) printf("parent %d\n", int(getppid())), fflush(stdout);
+        for (int stopping = 0; !stopping; sleep_seconds(0.001))
+            for (const std::string& text : gather_host(std::to_string(stop_signal))) stopping |= atoi(text.c_str());
+        sleep_seconds(1.5);  // saves
+        if (world.rank == 0) printf("saved\n"), fflush(stdout);
+        stop_ranks();
+        exit(128 + SIGUSR1);
+    }
+    if (job == "long_step") {
+        printf("pid %d\n", int(getpid()));
+        fflush(stdout);
+    }
     if (job == "pids") {
         printf("pid %d\n", int(getpid()));
         fflush(stdout);
@@ -303,6 +329,23 @@ TEST_CASE("the environment says who we are") {
     for (const char* name : names) unsetenv(name);
 }
 
+TEST_CASE("ranks that share a GPU are named, and it; others are not, whatever number it has on their machine") {
+    const std::string a = "GPU-0a (0000:17:00.0 on node1)", b = "GPU-0b (0000:18:00.0 on node1)",
+                      c = "GPU-0c (0000:17:00.0 on node2)", a_elsewhere = "GPU-0a (0000:01:00.0 on container)";
+    CHECK(shared_device({a}) == "");
+    CHECK(shared_device({a, b, c}) == "");
+    CHECK(shared_device({a, c, b, c}) == "ranks 1 and 3 share GPU " + c);
+    CHECK(shared_device({b, b, b}) == "ranks 0 and 1 share GPU " + b);
+    CHECK(shared_device({b, a, c, a_elsewhere}) == "ranks 1 and 3 share GPU " + a_elsewhere);
+}
+
+TEST_CASE("the first difference of two texts") {
+    using Pair = std::pair<std::string, std::string>;
+    CHECK(first_difference("a\nb\nc", "a\nx\ny") == Pair("b", "x"));
+    CHECK(first_difference("a\nb", "a") == Pair("b", "nothing"));
+    CHECK(first_difference("", "a") == Pair("nothing", "a"));
+}
+
 TEST_CASE("one process: every collective is a no-op") {
     check_collectives();
     check_broadcast_host();
@@ -373,6 +416,20 @@ TEST_CASE("mpirun: an error of one rank ends the run, one that all meet is said 
     o = mpirun(3, "all_error");
     CHECK(o.code != 0);
     CHECK(o.count("no such file") == 1);
+}
+
+TEST_CASE("ranks that were given different things are refused, with what and who") {
+    for (bool by_mpirun : {true, false}) {
+        auto start = [&](const char* job) { return by_mpirun ? mpirun(3, job) : gpus(3, job); };
+        CHECK(start("same").output == "the ranks agree\n");
+        const Outcome other = start("other_fact"), fewer = start("fewer_facts");
+        INFO(other.output, fewer.output);
+        CHECK(other.code == 2);
+        CHECK(other.says("train_gpt: rank 0: rank 0 has --batch 4, rank 2 has --batch 8: give"));
+        CHECK(other.count("train_gpt: ") == 1);
+        CHECK(fewer.code == 2);
+        CHECK(fewer.says("train_gpt: rank 0: rank 0 has --lr 0.1, rank 2 has nothing: give"));
+    }
 }
 
 TEST_CASE("mpirun: rank 0 may take long over a disk") {
@@ -491,10 +548,45 @@ TEST_CASE("--gpus: the ranks end with their parent") {
     }
 }
 
+TEST_CASE("--gpus: ranks that are asked to stop, by their parent or one alone, have the time to save") {
+    for (bool whole_group : {false, true}) {  // Ctrl-C in a terminal reaches parent and ranks: that is one request
+        CAPTURE(whole_group);
+        FILE* pipe = popen(strprintf("exec setsid %s worker stop_signal 3 60", self().c_str()).c_str(), "r");
+        REQUIRE(pipe);
+        int parent = 0;
+        REQUIRE(fscanf(pipe, " parent %d", &parent) == 1);
+        REQUIRE(kill(whole_group ? -parent : parent, SIGUSR1) == 0);
+        char said[100] = "";
+        CHECK(fscanf(pipe, " %99s", said) == 1);
+        CHECK(said == std::string("saved"));
+        const int status = pclose(pipe);
+        CHECK((WIFEXITED(status) && WEXITSTATUS(status) == 128 + SIGUSR1));
+    }
+}
+
+TEST_CASE("--gpus: a second request ends the ranks at once") {
+    FILE* pipe = popen(strprintf("exec %s worker long_step 2 60", self().c_str()).c_str(), "r");
+    REQUIRE(pipe);
+    int pids[2] = {};
+    for (int& pid : pids) REQUIRE(fscanf(pipe, " pid %d", &pid) == 1);
+    FILE* file = fopen(strprintf("/proc/%d/stat", pids[0]).c_str(), "r");
+    REQUIRE(file);
+    int parent = 0;
+    CHECK(fscanf(file, "%*d %*s %*c %d", &parent) == 1);
+    fclose(file);
+    REQUIRE(kill(parent, SIGTERM) == 0);
+    sleep_seconds(1);
+    for (int pid : pids) CHECK(alive(pid));
+    REQUIRE(kill(parent, SIGTERM) == 0);
+    const int status = pclose(pipe);
+    CHECK((WIFEXITED(status) && WEXITSTATUS(status) == 128 + SIGTERM));
+    for (int pid : pids) CHECK(!alive(pid));
+}
+
 int main(int argc, char** argv) {
     if (argc == 5 && argv[1] == std::string("worker")) {  // worker JOB GPUS TIMEOUT
         try {
-            start_ranks(argv, atoi(argv[3]), atof(argv[4]));
+            start_ranks(argv, atoi(argv[3]), atof(argv[4]), [] {});
             work(argv[2]);
             stop_ranks();
             return 0;
@@ -502,7 +594,8 @@ int main(int argc, char** argv) {
             fail_ranks(e.what(), e.exit_code);
         }
     }
-    setenv("OMP_NUM_THREADS", "1", 0);  // for the workers: they share few cores
+    for (int number : kStopSignals) signal(number, SIG_DFL);  // a shell may have had us ignore some of them
+    setenv("OMP_NUM_THREADS", "1", 0);                        // for the workers: they share few cores
     setenv("OPENBLAS_NUM_THREADS", "1", 0);
     return doctest::Context(argc, argv).run();
 }

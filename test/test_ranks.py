@@ -336,9 +336,9 @@ WAITS_EVERYWHERE = [*MODEL, "--batch", 2, "--optimizer", "dmuon", "--val", WORK 
 
 
 def fault(number, rank, launcher, flags=WAITS_EVERYWHERE):
-    """Sends a signal to one rank of a run that is under way: (output, exit code, seconds until the run was over)."""
+    """Sends a signal to one rank of a run that is under way, None: to its launcher: (output, exit code, seconds until
+    the run was over)."""
     ranks = min(3, MANY)
-    rank = min(rank, ranks - 1)
     out = tempfile.mkdtemp(dir=WORK)
     flags = [*flags, "--steps", 1000000, "--rank_timeout", 5, "--out", out]
     with open(out + "/said", "w+") as said:
@@ -352,7 +352,7 @@ def fault(number, rank, launcher, flags=WAITS_EVERYWHERE):
             pids, everyone = processes_below(run.pid)
             expect(sorted(pids) == list(range(ranks)), "%d ranks expected, found %s" % (ranks, pids))
             begin = time.time()
-            os.kill(pids[rank], number)
+            os.kill(run.pid if rank is None else pids[min(rank, ranks - 1)], number)
             try:
                 code = run.wait(timeout=5 + 60)
             except subprocess.TimeoutExpired:
@@ -394,6 +394,21 @@ def test_stopped_rank():
             expect(4 < seconds < 40, "%s: the run ended after %.0f s" % (launcher, seconds))
 
 
+def test_asked_to_stop():
+    """A request to one rank or to the launcher: all finish the same step, save it, say so once."""
+    for launcher in LAUNCHERS:
+        requests = [(signal.SIGTERM, 0), (signal.SIGHUP, 1), (signal.SIGUSR1, None)]
+        if launcher == "gpus":  # mpirun makes of these a SIGTERM, and gives the ranks a second
+            requests += [(signal.SIGTERM, None), (signal.SIGINT, None), (signal.SIGHUP, None)]
+        for number, rank in requests:
+            said, code, seconds = fault(number, rank, launcher, [*MODEL, "--batch", 2])
+            what = "%s: %s to %s: " % (launcher, number.name, "the launcher" if rank is None else "rank %d" % rank)
+            expect(code == 128 + number, what + "exit code %d: %s" % (code, said))
+            expect(said.count("stopped after step") == 1, what + said)
+            step = int(re.search(r"^stopped after step (\d+) of 1000000 by signal %d " % number, said, re.M).group(1))
+            expect("step_%08d.ckpt\n" % step in said, what + "not saved: " + said)
+
+
 def test_stopped_rank_behind_many_launches():
     """A GPU takes about a thousand launches behind a collective that hangs; then launching blocks as well."""
     if DEVICE == "cpu" or MANY == 1:
@@ -411,6 +426,47 @@ def test_both_launchers_agree():
     a = train(MANY, "--optimizer", "dmuon")
     b = train(MANY, "--optimizer", "dmuon", launcher="gpus")
     expect_same_state(a, b, "mpirun against --gpus")
+
+
+def test_ranks_must_be_given_the_same():
+    """A rank with another flag, or that finds other files, is refused with what it has and who it is."""
+    here, there = WORK + "/rank_0", WORK + "/rank_1"
+    data = ["--train", "train_*.bin", "--val", "val.bin"]
+    flags = [*MODEL, *data, "--batch", 2, "--steps", 2, "--total_batch", 4 * SEQ_LEN, "--eval_every", 1]
+
+    def refused(words, *changed, in_there=lambda: None):
+        for directory in (here, there):
+            shutil.rmtree(directory, ignore_errors=True)
+            os.mkdir(directory)
+            for name in ("train_000.bin", "train_001.bin", "val.bin"):
+                shutil.copyfile(WORK + "/source_train.bin", directory + "/" + name)
+        in_there()
+        one = lambda where, *more: ["-n", "1", "-wdir", where, PROGRAM, *[str(flag) for flag in (*flags, *more)]]
+        arguments = ["mpirun", "--allow-run-as-root", "--oversubscribe", *one(here), ":", *one(there, *changed)]
+        if not words:
+            return execute(arguments)
+        said = execute(arguments, code=2)
+        expect(said.count("train_gpt: ") == 1, "not said once: " + said)
+        expect(re.search(words, said), "%s: %s" % (words, said))
+
+    def change_a_token():
+        with open(there + "/train_000.bin", "r+b") as file:
+            file.seek(1024)
+            file.write(b"\1")
+
+    refused(None)
+    refused(None, "--rank_timeout", 100)
+    refused("rank 0 has --batch 2, rank 1 has --batch 1:", "--batch", 1)
+    refused("rank 0 has --seed 1337, rank 1 has --seed 2:", "--seed", 2)
+    refused("rank 0 has --lr 0.003, rank 1 has --lr 0.004:", "--lr", 0.004)
+    refused("rank 0 has --eval_every 1, rank 1 has --eval_every 2:", "--eval_every", 2)
+    refused("rank 0 has --channels %d, rank 1 has --channels 64:" % CHANNELS, "--channels", 64)
+    refused("rank 0 has --train train_..bin, rank 1 has --train train_000.bin:", "--train", "train_000.bin")
+    refused("rank 0 has train shard train_001.bin of [0-9]+ bytes.*, rank 1 has val shard val.bin",
+            in_there=lambda: os.remove(there + "/train_001.bin"))
+    refused("rank 0 has train shard train_000.bin of .* rank 1 has train shard train_000.bin of",
+            in_there=change_a_token)
+    refused("rank 0 has tokenizer none, rank 1 has tokenizer [0-9a-f]{16}:", in_there=lambda: write_tokenizer(there))
 
 
 def test_errors_are_said_once():
@@ -432,6 +488,12 @@ def write_shard():
     with open(WORK + "/source_train.bin", "wb") as file:
         file.write(struct.pack("<256i", 20240520, 1, len(text), *[0] * 253))
         file.write(struct.pack("<%dH" % len(text), *text))
+
+
+def write_tokenizer(directory):
+    with open(directory + "/tokenizer.bin", "wb") as file:
+        file.write(struct.pack("<256i", 20240328, 2, 256, 10, *[0] * 252))
+        file.write(b"".join(bytes([1, byte]) for byte in range(256)))
 
 
 def main():
