@@ -9,6 +9,7 @@
 #include <glob.h>
 
 #include <algorithm>
+#include <cinttypes>
 #include <climits>
 #include <condition_variable>
 #include <cstring>
@@ -59,8 +60,8 @@ struct Shard {
         if (count == 0) broken("holds no tokens");
         const uint64_t expected = kHeaderBytes + count * sizeof(uint16_t);
         if (file.bytes != expected) {
-            broken(strprintf("has %zu bytes, but its header promises %llu tokens, which makes %llu bytes", file.bytes,
-                             (unsigned long long)count, (unsigned long long)expected));
+            broken(strprintf("has %zu bytes, but its header promises %" PRIu64 " tokens, which makes %" PRIu64 " bytes",
+                             file.bytes, count, expected));
         }
     }
 };
@@ -113,8 +114,9 @@ class Shards {
             windows_ += windows_in(shards_.back());
         }
         if (windows_ == 0) {
-            fail("'%s' has too few tokens (%llu in %zu files) for one sequence of %d + 1: lower --seq_len or add text",
-                 pattern.c_str(), (unsigned long long)tokens_, paths_.size(), seq_len);
+            fail("'%s' has too few tokens (%" PRIu64
+                 " in %zu files) for one sequence of %d + 1: lower --seq_len or add text",
+                 pattern.c_str(), tokens_, paths_.size(), seq_len);
         }
     }
 
@@ -140,7 +142,7 @@ class Shards {
             for (uint64_t place = 0; place < kPlaces; place++)
                 add(shard.tokens + (shard.count - length) * place / (kPlaces - 1), length * sizeof(uint16_t));
         }
-        return strprintf("%016llx", (unsigned long long)hash);
+        return strprintf("%016" PRIx64, hash);
     }
 
     // A window (seq_len + 1) as a model reads it: inputs (seq_len), and targets (seq_len), moved on by one token. A
@@ -158,11 +160,11 @@ class Shards {
             uint64_t where = 0;
             while (inputs[where] < vocab && targets[where] < vocab) where++;
             const bool target = inputs[where] < vocab;
-            fail(
-                "token shard %s has token %d at position %llu, outside the vocabulary of %d: was it made with another "
-                "tokenizer, or overwritten? Give --vocab, or make it again with scripts/data.py",
-                shard.file.path.c_str(), target ? targets[where] : inputs[where],
-                (unsigned long long)(uint64_t(window - shard.tokens) + where + target), vocab);
+            fail("token shard %s has token %d at position %" PRIu64
+                 ", outside the vocabulary of %d: was it made with another "
+                 "tokenizer, or overwritten? Give --vocab, or make it again with scripts/data.py",
+                 shard.file.path.c_str(), target ? targets[where] : inputs[where],
+                 uint64_t(window - shard.tokens) + where + target, vocab);
         }
     }
 
@@ -186,7 +188,7 @@ class Shards {
             if (i < windows_in(shard)) return window(shard, i);
             i -= windows_in(shard);
         }
-        fail("internal: window %llu of %llu", (unsigned long long)g, (unsigned long long)windows_);
+        fail("internal: window %" PRIu64 " of %" PRIu64, g, windows_);
     }
 
   private:
@@ -359,7 +361,7 @@ struct Tokenizer {
         if (at != content.size()) broken(strprintf("has %zu bytes after its last token", content.size() - at));
         uint64_t hash = 0;
         for (char c : content) hash = mix(hash + uint8_t(c) + 1);
-        identity = strprintf("%016llx", (unsigned long long)hash);
+        identity = strprintf("%016" PRIx64, hash);
     }
 
     const std::string& decode(int token) const {

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cctype>
 #include <charconv>
+#include <cinttypes>
 #include <climits>
 #include <cstdlib>
 #include <cstring>
@@ -289,7 +290,7 @@ inline void set_flag(Options& options, const Flag& flag, const std::string& text
                 const bool read = error != std::errc::invalid_argument && stop == end;
                 if (!read) usage_fail("--%s '%s' is not a whole number", name, begin);
                 check_range(error == std::errc() && double(number) >= flag.min && double(number) <= flag.max);
-                value = (T)number;
+                value = T(number);
             }
         },
         flag.member);
@@ -356,19 +357,19 @@ inline void check_contradictions(const Options& o, const std::set<std::string>& 
     if (length_known && micro_batch > INT_MAX)
         usage_fail("--batch %d x --seq_len %d is too much: lower one", o.batch, o.seq_len);
     if (length_known && o.total_batch % micro_batch) {
-        usage_fail("--total_batch %lld is not a multiple of --batch %d x --seq_len %d = %lld: the next one is %lld",
-                   (long long)o.total_batch, o.batch, o.seq_len, (long long)micro_batch,
-                   (long long)round_up(o.total_batch, micro_batch));
+        usage_fail("--total_batch %" PRId64 " is not a multiple of --batch %d x --seq_len %d = %" PRId64
+                   ": the next one is %" PRId64,
+                   o.total_batch, o.batch, o.seq_len, micro_batch, round_up(o.total_batch, micro_batch));
     }
     if (o.warmup > o.steps) {
-        usage_fail("--warmup %lld is longer than --steps %lld", (long long)o.warmup, (long long)o.steps);
+        usage_fail("--warmup %" PRId64 " is longer than --steps %" PRId64, o.warmup, o.steps);
     }
     only_with("decay_frac", o.schedule == "wsd", "--schedule wsd");
     const bool falls = o.schedule == "wsd" ? o.decay_frac > 0 : o.schedule != "constant";
     only_with("final_lr_frac", falls, "a --schedule that falls");
     if (o.schedule == "wsd" && double(o.warmup) > double(o.steps) - o.decay_frac * double(o.steps) + 1e-6) {
-        usage_fail("--warmup %lld reaches into the last --decay_frac %g of --steps %lld", (long long)o.warmup,
-                   o.decay_frac, (long long)o.steps);
+        usage_fail("--warmup %" PRId64 " reaches into the last --decay_frac %g of --steps %" PRId64, o.warmup,
+                   o.decay_frac, o.steps);
     }
 
     // muon

@@ -650,9 +650,9 @@ struct GptKernels {
     static unsigned pack_blocks(size_t n) {
         if (n == 0 || n % Pack<real>::size != 0)
             fail("%zu elements do not divide into packs; sizes must be multiples of 8", n);
-        return unsigned(ceil_div(n, size_t(kThreads * Pack<real>::size)));
+        return unsigned(ceil_div(n, size_t(kThreads) * Pack<real>::size));
     }
-    static unsigned quad_blocks(size_t n) { return unsigned(ceil_div(n, size_t(kThreads * kQuad))); }
+    static unsigned quad_blocks(size_t n) { return unsigned(ceil_div(n, size_t(kThreads) * kQuad)); }
 
     static void check_channels(int C) {
         if (C % 8 != 0 || C > kMaxChannels)
