@@ -3,11 +3,15 @@
 
 Needs Python alone; the tests of GPT-2's tokens need tiktoken and its vocabulary, and are skipped without."""
 import contextlib
+import glob
 import gzip
 import http.server
 import importlib.util
 import io
 import lzma
+import os
+import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -128,6 +132,46 @@ class Data(unittest.TestCase):
         self.make(self.dir / "text.txt")
         self.assertEqual(decode(self.out), TEXT)
 
+    def test_good_shards_stay_until_others_are_whole(self):
+        self.make(self.dir / "text.txt")
+        before = {path.name: path.read_bytes() for path in self.out.iterdir()}
+        (self.dir / "empty.txt").write_bytes(b" \n")
+        (self.dir / "cut.xz").write_bytes(lzma.compress(TEXT)[:-500])
+        for source in ("empty.txt", "cut.xz"):
+            self.refused(1, "", f"text:{self.dir}/{source}", "--out", self.out)
+            self.assertEqual({path.name: path.read_bytes() for path in self.out.iterdir()}, before)
+        self.refused(1, "", f"text:{self.dir}/empty.txt", "--out", self.dir / "new")
+        self.assertFalse((self.dir / "new").exists())
+
+    def test_a_damaged_shard_is_made_again(self):
+        self.make(self.dir / "text.txt")
+        for name in ("train_000.bin", "val_000.bin", "tokenizer.bin"):
+            content = bytearray((self.out / name).read_bytes())
+            content[1500] ^= 1
+            (self.out / name).write_bytes(content)
+            self.assertNotIn("is there already", self.make(self.dir / "text.txt").stderr)
+            self.assertEqual(decode(self.out), TEXT)
+        self.assertIn("is there already", self.make(self.dir / "text.txt").stderr)
+
+    def test_manifests_of_another_shape(self):
+        self.make(self.dir / "text.txt")
+        good = (self.out / "manifest.json").read_text()
+        for text in ("", "[]", "7", "null", '{"settings": 1, "files": {}}', '{"settings": {}, "files": ["x"]}',
+                     '{"settings": {}, "files": {"../../x": {}}}', good.replace("{\n", "[", 1), good[:-3], "\xff"):
+            (self.out / "manifest.json").write_text(text, encoding="latin-1")
+            self.make(self.dir / "text.txt")
+            self.assertEqual(decode(self.out), TEXT)
+
+    def test_odd_places(self):
+        os.mkfifo(self.dir / "fifo")
+        self.refused(2, "neither a file nor a directory", f"text:{self.dir}/fifo", "--out", self.out)
+        self.out = self.dir / "a [b]*?"
+        printed = self.make(self.dir / "text.txt").stdout
+        for split, pattern in zip(("train", "val"), shlex.split(printed)[1::2]):
+            self.assertEqual(glob.glob(pattern), [f"{self.out}/{split}_000.bin"])
+        for address in ("http://[", "http://a b/c", "http://x:port/", "http://\u2603..example/x", "https://"):
+            self.refused(2, "is no address", f"text:{address}", "--out", self.dir / "url", "--downloads", self.dir)
+
     def test_errors_are_one_clear_line(self):
         self.refused(2, "no dataset 'shakespeare'", "shakespeare")
         self.refused(2, "no such file", "text:/nowhere/at/all")
@@ -193,6 +237,9 @@ class Download(unittest.TestCase):
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
                 start = 0
+                if test.raw:
+                    self.wfile.write(test.raw.pop(0))
+                    return
                 if test.ranges and "Range" in self.headers:
                     start = int(self.headers["Range"].split("=")[1].rstrip("-"))
                 test.requests.append((self.headers.get("Range"), start))
@@ -207,7 +254,7 @@ class Download(unittest.TestCase):
             def log_message(self, *_):
                 pass
 
-        self.requests, self.give, self.ranges = [], [], True
+        self.requests, self.give, self.ranges, self.raw = [], [], True, []
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         self.addCleanup(server.server_close)
@@ -267,6 +314,30 @@ class Download(unittest.TestCase):
         self.assertEqual(len(self.requests), 1)  # a 404 is an answer: no second try
         self.assertIn("404", self.stderr.getvalue())
         self.assertTrue(self.stderr.getvalue().endswith("can't be had here; these can: austen, text:PATH\n"))
+
+    def test_answers_that_are_no_proper_ones(self):
+        """A server that breaks the protocol: no traceback, and a later try gets it all."""
+        for answer in (b"nonsense\r\n\r\n", b"", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nab",
+                       b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nab",
+                       b"HTTP/1.1 999 Odd\r\n\r\n", b"HTTP/1.1 200\r\n" + b"x: y\r\n" * 200 + b"\r\n"):
+            self.raw = [answer] * 5
+            self.assertEqual(self.fetch(), 1, answer)
+            self.assertIn("can't be had here", self.stderr.getvalue().splitlines()[-1])
+            self.assertNotIn("Traceback", self.stderr.getvalue())
+        self.raw = []
+        shutil.rmtree(self.dir / "downloads")
+        self.assertEqual(self.fetch(), 0)
+        self.assertEqual(decode(self.dir / "out"), TEXT)
+
+    def test_a_length_that_is_no_number(self):
+        self.raw = [b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n" + TEXT]
+        self.assertEqual(self.fetch(), 0)
+        self.assertEqual(decode(self.dir / "out"), TEXT)
+
+    def test_the_query_of_an_address_is_no_suffix(self):
+        self.raw = [b"HTTP/1.1 200 OK\r\n\r\n" + gzip.compress(TEXT)]
+        self.assertEqual(self.fetch("text.gz?download=1"), 0)
+        self.assertEqual(decode(self.dir / "out"), TEXT)
 
     def test_a_wrong_checksum_is_refused(self):
         with contextlib.redirect_stderr(io.StringIO()), self.assertRaisesRegex(data.Unreachable, "not the expected content"):
