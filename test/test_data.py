@@ -8,8 +8,10 @@ import gzip
 import http.server
 import importlib.util
 import io
+import json
 import lzma
 import os
+import re
 import shlex
 import shutil
 import struct
@@ -25,6 +27,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "data.py"
 sys.path.insert(0, str(ROOT / "scripts"))
+import compare  # noqa: E402 (scripts/compare.py)
 import data  # noqa: E402 (scripts/data.py)
 
 TEXT = "".join(f"Line {i} of a text: \u201cna\u00efve\u201d\n\n" for i in range(20000)).encode()
@@ -343,6 +346,67 @@ class Download(unittest.TestCase):
         with contextlib.redirect_stderr(io.StringIO()), self.assertRaisesRegex(data.Unreachable, "not the expected content"):
             data.download(f"{self.url}/text.txt", self.dir / "x", sha256="0" * 64)
         self.assertEqual(list(self.dir.iterdir()), [])
+
+
+class Compare(unittest.TestCase):
+    """scripts/compare.py, on logs as they are found after a crash or in the wrong directory."""
+
+    def setUp(self):
+        self.temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(self.temporary.cleanup)
+        self.dir = Path(self.temporary.name)
+
+    def run_of(self, name, *lines):
+        (self.dir / name).mkdir()
+        (self.dir / name / "log.jsonl").write_bytes(b"".join(line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n"
+                                                             for line in lines))
+        return self.dir / name
+
+    @staticmethod
+    def steps(n, **changes):
+        return [{"step": i + 1, "loss": 5 - i / n, "step_ms": 2.0, "tokens_per_s": 9.0, **changes} for i in range(n)]
+
+    def compare(self, code, *arguments):
+        """(stdout, stderr). In this process, where nothing is installed: without matplotlib there is no picture."""
+        stdout, stderr, ended = io.StringIO(), io.StringIO(), 0
+        drawable = importlib.util.find_spec("matplotlib") is not None
+        with mock.patch.object(sys, "argv", ["compare.py", *map(str, arguments)]), contextlib.redirect_stdout(stdout), \
+                contextlib.redirect_stderr(stderr), mock.patch("packages.need", lambda *_, **__: drawable):
+            try:
+                compare.main()
+            except SystemExit as e:
+                ended = 1
+                stderr.write(str(e))
+        self.assertEqual(ended, code, stderr.getvalue())
+        return stdout.getvalue(), stderr.getvalue()
+
+    def test_lines_that_are_no_steps_are_left_out(self):
+        good = self.run_of("good", *self.steps(50))
+        torn = self.run_of("torn", *self.steps(50), b"", b'{"step": 51, "lo')
+        odd = self.run_of("odd", b"[]\n7\nnull\n\n{}\n\xff\xfe\n", *self.steps(50), {"step": 51, "loss": "x", "step_ms": "y"},
+                          {"step": 52, "loss": 1, "step_ms": 0, "tokens_per_s": 1}, b"[" * 100000 + b"\n")
+        stdout, stderr = self.compare(0, good, torn, odd, "--png", self.dir / "x.png")
+        self.assertIn(f"{torn}/log.jsonl: left out 1 of 51 lines", stderr)
+        self.assertIn(f"{odd}/log.jsonl: left out 9 of 59 lines", stderr)
+        self.assertEqual(len(re.findall(r"^(good|torn|odd) +50 +4\.02", stdout, re.M)), 3, stdout)
+
+    def test_runs_without_a_loss_are_left_out(self):
+        good = self.run_of("good", *self.steps(50))
+        null = self.run_of("null", *self.steps(50, loss=None))
+        empty = self.run_of("empty")
+        some = self.run_of("some", *self.steps(20, loss=None), *self.steps(20), *self.steps(30, loss=None))
+        stdout, stderr = self.compare(0, null, good, empty, some, "--png", self.dir / "x.png")
+        self.assertIn(f"left out {null}/log.jsonl: no loss in it is a finite number", stderr)
+        self.assertIn(f"left out {empty}/log.jsonl: the run has no finished step yet", stderr)
+        self.assertIn("some", stdout)
+        self.assertIn("no run is left", self.compare(1, null, empty)[1])
+
+    def test_a_picture_that_cannot_be_written(self):
+        if importlib.util.find_spec("matplotlib") is None:
+            self.skipTest("no matplotlib")
+        good = self.run_of("good", *self.steps(50))
+        for name in ("x.docx", "nowhere/x.png"):
+            self.assertIn("cannot write the picture", self.compare(1, good, "--png", self.dir / name)[1])
 
 
 if __name__ == "__main__":
