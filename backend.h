@@ -11,6 +11,7 @@
 //
 // Cuda's operations are enqueued on one stream and return at once; Cpu's have finished when they return.
 #pragma once
+#include <functional>
 #include <string>
 #include <type_traits>
 
@@ -19,19 +20,19 @@
 struct World;  // ranks.h
 
 template <class Function>
-using Pointer = Function*;
+using FunctionPointer = Function*;
 template <class Class, class Function>
-using Member = Function Class::*;
+using MethodPointer = Function Class::*;
 
-#define OPERATION(name, ...)                                  \
-    {                                                         \
-        constexpr Pointer<__VA_ARGS__> name = &Backend::name; \
-        (void)name;                                           \
+#define OPERATION(name, ...)                                          \
+    {                                                                 \
+        constexpr FunctionPointer<__VA_ARGS__> name = &Backend::name; \
+        (void)name;                                                   \
     }
-#define METHOD(type, name, ...)                                 \
-    {                                                           \
-        constexpr Member<type, __VA_ARGS__> name = &type::name; \
-        (void)name;                                             \
+#define METHOD(type, name, ...)                                        \
+    {                                                                  \
+        constexpr MethodPointer<type, __VA_ARGS__> name = &type::name; \
+        (void)name;                                                    \
     }
 
 // clang-format off
@@ -61,7 +62,8 @@ constexpr bool is_backend() {
     static_assert(std::is_default_constructible<Event>::value, "Event()");
     METHOD(Event, record, void());
     METHOD(Event, done, bool() const);  // whether the device has passed it; asking does not wait
-    constexpr Pointer<float(const Event& a, const Event& b)> ms = &Event::ms;  // milliseconds of the device from a to b
+    // milliseconds of the device from a to b
+    constexpr FunctionPointer<float(const Event& a, const Event& b)> ms = &Event::ms;
     (void)ms;
 
     // Collectives, over all ranks; every rank calls the same ones in the same order. Those called while a
@@ -94,8 +96,11 @@ constexpr bool is_backend() {
                                                float* rstd /*(N)*/, const real* a /*(N,C)*/, const real* b /*(N,C)*/,
                                                const real* weight /*(C)*/, const real* bias /*(C)*/, int N, int C));
     OPERATION(layernorm_scratch_floats, size_t(int C));
-    OPERATION(layernorm_backward, void(real* dx /*(N,C) +=*/, float* dweight /*(C) +=*/, float* dbias /*(C) +=*/,
-                                       const real* dout /*(N,C)*/, const real* x /*(N,C)*/, const real* weight /*(C)*/,
+    // dx = before + the gradient of x; dsum += the sum of dx's rows: the bias gradient of the product whose output was
+    // added to the residual stream there
+    OPERATION(layernorm_backward, void(real* dx /*(N,C)*/, float* dweight /*(C) +=*/, float* dbias /*(C) +=*/,
+                                       float* dsum /*(C) +=, or null*/,
+                                       const real* before /*(N,C), may be dx; null: zeros*/, const real* dout /*(N,C)*/, const real* x /*(N,C)*/, const real* weight /*(C)*/,
                                        const float* mean /*(N)*/, const float* rstd /*(N)*/, int N, int C,
                                        float* scratch /*(layernorm_scratch_floats(C))*/));
 
@@ -106,9 +111,18 @@ constexpr bool is_backend() {
     // dinp = dout weight
     OPERATION(matmul_backward_input, void(real* dinp /*(N,C)*/, const real* dout /*(N,OC)*/,
                                           const real* weight /*(OC,C)*/, int N, int C, int OC));
-    // dweight += dout^T inp
-    OPERATION(matmul_backward_weight, void(float* dweight /*(OC,C) +=*/, const real* dout /*(N,OC), row stride ldo*/,
-                                           int ldo, const real* inp /*(N,C)*/, int N, int C, int OC));
+    // dweight = dout^T inp, or += with accumulate
+    OPERATION(matmul_backward_weight, void(float* dweight /*(OC,C)*/, const real* dout /*(N,OC), row stride ldo*/,
+                                           int ldo, const real* inp /*(N,C)*/, int N, int C, int OC, bool accumulate));
+    // The products beside a GELU. pre = inp weight^T + bias, out = gelu(pre); dpre = (dout weight) * gelu'(pre)
+    OPERATION(matmul_gelu_forward, void(real* out /*(N,OC)*/, real* pre /*(N,OC)*/, const real* inp /*(N,C)*/,
+                                        const real* weight /*(OC,C)*/, const real* bias /*(OC)*/, int N, int C, int OC));
+    OPERATION(matmul_backward_input_gelu, void(real* dpre /*(N,C)*/, const real* dout /*(N,OC)*/,
+                                               const real* weight /*(OC,C)*/, const real* pre /*(N,C)*/, int N, int C,
+                                               int OC));
+    // Runs micro_step (forward, loss, backward, on whatever the batch's memory holds) and takes for each product in it
+    // the algorithm that is fastest here, the same on all ranks
+    OPERATION(tune, void(const std::function<void()>& micro_step));
     // dbias += the sum of dout's rows
     OPERATION(bias_scratch_floats, size_t(int OC));
     OPERATION(bias_backward, void(float* dbias /*(OC) +=*/, const real* dout /*(N,OC)*/, int N, int OC,
@@ -134,22 +148,25 @@ constexpr bool is_backend() {
                                int N, int V, int Vp, bool write_dlogits));
     OPERATION(sum_losses, void(double* sum /*(1) +=*/, const float* losses /*(n)*/, int n));
 
-    // ---- The optimizer. clip[0] scales every gradient; where it is 0 the updates change nothing.
+    // ---- The optimizer. clip (4) is the scale of every gradient, where it is 0 the updates change nothing; the norm; and
+    // AdamW's bias corrections 1 - beta1^t and 1 - beta2^t. Its t is the number of updates that were not skipped, which
+    // only the device knows.
 
     // sums[i] = the sum of squares of range i of x
     OPERATION(sum_squares, void(double* sums /*(n)*/, const float* x, const Range* ranges /*(n)*/, int n));
-    // norm = sqrt(sum of sums); scale = 0 if that is not finite, else min(1, max_norm / norm), or 1 without a max_norm
-    OPERATION(clip_scale, void(float* clip /*(2): scale, norm*/, const double* sums /*(n)*/, int n, float max_norm));
+    // norm = sqrt(sum of sums); scale = 0 if that is not finite, else min(1, max_norm / norm), or 1 without a max_norm;
+    // t += 1 and the corrections follow unless the scale is 0
+    OPERATION(clip_scale, void(float* clip /*(4)*/, int64_t* t /*(1)*/, const double* sums /*(n)*/, int n,
+                               float max_norm, double beta1, double beta2));
     // g = scale grads; m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2;
-    // master = (1 - lr weight_decay) master - lr (m / correction1) / (sqrt(v / correction2) + eps); params = master
+    // master = (1 - lr weight_decay) master - lr (m / clip[2]) / (sqrt(v / clip[3]) + eps); params = master
     OPERATION(adamw, void(real* params /*(n)*/, float* master /*(n)*/, float* m /*(n)*/, float* v /*(n)*/,
                           const float* grads /*(n)*/, size_t n, float lr, float beta1, float beta2, float eps,
-                          float weight_decay, float correction1 /*1 - beta1^t*/, float correction2 /*1 - beta2^t*/,
-                          const float* clip /*(2)*/));
+                          float weight_decay, const float* clip /*(4)*/));
     OPERATION(cast_params, void(real* params /*(n)*/, const float* master /*(n)*/, size_t n));
     // g = scale grads; momentum = mu momentum + g; grads = momentum, or under Nesterov g + mu momentum
     OPERATION(muon_momentum, void(float* grads /*(n)*/, float* momentum /*(n)*/, size_t n, float mu, bool nesterov,
-                                  const float* clip /*(2)*/));
+                                  const float* clip /*(4)*/));
 
     // Newton-Schulz (dmuon.cuh) on `count` matrices of one shape (rows, cols), which lie where refs says. Iterates are
     // of type `type` and lie down: m = min(rows, cols), n = max(rows, cols), transposed if rows > cols, padded with
@@ -173,7 +190,7 @@ constexpr bool is_backend() {
     OPERATION(muon_update, void(real* params, float* master, const void* U /*(count,mp,np)*/,
                                 const MatrixRef* refs /*(count)*/, int count, int rows, int cols,
                                 float decay /*1 - lr wd*/, float step /*lr scale*/, NsType type,
-                                const float* clip /*(2)*/));
+                                const float* clip /*(4)*/));
     return true;
 }
 // clang-format on

@@ -488,8 +488,8 @@ class Optimizer {
     float* master;               // (state_elements) fp32 weights
     float* moment1;              // (state_elements) AdamW's m, Muon's momentum
     float* moment2;              // (chunk of the flat bucket) AdamW's v
-    float* clip;                 // [2] scale, norm
-    int64_t steps_done = 0;      // AdamW's bias correction counts them
+    float* clip;                 // (4) scale, norm, 1 - beta1^t, 1 - beta2^t
+    int64_t* updates;            // (1) t: steps that were not skipped
     int64_t orthogonalised = 0;  // matrices (or tiles) this rank has put through Newton-Schulz
 
     Optimizer(std::vector<TensorSpec> tensors, const Options& options_)
@@ -499,7 +499,8 @@ class Optimizer {
         master = allocate<float>(plan.state_elements, "master weights");
         moment1 = allocate<float>(plan.state_elements, "first moments");
         moment2 = allocate<float>(plan.buckets[0].chunk, "second moments");
-        clip = allocate<float>(2, "the clip scale");
+        clip = allocate<float>(4, "the clip scale");
+        updates = allocate<int64_t>(1, "the count of updates");
         make_norm_ranges();
         make_groups();
     }
@@ -521,13 +522,13 @@ class Optimizer {
     // momentum. A norm that is not finite makes the scale 0, and scale 0 skips the whole update.
     template <class PhaseDone>
     void step(float lr, float muon_lr, PhaseDone phase_done) {
-        steps_done++;  // skipped ones too: whether this one is, only the device knows
         reduce();
         phase_done(phase_reduce);
 
         Backend::sum_squares(norm_sums, grads, norm_ranges, norm_count);
         Backend::all_reduce(norm_sums, norm_count);  // of each range all ranks but one hold zero: exact in any order
-        Backend::clip_scale(clip, norm_sums, norm_count, float(options.grad_clip));
+        Backend::clip_scale(clip, updates, norm_sums, norm_count, float(options.grad_clip), options.beta1,
+                            options.beta2);
         phase_done(phase_clip);
 
         for (size_t b = 1; b < plan.buckets.size(); b++) {
@@ -553,15 +554,13 @@ class Optimizer {
             phase_done(phase_update);
         }
 
-        float correction1 = 1.0f - float(std::pow(options.beta1, double(steps_done)));
-        float correction2 = 1.0f - float(std::pow(options.beta2, double(steps_done)));
         size_t mine = my_chunk(plan.buckets[0]), end = mine + plan.buckets[0].chunk;
         size_t border = std::min(std::max(plan.decay_end, mine), end);  // tensors with weight decay lie before it
         auto adamw = [&](size_t from, size_t to, double weight_decay) {
             if (from < to)
                 Backend::adamw(params + from, master + (from - mine), moment1 + (from - mine), moment2 + (from - mine),
                                grads + from, to - from, lr, float(options.beta1), float(options.beta2), kAdamWEpsilon,
-                               float(weight_decay), correction1, correction2, clip);
+                               float(weight_decay), clip);
         };
         adamw(mine, border, options.weight_decay);
         adamw(border, end, 0.0);

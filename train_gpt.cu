@@ -239,13 +239,13 @@ class Model {
         for (int l = 0; l < L; l++) {
             const auto& w = params.layers[l];
             Activations& a = acts[l];
-            Backend::matmul_forward(a.qkv, 3 * C, a.ln1, packed_qkv(w.qkvw), w.qkvb, N, C, 3 * C);
+            pack_qkv(l);
+            Backend::matmul_forward(a.qkv, 3 * C, a.ln1, qkvw(l), w.qkvb, N, C, 3 * C);
             Backend::attention_forward(a.att, a.lse, a.qkv, B, T, C, H);
             Backend::matmul_forward(scratch_c, C, a.att, w.attprojw, w.attprojb, N, C, C);
             Backend::residual_layernorm_forward(a.residual2, a.ln2, a.ln2_mean, a.ln2_rstd, residual_in(l), scratch_c,
                                                 w.ln2w, w.ln2b, N, C);
-            Backend::matmul_forward(a.fc, 4 * C, a.ln2, w.fcw, w.fcb, N, C, 4 * C);
-            Backend::gelu_forward(a.gelu, a.fc, size_t(N) * 4 * C);
+            Backend::matmul_gelu_forward(a.gelu, a.fc, a.ln2, w.fcw, w.fcb, N, C, 4 * C);
             Backend::matmul_forward(scratch_c, C, a.gelu, w.fcprojw, w.fcprojb, N, 4 * C, C);
             // The block's residual and the next block's first LayerNorm (after the last block: the final one) in one
             // pass.
@@ -272,15 +272,21 @@ class Model {
         Backend::matmul_forward(out, Vp, x, params.wte, nullptr, rows, config.channels, Vp);
     }
 
-    // dlogits -> gradients, added to what is there
-    void backward(int B, int T) {
+    // dlogits -> gradients; with accumulate they are added to what is there, else (a step's first micro-step) they take
+    // its place: the products overwrite, and only what is summed over rows has to start at zero
+    void backward(int B, int T, bool accumulate) {
         const int C = config.channels, N = B * T, H = config.heads, L = config.layers, Vp = config.padded_vocab();
+        if (!accumulate) {
+            Backend::zero(grads.wpe, size_t(config.seq_len) * C * sizeof(float));
+            float* vectors = grads.layers[0].ln1w;  // lie together, from the first LayerNorm's to the last
+            Backend::zero(vectors, (grads.lnfb + C - vectors) * sizeof(float));
+        }
         Backend::matmul_backward_input(scratch_c, logits, params.wte, N, C, Vp);
-        Backend::matmul_backward_weight(grads.wte, logits, Vp, lnf, N, C, Vp);
-        // dresidual (N,C): the gradient of the residual stream, which LayerNorm's backward adds to all the way down
-        Backend::zero(dresidual, size_t(N) * C * sizeof(real));
-        Backend::layernorm_backward(dresidual, grads.lnfw, grads.lnfb, scratch_c, acts[L - 1].residual3, params.lnfw,
-                                    lnf_mean, lnf_rstd, N, C, partials);
+        Backend::matmul_backward_weight(grads.wte, logits, Vp, lnf, N, C, Vp, accumulate);
+        // dresidual (N,C): the gradient of the residual stream, which LayerNorm's backward adds to all the way down.
+        // Its column sums are the bias gradient of the projection that was added to the stream just before.
+        Backend::layernorm_backward(dresidual, grads.lnfw, grads.lnfb, grads.layers[L - 1].fcprojb, nullptr, scratch_c,
+                                    acts[L - 1].residual3, params.lnfw, lnf_mean, lnf_rstd, N, C, partials);
         for (int l = L - 1; l >= 0; l--) {
             const auto& w = params.layers[l];
             const auto& dw = grads.layers[l];
@@ -292,28 +298,31 @@ class Model {
                 Backend::gelu_forward(a.gelu, a.fc, size_t(N) * 4 * C);
                 Backend::layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, w.ln2w, w.ln2b, N, C);
             }
-            Backend::matmul_backward_weight(dw.fcprojw, dresidual, C, a.gelu, N, 4 * C, C);
-            Backend::bias_backward(dw.fcprojb, dresidual, N, C, partials);
-            Backend::matmul_backward_input(dfc, dresidual, w.fcprojw, N, 4 * C, C);
-            Backend::gelu_backward(dfc, dfc, a.fc, size_t(N) * 4 * C);
-            Backend::matmul_backward_weight(dw.fcw, dfc, 4 * C, a.ln2, N, C, 4 * C);
+            Backend::matmul_backward_weight(dw.fcprojw, dresidual, C, a.gelu, N, 4 * C, C, accumulate);
+            Backend::matmul_backward_input_gelu(dfc, dresidual, w.fcprojw, a.fc, N, 4 * C, C);
+            Backend::matmul_backward_weight(dw.fcw, dfc, 4 * C, a.ln2, N, C, 4 * C, accumulate);
             Backend::bias_backward(dw.fcb, dfc, N, 4 * C, partials);
             Backend::matmul_backward_input(scratch_c, dfc, w.fcw, N, C, 4 * C);
-            Backend::layernorm_backward(dresidual, dw.ln2w, dw.ln2b, scratch_c, a.residual2, w.ln2w, a.ln2_mean,
-                                        a.ln2_rstd, N, C, partials);
+            Backend::layernorm_backward(dresidual, dw.ln2w, dw.ln2b, dw.attprojb, dresidual, scratch_c, a.residual2,
+                                        w.ln2w, a.ln2_mean, a.ln2_rstd, N, C, partials);
             // attention
-            Backend::matmul_backward_weight(dw.attprojw, dresidual, C, a.att, N, C, C);
-            Backend::bias_backward(dw.attprojb, dresidual, N, C, partials);
+            Backend::matmul_backward_weight(dw.attprojw, dresidual, C, a.att, N, C, C, accumulate);
             Backend::matmul_backward_input(scratch_c, dresidual, w.attprojw, N, C, C);
             Backend::attention_backward(dqkv, delta, scratch_c, a.qkv, a.att, a.lse, B, T, C, H);
             if (recompute)
                 Backend::layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual_in(l), w.ln1w, w.ln1b, N, C);
-            for (int i = 0; i < 3; i++)  // dQ, dK, dV go where their owners want them
-                Backend::matmul_backward_weight(dw.qkvw[i], dqkv + i * C, 3 * C, a.ln1, N, C, C);
+            // dQ, dK, dV go where their owners want them. One rank has them side by side. With more, three products
+            // also where they are neighbours: the same bits whoever owns what.
+            if (world.size == 1)
+                Backend::matmul_backward_weight(dw.qkvw[0], dqkv, 3 * C, a.ln1, N, C, 3 * C, accumulate);
+            else
+                for (int i = 0; i < 3; i++)
+                    Backend::matmul_backward_weight(dw.qkvw[i], dqkv + i * C, 3 * C, a.ln1, N, C, C, accumulate);
             Backend::bias_backward(dw.qkvb, dqkv, N, 3 * C, partials);
-            Backend::matmul_backward_input(scratch_c, dqkv, packed_qkv(w.qkvw), N, C, 3 * C);
-            Backend::layernorm_backward(dresidual, dw.ln1w, dw.ln1b, scratch_c, residual_in(l), w.ln1w, a.ln1_mean,
-                                        a.ln1_rstd, N, C, partials);
+            Backend::matmul_backward_input(scratch_c, dqkv, qkvw(l), N, C, 3 * C);
+            Backend::layernorm_backward(dresidual, dw.ln1w, dw.ln1b, l > 0 ? grads.layers[l - 1].fcprojb : nullptr,
+                                        dresidual, scratch_c, residual_in(l), w.ln1w, a.ln1_mean, a.ln1_rstd, N, C,
+                                        partials);
         }
         Backend::embedding_backward(grads.wte, grads.wpe, dresidual, inputs, order, B, T, C);
     }
@@ -330,6 +339,7 @@ class Model {
         float *ln2_mean, *ln2_rstd;  // (N)
         real *fc, *gelu;             // (N,4C)
         real* residual3;             // (N,C) the residual stream after the MLP
+        real* qkvw;                  // (3C,C) the weights of Q, K and V together, where the parameters have them apart
     };
     std::vector<Activations> acts;
     real* encoded;                 // (N,C)
@@ -338,16 +348,21 @@ class Model {
     real *scratch_c, *scratch_4c;  // (N,C), (N,4C)
     float* delta;                  // (B,H,T) scratch of the attention backward
     float* partials;               // partial sums of layernorm_backward and bias_backward
-    real* qkvw_scratch;            // (3C,C)
 
     const real* residual_in(int l) const { return l == 0 ? encoded : acts[l - 1].residual3; }
 
-    // Q, K and V as one (3C,C) matrix for one product: in place where they are neighbours, else copied together.
-    const real* packed_qkv(real* const qkvw[3]) {
+    // The weights of Q, K and V as one (3C,C) matrix for one product: in place where they are neighbours, else the copy
+    // that the forward pass makes for itself and for the backward.
+    bool qkv_apart(int l) const {
+        real* const* w = params.layers[l].qkvw;
         const size_t square = size_t(config.channels) * config.channels;
-        if (qkvw[1] == qkvw[0] + square && qkvw[2] == qkvw[1] + square) return qkvw[0];
-        for (int i = 0; i < 3; i++) Backend::copy(qkvw_scratch + i * square, qkvw[i], square * sizeof(real));
-        return qkvw_scratch;
+        return w[1] != w[0] + square || w[2] != w[1] + square;
+    }
+    const real* qkvw(int l) const { return qkv_apart(l) ? acts[l].qkvw : params.layers[l].qkvw[0]; }
+    void pack_qkv(int l) {
+        const size_t square = size_t(config.channels) * config.channels;
+        for (int i = 0; i < 3 && qkv_apart(l); i++)
+            Backend::copy(acts[l].qkvw + i * square, params.layers[l].qkvw[i], square * sizeof(real));
     }
 
     Arena activations(int B) {
@@ -361,6 +376,7 @@ class Model {
             arena.add(a.ln1_mean, N), arena.add(a.ln1_rstd, N), arena.add(a.ln2_mean, N), arena.add(a.ln2_rstd, N);
             arena.add(a.qkv, N * 3 * C), arena.add(a.att, N * C), arena.add(a.lse, rows);
             arena.add(a.residual2, N * C), arena.add(a.fc, N * 4 * C), arena.add(a.residual3, N * C);
+            if (qkv_apart(l)) arena.add(a.qkvw, 3 * C * C);
             const bool shared = recompute && l > 0;
             if (!shared) arena.add(a.ln1, N * C), arena.add(a.ln2, N * C), arena.add(a.gelu, N * 4 * C);
         }
@@ -370,7 +386,6 @@ class Model {
             arena.add(delta, rows);
         arena.add(partials,
                   std::max(Backend::layernorm_scratch_floats(int(C)), Backend::bias_scratch_floats(int(4 * C))));
-        arena.add(qkvw_scratch, 3 * C * C);
         return arena;
     }
 };
@@ -471,8 +486,8 @@ inline std::string describe_file(const std::string& path) {
 }
 
 // ---- Run: what it is made of ----------------------------------------------------------------------------------------
-// All that can be known, and refused, before the device is touched and the model is allocated.
 
+// All that can be known, and refused, before the device is touched and the model is allocated.
 struct Run {
     const Options options;
     const std::unique_ptr<Shards> train, val;    // val: null without --val
@@ -490,7 +505,6 @@ struct Run {
           train(new Shards(options.train, options.seq_len)),
           val(options.val.empty() ? nullptr : new Shards(options.val, options.seq_len)),
           tokenizer(find_tokenizer()),
-          source(is_checkpoint(options.model) ? new Checkpoint(options.model) : nullptr),
           config(agreed_config()),
           total_batch(find_total_batch()),
           accumulation(int(total_batch / (int64_t(options.batch) * options.seq_len * world.size))),
@@ -500,7 +514,10 @@ struct Run {
                  tokenizer->vocab);
         if (options.vocab > 0 && options.vocab != config.vocab)
             fail("--vocab %d contradicts the %d of checkpoint %s", options.vocab, config.vocab, options.model.c_str());
-        if (source) check_model(*source);
+        if (is_checkpoint(options.model)) {
+            source.reset(new Checkpoint(options.model));
+            check_model(*source);
+        }
         if (!options.out.empty()) prepare_directory();
         const std::string checkpoint = find_resume();
         if (checkpoint.empty()) return;
@@ -537,6 +554,7 @@ struct Run {
     }
 
   private:
+    // All that lie beside the shards must be the same.
     std::unique_ptr<Tokenizer> find_tokenizer() const {
         std::set<std::string> directories;
         for (const Shards* shards : {train.get(), val.get()})
@@ -563,7 +581,7 @@ struct Run {
             for (size_t i = 0; shards && i < shards->paths().size(); i++)
                 facts += strprintf("%s shard %s\n", name, describe_file(shards->paths()[i]).c_str());
         facts += strprintf("tokenizer %s\n", tokenizer ? tokenizer->identity.c_str() : "none");
-        if (source) facts += "--model " + describe_file(options.model);
+        if (is_checkpoint(options.model)) facts += "--model " + describe_file(options.model);
         require_same(facts);
         return model_config(options, find_vocab());
     }
@@ -690,9 +708,7 @@ struct Run {
     }
 };
 
-// ---- RunState: weights and optimizer state in a checkpoint
-// ------------------------------------------------------------ A checkpoint holds whole tensors by name, so it knows
-// neither ranks nor owners: fp32 weights as "h.0.mlp.c_fc.weight", the optimizer's state with a prefix.
+// ---- RunState: weights and optimizer state in a checkpoint ----------------------------------------------------------
 
 // Waits, outside of steps, until the device has done all that was enqueued. Collectives may be among it, so this polls
 // with the ranks' deadline like every other wait.
@@ -703,6 +719,8 @@ void finish(const char* what) {
     wait_until([&] { return reached.done(); }, what);
 }
 
+// A checkpoint holds whole tensors by name, so it knows neither ranks nor owners: fp32 weights as
+// "h.0.mlp.c_fc.weight", the optimizer's state with a prefix.
 template <class Backend>
 class RunState {
     const Run& run;
@@ -750,7 +768,10 @@ class RunState {
                 });
             }
         }
-        if (with_state) optimizer.steps_done = meta_number(checkpoint, "optimizer_steps");
+        if (!with_state) return;
+        const int64_t updates = meta_number(checkpoint, "optimizer_steps");
+        Backend::upload(optimizer.updates, &updates, sizeof updates);
+        Backend::synchronize();
     }
 
   public:
@@ -784,7 +805,10 @@ class RunState {
                 if (tensors[t].decays()) info.shape = {tensors[t].stored_rows, tensors[t].cols};
                 table.push_back(info);
             }
-        const Meta meta = run.meta(step, optimizer.steps_done);
+        int64_t updates = 0;
+        Backend::download(&updates, optimizer.updates, sizeof updates);
+        finish<Backend>("a checkpoint");
+        const Meta meta = run.meta(step, updates);
         const std::string& out = run.options.out;
         std::unique_ptr<CheckpointWriter> writer;  // rank 0's
         while_others_wait([&] { writer.reset(new CheckpointWriter(out, step, meta, table)); });
@@ -808,8 +832,7 @@ class RunState {
     }
 };
 
-// ---- Evaluation
-// -------------------------------------------------------------------------------------------------------
+// ---- Evaluation -----------------------------------------------------------------------------------------------------
 
 // The mean loss over the first --eval_tokens tokens of the validation files, in whole windows, in their order. The
 // ranks have equal shares, give or take a window: neither ranks nor --batch change what is read.
@@ -852,8 +875,7 @@ class Evaluator {
     }
 };
 
-// ---- Samples
-// ----------------------------------------------------------------------------------------------------------
+// ---- Samples --------------------------------------------------------------------------------------------------------
 
 // Text from the model, token by token, each from a forward pass over what is there (no cache of keys and values: short
 // samples, short code). Randomness is a function of seed, step and position. All ranks write the same sample and rank 0
@@ -870,9 +892,12 @@ std::string sample(const Run& run, Model<Backend>& model, int64_t step) {
     std::string written;
     for (int64_t i = 0; i < options.sample_tokens; i++) {
         const int T = int(std::min<size_t>(tokens.size(), size_t(run.config.seq_len)));
-        Backend::upload(model.inputs, tokens.data() + tokens.size() - T, T * sizeof(int));
+        // Padded, so that few shapes of products occur. What stands there does not matter: no position sees later ones.
+        std::vector<int> window(tokens.end() - T, tokens.end());
+        window.resize(std::min(round_up(T, 64), run.config.seq_len));
+        Backend::upload(model.inputs, window.data(), window.size() * sizeof(int));
         finish<Backend>("a sample");
-        model.forward(model.inputs, 1, T);
+        model.forward(model.inputs, 1, int(window.size()));
         model.head(model.logits, model.lnf + size_t(T - 1) * run.config.channels, 1);
         Backend::download(row.data(), model.logits, row.size() * sizeof(real));
         finish<Backend>("a sample");
@@ -893,8 +918,7 @@ std::string sample(const Run& run, Model<Backend>& model, int64_t step) {
     return printable(written);
 }
 
-// ---- StepRecord and StepLog: what a step leaves behind
-// ----------------------------------------------------------------
+// ---- StepRecord and StepLog: what a step leaves behind --------------------------------------------------------------
 
 inline std::string number(const char* format, double x) {
     return std::isfinite(x) ? strprintf(format, x) : std::isnan(x) ? "nan" : x > 0 ? "inf" : "-inf";
@@ -1002,8 +1026,7 @@ class StepLog {
     StepLog(const StepLog&) = delete;
 };
 
-// ---- The training loop
-// --------------------------------------------------------------------------------------------------
+// ---- The training loop ----------------------------------------------------------------------------------------------
 
 template <class Backend>
 class Trainer {
@@ -1020,9 +1043,8 @@ class Trainer {
     // What the device leaves for the host at the end of a step. The host reads it one step later, so it never waits
     // inside a step; two slots, used in turn.
     struct Stats {
-        double loss;      // the sum of the losses over all tokens and ranks
-        double stopping;  // ranks that are asked to stop
-        float clip[2];    // scale, norm
+        double loss, stopping;  // sums over all ranks: of the losses, of those that are asked to stop
+        float clip[2];          // scale, norm
     };
     struct Slot {
         Event begin, optimizer_begin, end;  // of the step's work on the device
@@ -1034,9 +1056,9 @@ class Trainer {
         double lr = 0;
     };
     Slot slots[2];
-    double* sums;           // [2] device: Stats' loss and stopping
-    double* asked;          // [2] pinned, by slot: whether this rank is asked to stop
-    bool stopping = false;  // some rank is, and all know
+    double* sums;           // [2] device: loss, stopping
+    double* host_stopping;  // [2] pinned, by slot
+    bool stopping = false;  // some rank was asked to stop, and all know
     int64_t skipped = 0;    // updates skipped in a row
     double mean_ms = 0;
 
@@ -1051,8 +1073,8 @@ class Trainer {
         check_memory();
         model.allocate(options.batch);
         if (run.val) evaluator.reset(new Evaluator<Backend>(run, model));
-        sums = static_cast<double*>(Backend::alloc(2 * sizeof(double), "the sum of losses"));
-        asked = static_cast<double*>(Backend::alloc_host(2 * sizeof(double)));
+        sums = static_cast<double*>(Backend::alloc(2 * sizeof(double), "sums"));
+        host_stopping = static_cast<double*>(Backend::alloc_host(2 * sizeof(double)));
         for (Slot& slot : slots) {
             slot.host = static_cast<Stats*>(Backend::alloc_host(sizeof(Stats)));
             if (options.profile) slot.marks = std::vector<Event>(optimizer.phase_calls());
@@ -1072,6 +1094,14 @@ class Trainer {
         DataLoader loader(*run.train, run.config.vocab, uint64_t(options.seed), options.batch, world.rank, world.size,
                           run.accumulation, uint64_t(run.first_step), Backend::alloc_host);
         Event uploaded[3];  // as many batches as the loader keeps: a batch is refilled only after its upload
+        if (options.tune) {
+            Backend::tune([&] {
+                model.forward(model.inputs, options.batch, options.seq_len);
+                model.loss(options.batch, options.seq_len, 1.0f / float(run.total_batch), true);
+                model.backward(options.batch, options.seq_len, false);
+            });
+            finish<Backend>("the products to be timed");
+        }
         int64_t micro_steps = 0;
         typename Backend::EnqueueDeadline deadline;
         note_stop_signals();
@@ -1079,7 +1109,6 @@ class Trainer {
             Slot& slot = slots[step % 2];
             const size_t tokens = size_t(options.batch) * options.seq_len;
             slot.begin.record();
-            Backend::zero(optimizer.grads, optimizer.plan.arena * sizeof(float));
             Backend::zero(sums, 2 * sizeof(double));
             for (int m = 0; m < run.accumulation; m++, micro_steps++) {
                 // The host stays at most two micro-steps ahead; the device never waits for it.
@@ -1095,7 +1124,7 @@ class Trainer {
                 // and ranks give the gradient.
                 model.loss(options.batch, options.seq_len, 1.0f / float(run.total_batch), true);
                 Backend::sum_losses(sums, model.losses, int(tokens));
-                model.backward(options.batch, options.seq_len);
+                model.backward(options.batch, options.seq_len, m > 0);
             }
             slot.optimizer_begin.record();
             const double share = schedule(options, step),
@@ -1108,8 +1137,8 @@ class Trainer {
                 slot.phases.push_back(phase);
             });
             slot.end.record();
-            asked[step % 2] = stop_signal != 0;
-            Backend::upload(&sums[1], &asked[step % 2], sizeof(double));
+            host_stopping[step % 2] = stop_signal != 0;
+            Backend::upload(&sums[1], &host_stopping[step % 2], sizeof(double));
             Backend::all_reduce(sums, 2);
             Backend::download(&slot.host->loss, sums, 2 * sizeof(double));
             Backend::download(slot.host->clip, optimizer.clip, 2 * sizeof(float));
@@ -1139,17 +1168,6 @@ class Trainer {
     }
 
   private:
-    // The line and the exit code of a run that was asked to stop. Not every rank need have received the signal.
-    int stopped(int64_t step) {
-        int number = 0;
-        for (const std::string& received : gather_host(std::to_string(stop_signal)))
-            number = std::max(number, atoi(received.c_str()));
-        say("stopped after step %" PRId64 " of %" PRId64 " by signal %d (%s): %s\n", step, options.steps, number,
-            strsignal(number),
-            options.out.empty() ? "nothing is saved without --out" : "--resume auto goes on from here");
-        return 128 + number;
-    }
-
     void check_memory() {
         const size_t free = Backend::memory_available(), margin = size_t(512) << 20,
                      need = model.activation_bytes(options.batch);
@@ -1198,10 +1216,21 @@ class Trainer {
     }
 
     // A step that was skipped changed nothing, and must not push out what was saved before the trouble.
-    void save(int64_t step, bool last) {
-        if (skipped > 0 && !last) return say("not saved: the update was skipped\n");
+    void save(int64_t step, bool ends) {
+        if (skipped > 0 && !ends) return say("not saved: the update was skipped\n");
         state.save(step, skipped == 0 ? options.keep : std::numeric_limits<int64_t>::max());
         log.saved();
+    }
+
+    // The line and the exit code of a run that was asked to stop. Not every rank need have received the signal.
+    int stopped(int64_t step) {
+        int number = 0;
+        for (const std::string& received : gather_host(std::to_string(stop_signal)))
+            number = std::max(number, atoi(received.c_str()));
+        say("stopped after step %" PRId64 " of %" PRId64 " by signal %d (%s): %s\n", step, options.steps, number,
+            strsignal(number),
+            options.out.empty() ? "nothing is saved without --out" : "--resume auto goes on from here");
+        return 128 + number;
     }
 
     // Prints and logs a step once the device has finished it; does nothing for a slot that is empty or already

@@ -221,7 +221,8 @@ __device__ inline void stmatrix_x4_trans(void* row, const uint32_t (&r)[4]) {
 }
 
 // By whole warpgroups, of a kernel with __launch_bounds__(threads, 1): those who give registers back, and those who
-// then take them. 65536 of an SM in all; n is a multiple of 8.
+// then take them. A block has what it starts with, threads x (65536 / threads, rounded down to a multiple of 8), also
+// where that is less than the 65536 of the SM: who takes more waits for ever. n is a multiple of 8.
 template <int n>
 __device__ inline void give_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(n));

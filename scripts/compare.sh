@@ -91,7 +91,7 @@ for optimizer in "${optimizers[@]}"; do
 done
 if ((${#todo[@]})); then
     echo "$steps steps on the bytes of ${data#data/} with each of: ${todo[*]}"
-    printf 'on this machine as busy as it is now: about %d min %02d s (%s)\n' $((total / 60)) $((total % 60)) "$(IFS=,; echo "${times[*]}")"
+    printf 'on this machine as busy as it is now: about %d min %02d s (%s)\n' $((total / 60)) $((total % 60)) "$(IFS=,; echo "${times[*]}" | sed "s|,|, |g")"
 fi
 
 for optimizer in "${todo[@]}"; do

@@ -239,11 +239,23 @@ TEST_CASE("layernorm, alone and behind the residual") {
         CHECK(residual == x);
         CHECK(fused == out);
 
-        const Floats dx0 = random_normal(N * C), dweight0 = random_normal(C), dbias0 = random_normal(C);
-        Floats dx = dx0, dweight = dweight0, dbias = dbias0;
+        const Floats dx0 = random_normal(N * C), dweight0 = random_normal(C), dbias0 = random_normal(C),
+                     dsum0 = random_normal(C);
+        Floats dx = dx0, dweight = dweight0, dbias = dbias0, dsum = dsum0;
         Floats scratch(CpuOps::layernorm_scratch_floats(C), NAN);
-        CpuOps::layernorm_backward(dx.data(), dweight.data(), dbias.data(), dout.data(), x.data(), weight.data(),
-                                   mean.data(), rstd.data(), N, C, scratch.data());
+        CpuOps::layernorm_backward(dx.data(), dweight.data(), dbias.data(), dsum.data(), dx.data(), dout.data(),
+                                   x.data(), weight.data(), mean.data(), rstd.data(), N, C, scratch.data());
+        Floats apart(N * C, NAN), alone(N * C, NAN), unused(C), zeros(N * C);
+        CpuOps::layernorm_backward(apart.data(), unused.data(), unused.data(), nullptr, dx0.data(), dout.data(),
+                                   x.data(), weight.data(), mean.data(), rstd.data(), N, C, scratch.data());
+        CHECK(apart == dx);
+        CpuOps::layernorm_backward(alone.data(), unused.data(), unused.data(), nullptr, nullptr, dout.data(), x.data(),
+                                   weight.data(), mean.data(), rstd.data(), N, C, scratch.data());
+        CpuOps::layernorm_backward(zeros.data(), unused.data(), unused.data(), nullptr, zeros.data(), dout.data(),
+                                   x.data(), weight.data(), mean.data(), rstd.data(), N, C, scratch.data());
+        CHECK(alone == zeros);
+        const Doubles column_sums = truth::matmul(true, false, C, 1, N, dx, C, Floats(N, 1.0f), 1);
+        CHECK(error(dsum, plus(dsum0, column_sums)) < 2e-6);
         auto objective = [&, N = N, C = C](const Doubles& x, const Doubles& weight, const Doubles& bias) {
             return dot(doubles(dout), truth::layernorm(x, weight, bias, N, C));
         };
@@ -297,7 +309,7 @@ TEST_CASE("matrix products: bias, row strides, tails of every tile") {
         CHECK(error(dinp, truth::matmul(false, false, N, C, OC, dout_tight, OC, weight, C)) < 2e-6);
 
         const Doubles want_dweight = plus(dweight, truth::matmul(true, false, OC, C, N, dout, ldo, inp, C));
-        CpuOps::matmul_backward_weight(dweight.data(), dout.data(), ldo, inp.data(), N, C, OC);
+        CpuOps::matmul_backward_weight(dweight.data(), dout.data(), ldo, inp.data(), N, C, OC, true);
         CHECK(error(dweight, want_dweight) < 2e-6);
 
         const Doubles want_dbias =
@@ -440,20 +452,27 @@ TEST_CASE("global norm and clip scale") {
     CpuOps::sum_squares(sums.data(), x.data(), ranges.data(), 4);
     const double norm = std::sqrt(dot(doubles(x), doubles(x)));
     CHECK(sums[3] == 0);
-    float clip[2];
-    CpuOps::clip_scale(clip, sums.data(), 4, 1.0f);
+    float clip[4] = {};
+    int64_t t = 6;
+    auto clip_scale = [&](float max_norm) { CpuOps::clip_scale(clip, &t, sums.data(), 4, max_norm, 0.9, 0.95); };
+    clip_scale(1.0f);
     CHECK(clip[1] == doctest::Approx(norm).epsilon(1e-6));
     CHECK(clip[0] == doctest::Approx(1 / norm).epsilon(1e-6));
-    CpuOps::clip_scale(clip, sums.data(), 4, 1e6f);
+    CHECK(t == 7);
+    CHECK(clip[2] == 1.0f - float(std::pow(0.9, 7)));
+    CHECK(clip[3] == 1.0f - float(std::pow(0.95, 7)));
+    clip_scale(1e6f);
     CHECK(clip[0] == 1.0f);
-    CpuOps::clip_scale(clip, sums.data(), 4, 0.0f);  // clipping off
+    clip_scale(0.0f);  // clipping off
     CHECK(clip[0] == 1.0f);
     sums[1] = INFINITY;
-    CpuOps::clip_scale(clip, sums.data(), 4, 1.0f);
+    clip_scale(1.0f);
     CHECK(clip[0] == 0.0f);
     sums[1] = NAN;
-    CpuOps::clip_scale(clip, sums.data(), 4, 1.0f);
+    clip_scale(1.0f);
     CHECK(clip[0] == 0.0f);
+    CHECK(t == 9);  // the two that were skipped are not counted, nor do they change the corrections
+    CHECK(clip[2] == 1.0f - float(std::pow(0.9, 9)));
 
     SUBCASE("the place in the arena does not change a bit") {
         Floats shifted(x.size() + 16);
@@ -470,14 +489,15 @@ TEST_CASE("global norm and clip scale") {
 
 TEST_CASE("adamw, ten steps") {
     const size_t n = 1003;
-    const float lr = 1e-2f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, decay = 0.1f, clip[2] = {0.5f, 2.0f};
+    const float lr = 1e-2f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, decay = 0.1f;
     Floats params(n), master = random_normal(n), m(n), v(n);
     Doubles w64 = doubles(master), m64(n), v64(n);
     for (int t = 1; t <= 10; t++) {
         const Floats grads = random_normal(n, 1e-3f);
         const double c1 = 1 - std::pow(double(beta1), t), c2 = 1 - std::pow(double(beta2), t);
+        const float clip[4] = {0.5f, 2.0f, float(c1), float(c2)};
         CpuOps::adamw(params.data(), master.data(), m.data(), v.data(), grads.data(), n, lr, beta1, beta2, eps, decay,
-                      float(c1), float(c2), clip);
+                      clip);
         for (size_t i = 0; i < n; i++) {
             const double g = double(grads[i]) * clip[0];
             m64[i] = double(beta1) * m64[i] + (1.0 - beta1) * g;
@@ -508,11 +528,11 @@ TEST_CASE("muon_momentum") {
 }
 
 TEST_CASE("a norm that is not finite skips every update") {
-    const float clip[2] = {0.0f, NAN};
+    const float clip[4] = {0.0f, NAN, 0.1f, 0.05f};
     const Floats before = random_normal(64);
     Floats params = before, master = before, m = before, v = before, grads(64, NAN);
     CpuOps::adamw(params.data(), master.data(), m.data(), v.data(), grads.data(), 64, 0.1f, 0.9f, 0.95f, 1e-8f, 0.1f,
-                  0.1f, 0.05f, clip);
+                  clip);
     CpuOps::muon_momentum(grads.data(), m.data(), 64, 0.95f, true, clip);
     const Floats U(64, NAN);
     const MatrixRef ref = {0, 0, 8};
@@ -712,6 +732,70 @@ TEST_CASE("muon_update: tiles, transposition, the parameters follow the masters"
     }
 }
 
+TEST_CASE("a step that was skipped is as if it had not been: AdamW's bias correction does not count it") {
+    const ModelConfig config = {2, 2, 16, 8, 50};
+    for (const char* method : {"adamw", "dmuon"}) {
+        CAPTURE(method);
+        Options options;
+        options.optimizer = method;
+        const std::vector<TensorSpec> specs = tensor_specs(config);
+        Optimizer<Cpu> plain(specs, options), skipping(specs, options);
+        const Floats start = random_normal(plain.plan.state_elements);
+        for (Optimizer<Cpu>* optimizer : {&plain, &skipping}) std::copy(start.begin(), start.end(), optimizer->master);
+        auto step = [](Optimizer<Cpu>& optimizer, const Floats& grads) {
+            std::copy(grads.begin(), grads.end(), optimizer.grads);
+            optimizer.step(1e-2f, 1e-2f, [](Phase) {});
+        };
+        for (int i = 0; i < 5; i++) {
+            const Floats grads = random_normal(plain.plan.arena);
+            step(plain, grads);
+            step(skipping, grads);
+            if (i != 2) continue;
+            for (float bad : {INFINITY, NAN}) {
+                Floats broken = grads;
+                broken[7] = bad;
+                step(skipping, broken);
+            }
+        }
+        CHECK(*plain.updates == 5);
+        CHECK(*skipping.updates == 5);
+        auto same = [](const float* a, const float* b, size_t n) { return memcmp(a, b, n * sizeof(float)) == 0; };
+        CHECK(same(plain.params, skipping.params, plain.plan.arena));
+        CHECK(same(plain.master, skipping.master, plain.plan.state_elements));
+        CHECK(same(plain.moment1, skipping.moment1, plain.plan.state_elements));
+        CHECK(same(plain.moment2, skipping.moment2, plain.plan.buckets[0].chunk));
+    }
+}
+
+TEST_CASE("initial values follow the kind of a tensor") {
+    const ModelConfig config = {8, 4, 64, 40, 200};  // the vocabulary is padded to 256
+    const std::vector<TensorSpec> specs = tensor_specs(config);
+    CHECK(specs.size() == 2 + 8 * 12 + 2);
+    for (int t = 0; t < int(specs.size()); t++) {
+        const TensorSpec& spec = specs[t];
+        CAPTURE(spec.name);
+        Floats values(spec.size());
+        initial_values(values.data(), spec, t, 0, values.size(), 1337, config.layers);
+        auto ends_with = [&](const std::string& end) {
+            return spec.name.size() >= end.size() && spec.name.substr(spec.name.size() - end.size()) == end;
+        };
+        if (spec.rows == 1) {
+            const float want =
+                ends_with(".bias") ? 0.0f : 1.0f;  // the only vectors that are no biases are of LayerNorm
+            CHECK(values == Floats(values.size(), want));
+            CHECK(!spec.decays());
+            continue;
+        }
+        CHECK(spec.decays());
+        CHECK(spec.hidden() == (spec.name[0] == 'h'));
+        double squares = 0;
+        for (size_t i = 0; i < spec.stored_size(); i++) squares += double(values[i]) * values[i];
+        const double want = ends_with("c_proj.weight") ? 0.02 / 4 : 0.02;  // sqrt(2 x 8 layers)
+        CHECK(std::sqrt(squares / double(spec.stored_size())) == doctest::Approx(want).epsilon(0.1));  // 5 sigma of wpe
+        for (size_t i = spec.stored_size(); i < spec.size(); i++) REQUIRE(values[i] == 0);
+    }
+}
+
 // --------------------------------------------------------------------------------------------------------------------
 // The same bits on any number of threads
 
@@ -739,10 +823,11 @@ TEST_CASE("results do not depend on the number of threads") {
         float* scratch = result(std::max(CpuOps::layernorm_scratch_floats(C), CpuOps::bias_scratch_floats(3 * C)));
         CpuOps::embedding_backward(result(V * C), result(T * C), x.data(), tokens.data(), order.data(), B, T, C);
         CpuOps::layernorm_forward(result(N * C), mean, rstd, x.data(), gain.data(), gain.data(), N, C);
-        CpuOps::layernorm_backward(d, result(C), result(C), out, x.data(), gain.data(), mean, rstd, N, C, scratch);
+        CpuOps::layernorm_backward(d, result(C), result(C), result(C), nullptr, out, x.data(), gain.data(), mean, rstd,
+                                   N, C, scratch);
         CpuOps::matmul_forward(qkv, 3 * C, x.data(), weight.data(), nullptr, N, C, 3 * C);
         CpuOps::matmul_backward_input(result(N * C), dout.data(), weight.data(), N, C, 3 * C);
-        CpuOps::matmul_backward_weight(result(3 * C * C), dout.data(), 3 * C, x.data(), N, C, 3 * C);
+        CpuOps::matmul_backward_weight(result(3 * C * C), dout.data(), 3 * C, x.data(), N, C, 3 * C, true);
         CpuOps::bias_backward(result(3 * C), dout.data(), N, 3 * C, scratch);
         CpuOps::attention_forward(out, lse, qkv, B, T, C, H);
         CpuOps::attention_backward(result(N * 3 * C), delta, x.data(), qkv, out, lse, B, T, C, H);

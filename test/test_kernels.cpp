@@ -202,45 +202,61 @@ TEST_CASE("layernorm_forward and residual_layernorm_forward") {
 
 TEST_CASE("layernorm_backward") {
     std::vector<Shape> sizes = shapes();
-    for (Shape many_rows : {Shape{1, 540, 1024}, Shape{1, 540, 2048}, Shape{1, 140, 8192}}) sizes.push_back(many_rows);
+    for (Shape more : {Shape{1, 540, 1024}, Shape{1, 540, 2048}, Shape{1, 140, 8192}, Shape{3, 700, 264},
+                       Shape{1, 900, 512}, Shape{1, 700, 1280}})
+        sizes.push_back(more);
+    enum class Before { null, in_place, apart };
     for (Shape shape : sizes) {
         const int B = shape.B, T = shape.T, C = shape.C;
-        for (bool accumulate : {false, true}) {
-            INFO("B " << B << " T " << T << " C " << C << " accumulate " << accumulate);
+        for (Before where : {Before::null, Before::in_place, Before::apart}) {
+            INFO("B " << B << " T " << T << " C " << C << " before " << int(where));
             const int N = B * T;
             const size_t n = size_t(N) * C;
+            const bool with_sum = where != Before::apart;
             Floats x = random_reals(n, 2.0f, 1.0f), weight = random_reals(C), bias = random_reals(C),
-                   dout = random_reals(n);
-            Floats out(n), mean(N), rstd(N), cpu_scratch(CpuOps::layernorm_scratch_floats(C));
+                   dout = random_reals(n), before = random_reals(n), dx(n);
+            Floats out(n), mean(N), rstd(N),
+                cpu_scratch(std::max(CpuOps::layernorm_scratch_floats(C), CpuOps::bias_scratch_floats(C)));
             CpuOps::layernorm_forward(out.data(), mean.data(), rstd.data(), x.data(), weight.data(), bias.data(), N, C);
-            Floats dx_before = accumulate ? random_reals(n) : Floats(n), dx = dx_before;
-            Floats dweight_before = accumulate ? normal(C) : Floats(C), dweight = dweight_before;
-            Floats dbias_before = accumulate ? normal(C) : Floats(C), dbias = dbias_before;
-            CpuOps::layernorm_backward(dx.data(), dweight.data(), dbias.data(), dout.data(), x.data(), weight.data(),
-                                       mean.data(), rstd.data(), N, C, cpu_scratch.data());
+            const Floats dweight_before = normal(C), dbias_before = normal(C), dsum_before = normal(C);
+            Floats dweight = dweight_before, dbias = dbias_before, dsum = dsum_before;
+            CpuOps::layernorm_backward(dx.data(), dweight.data(), dbias.data(), nullptr,
+                                       where == Before::null ? nullptr : before.data(), dout.data(), x.data(),
+                                       weight.data(), mean.data(), rstd.data(), N, C, cpu_scratch.data());
 
-            DeviceBuffer<real> device_dout(narrow(dout)), device_x(narrow(x)), device_weight(narrow(weight));
+            DeviceBuffer<real> device_dout(narrow(dout)), device_x(narrow(x)), device_weight(narrow(weight)),
+                device_before(narrow(before));
             DeviceBuffer<float> device_mean(mean), device_rstd(rstd);
             Reals first_dx;
-            Floats first_dweight, first_dbias;
+            Floats first_dweight, first_dbias, first_dsum;
             for (int repetition = 0; repetition < 2; repetition++) {
-                DeviceBuffer<real> device_dx(narrow(dx_before));
-                DeviceBuffer<float> device_dweight(dweight_before), device_dbias(dbias_before);
-                DeviceBuffer<float> scratch(GptKernels::layernorm_scratch_floats(C));
-                GptKernels::layernorm_backward(device_dx, device_dweight, device_dbias, device_dout, device_x,
-                                               device_weight, device_mean, device_rstd, N, C, scratch);
+                DeviceBuffer<real> device_dx(n);
+                if (where == Before::in_place) device_dx.upload(narrow(before));
+                DeviceBuffer<float> device_dweight(dweight_before), device_dbias(dbias_before),
+                    device_dsum(dsum_before), scratch(GptKernels::layernorm_scratch_floats(C));
+                GptKernels::layernorm_backward(
+                    device_dx, device_dweight, device_dbias, with_sum ? device_dsum.data() : nullptr,
+                    where == Before::null       ? nullptr
+                    : where == Before::in_place ? device_dx.data()
+                                                : device_before.data(),
+                    device_dout, device_x, device_weight, device_mean, device_rstd, N, C, scratch);
                 Reals got_dx = device_dx.download();
-                Floats got_dweight = device_dweight.download(), got_dbias = device_dbias.download();
+                Floats got_dweight = device_dweight.download(), got_dbias = device_dbias.download(),
+                       got_dsum = device_dsum.download();
                 if (repetition == 0) {
                     // Where dx is the difference of larger numbers its error is theirs: g*rstd, which dout bounds.
                     check_close(got_dx, dx, C, 2e-5);
                     check_close(got_dweight, dweight, C);
                     check_close(got_dbias, dbias, C);
-                    first_dx = got_dx, first_dweight = got_dweight, first_dbias = got_dbias;
+                    // The sums of what was stored: rounded, so not those of the CPU's dx.
+                    if (with_sum) CpuOps::bias_backward(dsum.data(), widen(got_dx).data(), N, C, cpu_scratch.data());
+                    check_close(got_dsum, dsum, C, 1e-5, with_sum ? std::sqrt(double(N)) : 0);
+                    first_dx = got_dx, first_dweight = got_dweight, first_dbias = got_dbias, first_dsum = got_dsum;
                 } else {
                     CHECK(same_bits(got_dx, first_dx));
                     CHECK(same_bits(got_dweight, first_dweight));
                     CHECK(same_bits(got_dbias, first_dbias));
+                    CHECK(same_bits(got_dsum, first_dsum));
                 }
             }
         }
@@ -429,11 +445,18 @@ TEST_CASE("sum_squares and clip_scale") {
                 INFO(count << " sums, the last " << last << ", max_norm " << max_norm);
                 std::vector<double> values(count, 1e-3);
                 values[count - 1] = last;
-                Floats want_clip(2);
-                CpuOps::clip_scale(want_clip.data(), values.data(), count, max_norm);
-                DeviceBuffer<float> clip(2);
-                GptKernels::clip_scale(clip, DeviceBuffer<double>(values), count, max_norm);
+                Floats want_clip(4);
+                int64_t want_t = 7;
+                CpuOps::clip_scale(want_clip.data(), &want_t, values.data(), count, max_norm, 0.9, 0.999);
+                DeviceBuffer<float> clip(4);
+                DeviceBuffer<int64_t> t(std::vector<int64_t>{7});
+                GptKernels::clip_scale(clip, t, DeviceBuffer<double>(values), count, max_norm, 0.9, 0.999);
                 Floats got_clip = clip.download();
+                CHECK(t.download()[0] == want_t);
+                if (want_clip[0] != 0) {
+                    CHECK(got_clip[2] == doctest::Approx(want_clip[2]).epsilon(1e-6));
+                    CHECK(got_clip[3] == doctest::Approx(want_clip[3]).epsilon(1e-4));  // 1 - 0.992: two digits cancel
+                }
                 CHECK(got_clip[0] == doctest::Approx(want_clip[0]).epsilon(1e-6));
                 CHECK(std::isfinite(got_clip[1]) == std::isfinite(want_clip[1]));
                 if (std::isfinite(want_clip[1])) CHECK(got_clip[1] == doctest::Approx(want_clip[1]).epsilon(1e-6));
@@ -449,11 +472,10 @@ TEST_CASE("adamw, muon_momentum, cast_params") {
             INFO("n " << n << " scale " << scale);
             Floats master = normal(n), m = normal(n, 0.1f), v = normal(n, 0.1f), momentum = normal(n), params(n);
             for (float& value : v) value *= value;
-            const Floats clip = {scale, 1.0f}, master_before = master, m_before = m, v_before = v,
-                         momentum_before = momentum;
+            Floats clip = {scale, 1.0f, 0.0f, 0.0f};
+            const Floats master_before = master, m_before = m, v_before = v, momentum_before = momentum;
             DeviceBuffer<real> device_params(n);
-            DeviceBuffer<float> device_master(master), device_m(m), device_v(v), device_momentum(momentum),
-                device_clip(clip);
+            DeviceBuffer<float> device_master(master), device_m(m), device_v(v), device_momentum(momentum);
 
             GptKernels::cast_params(device_params, device_master, n);
             CHECK(same_bits(device_params.download(), narrow(master)));
@@ -461,17 +483,19 @@ TEST_CASE("adamw, muon_momentum, cast_params") {
             const float lr = 0.3f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.1f;
             for (int step = 1; step <= 3; step++) {
                 Floats grads = normal(n, 2.0f);
-                float correction1 = 1 - std::pow(beta1, float(step)), correction2 = 1 - std::pow(beta2, float(step));
+                clip[2] = 1 - std::pow(beta1, float(step)), clip[3] = 1 - std::pow(beta2, float(step));
+                const DeviceBuffer<float> device_clip(clip);
                 CpuOps::adamw(params.data(), master.data(), m.data(), v.data(), grads.data(), n, lr, beta1, beta2, eps,
-                              weight_decay, correction1, correction2, clip.data());
+                              weight_decay, clip.data());
                 GptKernels::adamw(device_params, device_master, device_m, device_v, DeviceBuffer<float>(grads), n, lr,
-                                  beta1, beta2, eps, weight_decay, correction1, correction2, device_clip);
+                                  beta1, beta2, eps, weight_decay, device_clip);
             }
             check_close(device_master.download(), master, n, 1e-5, 1);
             check_close(device_m.download(), m, n, 1e-5, 0.1);
             check_close(device_v.download(), v, n);
             CHECK(same_bits(device_params.download(), narrow(device_master.download())));
 
+            const DeviceBuffer<float> device_clip(clip);
             Floats grads;
             for (bool nesterov : {false, true}) {
                 grads = normal(n);

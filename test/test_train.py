@@ -104,7 +104,7 @@ class Train(unittest.TestCase):
             self.trained(*self.LEARNS, "--optimizer", optimizer, *rates, "--out", out)
             entries = log(out)
             self.assertEqual([entry["step"] for entry in entries], list(range(1, 201)))
-            self.assertAlmostEqual(entries[0]["loss"], 5.545, delta=0.2)  # ln 256: nothing known yet
+            self.assertAlmostEqual(entries[0]["loss"], 5.45, delta=0.2)  # ln 256 = 5.545, and the tied head favours a repeated byte
             self.assertLess(sum(entry["loss"] for entry in entries[-20:]) / 20, bound, optimizer)
             self.assertLess(entries[-1]["val_loss"], bound + 0.6, optimizer)  # on other files: 0.53 above, and it moves with them
 
