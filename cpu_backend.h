@@ -15,6 +15,7 @@
 //
 // Letters, shapes and what each operation computes: backend.h.
 #pragma once
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -26,6 +27,7 @@
 #include <fstream>
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #ifdef _OPENMP
@@ -63,6 +65,7 @@ struct CpuOps {
         // Threads inside the BLAS would fight with ours, and cut a product differently for each thread count.
         if (openblas_set_num_threads) openblas_set_num_threads(1);
 #endif
+        if (process_memory_left() == 0) fail("out of memory: a limit of this process (ulimit -v, -d) leaves none");
     }
 
     static std::string device_name() {
@@ -79,20 +82,76 @@ struct CpuOps {
 
     static double peak_flops() { return 0; }  // unknown: utilisation is then printed as n/a
 
-    // Bytes that can still be allocated without swapping; SIZE_MAX where the system does not say.
-    static size_t memory_available() {
-        std::ifstream meminfo("/proc/meminfo");
-        std::string key, unit;
-        for (size_t kib; meminfo >> key >> kib && std::getline(meminfo, unit);) {
-            if (key == "MemAvailable:") return kib * 1024;
-        }
+    // The number after `key` in a file of lines like "MemAvailable: 1234 kB", times `unit`; SIZE_MAX if it has none.
+    static size_t value_in(const std::string& path, const std::string& key, size_t unit) {
+        std::ifstream file(path);
+        for (std::string line; std::getline(file, line);)
+            if (line.compare(0, key.size(), key) == 0) return strtoull(line.c_str() + key.size(), nullptr, 10) * unit;
         return SIZE_MAX;
+    }
+
+    // Bytes left to the processes of a control group (a container, a Slurm job) under its limit and those of the groups
+    // around it; SIZE_MAX without one. What files occupy of the page cache can be had.
+    // groups: /proc/self/cgroup, with lines "4:memory:/group" (version 1) or "0::/group" (2); root: /sys/fs/cgroup
+    static size_t group_memory_left(const std::string& groups, const std::string& root) {
+        size_t least = SIZE_MAX;
+        std::ifstream file(groups);
+        for (std::string line; std::getline(file, line);) {
+            const bool first = line.find(":memory:/") != std::string::npos, second = line.compare(0, 4, "0::/") == 0;
+            if (!first && !second) continue;
+            std::string group = line.substr(line.find('/'));
+            for (;; group.resize(group.rfind('/'))) {
+                const std::string directory = root + (first ? "/memory" : "") + group + "/";
+                size_t limit, used;
+                if (std::ifstream(directory + (first ? "memory.limit_in_bytes" : "memory.max")) >> limit &&
+                    std::ifstream(directory + (first ? "memory.usage_in_bytes" : "memory.current")) >> used) {
+                    for (const char* key : {"inactive_file", "active_file"}) {
+                        const size_t cache =
+                            value_in(directory + "memory.stat", (first ? "total_" : "") + std::string(key), 1);
+                        if (cache != SIZE_MAX) used -= std::min(used, cache);
+                    }
+                    least = std::min(least, limit - std::min(limit, used));
+                }
+                if (group.empty()) break;
+            }
+        }
+        return least;
+    }
+
+    // Bytes that this process may still allocate under its own limits (ulimit -v, -d); SIZE_MAX without one. OpenBLAS
+    // takes 128 MiB for each thread that multiplies, at its first product, and asks for ever if it cannot have them: so
+    // these are kept free, and a bit more for stacks.
+    static size_t process_memory_left() {
+        size_t least = SIZE_MAX;
+        const std::pair<int, const char*> limits[] = {{RLIMIT_AS, "VmSize:"}, {RLIMIT_DATA, "VmData:"}};
+        for (const auto& [limit, used_name] : limits) {
+            rlimit set;
+            if (getrlimit(limit, &set) != 0 || set.rlim_cur == RLIM_INFINITY) continue;
+            size_t used = value_in("/proc/self/status", used_name, 1024);
+#ifdef HAVE_CBLAS
+            int threads = 1;
+#ifdef _OPENMP
+            threads = omp_get_max_threads();
+#endif
+            if (openblas_set_num_threads) used += threads * (size_t(144) << 20);
+#endif
+            least = std::min(least, set.rlim_cur - std::min<size_t>(set.rlim_cur, used));
+        }
+        return least;
+    }
+
+    // Bytes that the machine can still give without swapping, to all processes together; SIZE_MAX where it does not
+    // say.
+    static size_t machine_memory_left() {
+        return std::min(value_in("/proc/meminfo", "MemAvailable:", 1024),
+                        group_memory_left("/proc/self/cgroup", "/sys/fs/cgroup"));
     }
 
     // Linux hands out more memory than it has and kills the process later: ask first, so that we can say it in words.
     static void* alloc(size_t bytes, const char* what) {
         const size_t rounded = round_up<size_t>(std::max<size_t>(bytes, 1), 256);
-        void* memory = rounded <= memory_available() ? std::aligned_alloc(256, rounded) : nullptr;
+        const bool fits = rounded <= std::min(machine_memory_left(), process_memory_left());
+        void* memory = fits ? std::aligned_alloc(256, rounded) : nullptr;
         if (!memory) {
             fail("out of memory: %s needs %.1f MiB of host memory; choose a smaller --batch or a smaller model", what,
                  double(bytes) / (1 << 20));
@@ -793,7 +852,9 @@ struct CpuOps {
 // The backend: the operations above, and the collectives of comm.h.
 struct Cpu : CpuOps, CpuComm {
     static constexpr const char* kBackendName = "cpu fp32";
-    static size_t memory_available() { return CpuOps::memory_available() / world.local_size; }  // a rank's share
+    static size_t memory_available() {  // a rank's share, and what it may take of it
+        return std::min(machine_memory_left() / world.local_size, process_memory_left());
+    }
     static void start(const World& r) {
         CpuOps::start(r.local_size);
         CpuComm::start();

@@ -49,6 +49,7 @@
 #include <functional>
 #include <limits>
 #include <set>
+#include <system_error>
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 1. Model config
@@ -1408,6 +1409,8 @@ int main(int argc, char** argv) {
         fail_ranks(error.what(), error.exit_code);
     } catch (const std::bad_alloc&) {
         fail_ranks("out of host memory: choose a smaller --batch or a smaller model", 1);
+    } catch (const std::system_error& error) {
+        fail_ranks(strprintf("cannot start a thread: %s: is there a limit (ulimit -u, -v)?", error.what()).c_str(), 1);
     } catch (const std::exception& error) {
         fail_ranks(strprintf("unexpected: %s", error.what()).c_str(), 1);
     }

@@ -168,6 +168,39 @@ TEST_CASE("memory: zero-filled, aligned, and a refusal in words") {
                          Error);
 }
 
+TEST_CASE("memory: limits of control groups count, those above too; the page cache can be had") {
+    namespace fs = std::filesystem;
+    const fs::path root = fs::temp_directory_path() / strprintf("test_cpu_%d", int(getpid()));
+    auto write = [&](const std::string& path, const std::string& text) {
+        fs::create_directories((root / path).parent_path());
+        std::ofstream(root / path) << text;
+    };
+    auto left = [&](const std::string& group) {
+        write("groups", "9:name=systemd:/x\n" + group + "\n");
+        return CpuOps::group_memory_left(root / "groups", root);
+    };
+    const size_t none = SIZE_MAX;
+    CHECK(left("0::/") == none);
+    write("a/memory.max", "1000\n");
+    write("a/memory.current", "300\n");
+    write("a/memory.stat", "anon 1\ninactive_anon 9\ninactive_file 20\nactive_file 30\n");
+    write("a/b/memory.max", "max\n");
+    write("a/b/memory.current", "100\n");
+    CHECK(left("0::/a") == 1000 - 300 + 20 + 30);
+    CHECK(left("0::/a/b") == 750);
+    CHECK(left("0::/a/not_here") == 750);
+    write("a/b/memory.max", "600\n");
+    CHECK(left("0::/a/b") == 500);
+    write("a/b/memory.current", "700\n");
+    CHECK(left("0::/a/b") == 0);
+    CHECK(left("0::/c") == none);
+    write("memory/j/memory.limit_in_bytes", "5000\n");
+    write("memory/j/memory.usage_in_bytes", "4000\n");
+    write("memory/j/memory.stat", "inactive_file 1\ntotal_inactive_file 50\ntotal_active_file 60\n");
+    CHECK(left("4:memory:/j/k") == 1110);
+    fs::remove_all(root);
+}
+
 TEST_CASE("embedding") {
     const int B = 3, T = 7, C = 24, V = 5;
     std::vector<int> tokens = integers(B * T, V), order(B * T);
