@@ -476,12 +476,13 @@ struct Run {
     const Options options;
     const std::unique_ptr<Shards> train, val;    // val: null without --val
     const std::unique_ptr<Tokenizer> tokenizer;  // null: none lies beside the shards
+    const std::string train_digest;              // of the shards, on rank 0
     std::unique_ptr<Checkpoint> source;          // of the first weights; null: initial_values
     const ModelConfig config;
     const int64_t total_batch;    // tokens per optimizer step, over all ranks
     const int accumulation;       // micro-steps per optimizer step
     const uint64_t eval_windows;  // sequences in an evaluation, over all ranks
-    bool resumed = false;         // `source` gives the optimizer's state too, and the step to go on from
+    std::string resumed_from;     // the path of `source` if it gives the optimizer's state and the step too
     int64_t first_step = 0;       // steps done before this process started
 
     explicit Run(const Options& given)
@@ -489,6 +490,7 @@ struct Run {
           train(new Shards(options.train, options.seq_len)),
           val(options.val.empty() ? nullptr : new Shards(options.val, options.seq_len)),
           tokenizer(find_tokenizer()),
+          train_digest(world.rank == 0 ? train->digest() : ""),
           config(agreed_config()),
           total_batch(find_total_batch()),
           accumulation(int(total_batch / (int64_t(options.batch) * options.seq_len * world.size))),
@@ -503,10 +505,9 @@ struct Run {
             check_model(*source);
         }
         if (!options.out.empty()) prepare_directory();
-        const std::string checkpoint = find_resume();
-        if (checkpoint.empty()) return;
-        source.reset(new Checkpoint(checkpoint));
-        resumed = true;
+        resumed_from = find_resume();
+        if (resumed_from.empty()) return;
+        source.reset(new Checkpoint(resumed_from));
         check_model(*source);
         check_same_run(*source);
         first_step = meta_number(*source, "step");
@@ -530,7 +531,7 @@ struct Run {
                      {"seed", std::to_string(options.seed)},
                      {"total_batch", std::to_string(total_batch)},
                      {"train_windows", std::to_string(train->windows())},
-                     {"train_digest", train->digest()},
+                     {"train_digest", train_digest},
                      {"tokenizer", tokenizer ? tokenizer->identity : ""}};
         for (const Flag& flag : flag_table())
             if (shapes_run(flag)) meta[std::string("flag.") + flag.name] = flag_value(flag, options);
@@ -640,7 +641,7 @@ struct Run {
     // read other windows.
     void check_model(const Checkpoint& checkpoint) const {
         const ModelConfig other = checkpoint_config(checkpoint);
-        const bool shorter = !resumed && config.seq_len < other.seq_len;
+        const bool shorter = resumed_from.empty() && config.seq_len < other.seq_len;
         const struct {
             const char* name;
             int here, there;
@@ -679,7 +680,7 @@ struct Run {
 
         const std::string digest = meta_text(checkpoint, "train_digest");
         if (meta_number(checkpoint, "train_windows") != int64_t(train->windows()) ||
-            (!digest.empty() && digest != train->digest()))
+            (!digest.empty() && digest != train_digest))
             say("note: the training data have changed since %s\n", path);
         for (const Flag& flag : flag_table()) {
             const auto there = checkpoint.meta.find(std::string("flag.") + flag.name);
@@ -738,7 +739,8 @@ class RunState {
     // muon and dmuon keep the same state; between adamw and these, or from weights alone, it starts afresh.
     void load(const Checkpoint& checkpoint) {
         const bool was_adamw = Run::meta_text(checkpoint, "optimizer") == "adamw",
-                   is_adamw = optimizer.plan.method == Method::adamw, with_state = run.resumed && was_adamw == is_adamw;
+                   is_adamw = optimizer.plan.method == Method::adamw,
+                   with_state = !run.resumed_from.empty() && was_adamw == is_adamw;
         for (int t = 0; t < int(optimizer.plan.tensors.size()); t++) {
             const TensorSpec& spec = optimizer.plan.tensors[t];
             for (const Kind& kind : kinds_of(t)) {
@@ -984,7 +986,7 @@ class StepLog {
     explicit StepLog(const Run& run)
         : path(run.options.out.empty() || world.rank != 0 ? "" : run.options.out + "/log.jsonl"),
           before(run.options.out + "/log.before.jsonl"),
-          resumed_from(run.resumed ? run.source->path : ""),
+          resumed_from(run.resumed_from),
           resumed_step(run.first_step) {}
 
     void write(const std::string& line) {
@@ -1013,7 +1015,7 @@ template <class Backend>
 class Trainer {
     using Event = typename Backend::Event;
 
-    const Run& run;
+    Run& run;
     const Options& options;
     Optimizer<Backend> optimizer;
     Model<Backend> model;
@@ -1044,7 +1046,7 @@ class Trainer {
     double mean_ms = 0;
 
   public:
-    explicit Trainer(const Run& run_)
+    explicit Trainer(Run& run_)
         : run(run_),
           options(run_.options),
           optimizer(tensor_specs(run_.config), options),
@@ -1065,6 +1067,7 @@ class Trainer {
     // Returns the exit code: 0, or 128 + the signal that asked it to stop before its last step.
     int train() {
         state.start();
+        run.source.reset();  // --keep may remove the file: its room on the disk must not be held
         print_table();
         if (run.first_step >= options.steps) {
             say("the run is at step %" PRId64 " of %" PRId64
@@ -1302,7 +1305,7 @@ inline std::string program_and_flags(const Options& options) {
 
 template <class Backend>
 int train(const Options& options) {
-    const Run run(options);
+    Run run(options);
     Backend::start(world);
     const int exit_code = Trainer<Backend>(run).train();
     Backend::stop();

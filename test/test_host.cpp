@@ -330,6 +330,10 @@ TEST_CASE("flags: contradictions name the flags") {
         {"--muon_scale keller", "--muon_scale|--optimizer"},
         {"--muon_qkv split", "--muon_qkv|--optimizer"},
         {"--muon_tile 64", "--muon_tile|--optimizer"},
+        {"--optimizer muon --muon_tile 1", "--muon_tile 1 is too small|64"},
+        {"--optimizer muon --muon_tile 63", "--muon_tile 63 is too small|64"},
+        {"--grad_clip 1e-46", "--grad_clip 1e-46 is too small|1e-6"},
+        {"--grad_clip 9.9e-7", "--grad_clip 9.9e-07 is too small|1e-6"},
         {"--ns gram", "--ns |--optimizer"},
         {"--ns_coefficients you", "--ns_coefficients|--optimizer"},
         {"--ns_steps 3", "--ns_steps|--optimizer"},
@@ -368,6 +372,10 @@ TEST_CASE("flags: what is no contradiction") {
              "--schedule wsd --warmup 50 --steps 100 --decay_frac 0.5",
              "--optimizer muon --ns_coefficients keller --ns_steps 20",
              "--optimizer muon --muon_weight_decay -1",
+             "--optimizer muon --muon_tile 64",
+             "--grad_clip 1e-6",
+             "--grad_clip 0",
+             "--batch 3 --total_batch 3072",
              "--optimizer dmuon --owner lpt",
              "--print_plan --ranks 1000 --owner lpt --muon_qkv heads",  // of any optimizer
              "--resume some.ckpt",                                      // without --out nothing is written
@@ -378,7 +386,9 @@ TEST_CASE("flags: what is no contradiction") {
         CHECK(parse_error(words(args + std::string(" --train t"))) == "");
     }
     CHECK(parse_error({"--train", "t", "--model", dir / "some.ckpt"}) == "");  // a file that is there
-    CHECK(parse_error({"--print_plan", "--ranks", "8"}) == "");                // needs no data
+    CHECK(parse_error({"--train", "t", "--model", dir / "some.ckpt", "--total_batch", "96"}) ==
+          "");                                                   // its seq_len decides
+    CHECK(parse_error({"--print_plan", "--ranks", "8"}) == "");  // needs no data
     CHECK(find_preset("d12")->channels == 768);
     CHECK(find_preset("d13") == nullptr);
 }
