@@ -1,14 +1,16 @@
 # make            the trainer, ./train_gpt, with whatever this machine has: nvcc, NCCL, MPI, a BLAS, OpenMP
-# make info       what was found
-# make tests      the test programs, in build/
-# make test       builds and runs the whole suite          make demo    trains a small GPT on real text
-# make dev        the kernel ladders of dev/               make help    this text
+# make info       what was found                           make help    this text
+# make demo       trains a small GPT on real text; it fetches that text, and the build takes nothing but g++
+# make tests      the test programs, in build/; needs doctest
+# make test       builds and runs the whole suite; skips, and counts, what this machine lacks nvcc, a GPU or MPI for
+# make lint       the style of every source; needs clang-format 14, clang-tidy 14, shellcheck: scripts/setup.sh --lint
+# make dev        the kernel ladders of dev/; needs nvcc (CUDA Toolkit) to build them and a GPU to run them
 #
 # PRECISION=fp32  the exact build of the CUDA backend (default bf16)
 # GPU_ARCH="80 90a"  architectures instead of the installed GPU's
+# CXX=g++-12      another compiler (nvcc hands the host's part to it)
 
 PRECISION ?= bf16
-CXX       ?= g++
 ifeq ($(filter $(PRECISION),bf16 fp32),)
   $(error PRECISION is '$(PRECISION)': bf16 or fp32)
 endif
@@ -17,6 +19,7 @@ SHELL     := /bin/bash
 comma     := ,
 empty     :=
 space     := $(empty) $(empty)
+$(shell mkdir -p $(BUILD))
 
 # --- What is here: each probe compiles and links a small program --------------------------------------------------------
 
@@ -39,21 +42,32 @@ endif
 MPI_CFLAGS := $(shell mpicxx --showme:compile 2>/dev/null || mpicxx -compile-info 2>/dev/null | cut -d' ' -f2-)
 MPI_LIBS   := $(shell mpicxx --showme:link 2>/dev/null || mpicxx -link-info 2>/dev/null | cut -d' ' -f2-)
 HAVE_MPI   := $(call probe,#include <mpi.h>\nint main() { return MPI_Init(0$(comma)0); },$(MPI_CFLAGS) $(MPI_LIBS))
-HAVE_CBLAS := $(call probe,#include <cblas.h>\nint main() { return cblas_sdot(0$(comma)0$(comma)1$(comma)0$(comma)1) != 0; },-lopenblas)
 HAVE_OMP   := $(call probe,#include <omp.h>\nint main() { return omp_get_max_threads() == 0; },-fopenmp)
+
+# The first of these that links. Asked for by name: what a distribution calls libblas or libcblas and no more is as a rule the
+# reference BLAS, which computes the demo's steps ten times slower than our own loops (dev/results/demo_cpu.log).
+try_blas = $(if $(call probe,#include <cblas.h>\nint main() { return cblas_sdot(0$(comma)0$(comma)1$(comma)0$(comma)1) != 0; },$(1)),$(1))
+BLAS := $(strip $(or $(call try_blas,-lopenblas),$(call try_blas,-I/usr/include/openblas -lopenblas),$(call try_blas,-lblis)))
+
+# Only `make found` asks for these: doctest, and an mpirun that starts two ranks of what mpicxx builds.
+HAVE_DOCTEST = $(call probe,#include <doctest/doctest.h>\nint main() {},-c)
+HAVE_MPIRUN  = $(and $(HAVE_MPI),$(shell \
+    printf '%b' '#include <mpi.h>\nint main() { int n; MPI_Init(0, 0); MPI_Comm_size(MPI_COMM_WORLD, &n); MPI_Finalize(); return n != 2; }' | \
+    $(CXX) -x c++ - $(MPI_CFLAGS) $(MPI_LIBS) -o $(BUILD)/probe_mpirun && for flags in '--allow-run-as-root --oversubscribe' ''; do \
+    timeout 30 mpirun $$flags -n 2 $(BUILD)/probe_mpirun && echo yes && break; done 2>/dev/null))
 
 # --- Flags ---------------------------------------------------------------------------------------------------------------
 
 # no errno and no traps from math: neither changes a value, and both keep loops from using vector instructions
 HOST_FLAGS := -O3 -march=native -fno-math-errno -fno-trapping-math -Wall -Wextra $(if $(HAVE_OMP),-fopenmp,-Wno-unknown-pragmas)
-DEFINES    := $(if $(HAVE_CBLAS),-DHAVE_CBLAS) $(if $(HAVE_MPI),-DUSE_MPI)
-LIBS       := $(if $(HAVE_CBLAS),-lopenblas) $(if $(HAVE_MPI),$(MPI_LIBS)) -lpthread
-INCLUDES   := -I. $(filter -I%,$(MPI_CFLAGS))
+DEFINES    := $(if $(BLAS),-DHAVE_CBLAS) $(if $(HAVE_MPI),-DUSE_MPI)
+LIBS       := $(filter-out -I%,$(BLAS)) $(if $(HAVE_MPI),$(MPI_LIBS)) -lpthread
+INCLUDES   := -I. $(filter -I%,$(BLAS) $(MPI_CFLAGS))
 CPU_CXX     = $(CXX) -std=c++17 $(HOST_FLAGS) $(DEFINES) $(INCLUDES)
 
 NVCC_DEFINES := $(DEFINES) $(if $(HAVE_NCCL),-DUSE_NCCL)
-NVCC_FLAGS   := -std=c++17 -O3 --threads 0 -Xcompiler $(subst $(space),$(comma),$(strip $(filter-out -Wextra,$(HOST_FLAGS)))) \
-                $(GENCODE) $(NVCC_DEFINES) $(INCLUDES)
+NVCC_FLAGS   := -std=c++17 -O3 --threads 0 $(if $(filter-out default,$(origin CXX)),-ccbin $(lastword $(CXX))) \
+                -Xcompiler $(subst $(space),$(comma),$(strip $(filter-out -Wextra,$(HOST_FLAGS)))) $(GENCODE) $(NVCC_DEFINES) $(INCLUDES)
 # nvcc hands linker options on with -Xlinker, and does not know -pthread
 NVCC_LIBS    := -lcublasLt $(if $(HAVE_NCCL),-lnccl) $(patsubst -Wl$(comma)%,-Xlinker %,$(filter-out -pthread,$(LIBS)))
 fp32_define  := -DPRECISION_FP32
@@ -61,27 +75,36 @@ HEADERS      := $(wildcard *.h *.cuh kernels/*.cuh)
 
 # --- The trainer -----------------------------------------------------------------------------------------------------------
 
-.PHONY: all info tests test demo dev help clean
+.PHONY: all info found tests test lint demo dev help clean
 all: train_gpt
 
-# Rebuilt when the precision or a finding changes
-CONFIG := $(PRECISION) $(NVCC) $(GENCODE) $(DEFINES) $(HAVE_NCCL) $(HAVE_OMP)
-$(shell mkdir -p $(BUILD); [ "$$(cat $(BUILD)/config 2>/dev/null)" = "$(CONFIG)" ] || echo "$(CONFIG)" > $(BUILD)/config)
+# Rebuilt when the compiler, the precision or a finding changes
+CONFIG := $(PRECISION) $(shell $(CXX) --version 2>/dev/null | head -n 1) $(CPU_CXX) $(LIBS) $(NVCC) $(NVCC_FLAGS) $(NVCC_LIBS)
+$(shell [ "$$(cat $(BUILD)/config 2>/dev/null)" = '$(CONFIG)' ] || echo '$(CONFIG)' > $(BUILD)/config)
+
+define say_what_is_here
+@echo "CUDA    $(if $(NVCC),$(NVCC)$(comma) $(PRECISION)$(comma) for $(or $(addprefix sm_,$(GPU_ARCH)),sm_80 sm_90a and PTX: no GPU here),not found: building the CPU backend alone)"
+@echo "NCCL    $(if $(HAVE_NCCL),yes,not found: one GPU per run)"
+@echo "MPI     $(if $(HAVE_MPI),yes,not found: no mpirun (Debian: libopenmpi-dev openmpi-bin))"
+@echo "BLAS    $(or $(BLAS),neither OpenBLAS nor BLIS: plain loops on the CPU (Debian: libopenblas-dev))"
+@echo "OpenMP  $(if $(HAVE_OMP),yes,not found: one CPU thread)"
+endef
 
 train_gpt: train_gpt.cu $(HEADERS) $(BUILD)/config
-	@$(MAKE) -s --no-print-directory info
+	$(say_what_is_here)
 ifneq ($(NVCC),)
+	@echo "compiling for the GPU: up to a minute"
 	$(NVCC) $(NVCC_FLAGS) $(if $(filter fp32,$(PRECISION)),$(fp32_define)) train_gpt.cu -o $@ $(NVCC_LIBS)
 else
 	$(CPU_CXX) -x c++ train_gpt.cu -o $@ $(LIBS)
 endif
 
 info:
-	@echo "CUDA    $(if $(NVCC),$(NVCC)$(comma) $(PRECISION)$(comma) for $(or $(addprefix sm_,$(GPU_ARCH)),sm_80 sm_90a and PTX: no GPU here),not found: building the CPU backend alone)"
-	@echo "NCCL    $(if $(HAVE_NCCL),yes,not found: one GPU per run)"
-	@echo "MPI     $(if $(HAVE_MPI),yes,not found: no mpirun (Debian: libopenmpi-dev))"
-	@echo "BLAS    $(if $(HAVE_CBLAS),OpenBLAS,not found: plain loops on the CPU (Debian: libopenblas-dev))"
-	@echo "OpenMP  $(if $(HAVE_OMP),yes,not found: one CPU thread)"
+	$(say_what_is_here)
+# The same for scripts: a word for each thing that was found.
+found:
+	@echo $(if $(NVCC),nvcc) $(if $(HAVE_NCCL),nccl) $(if $(HAVE_MPI),mpi) $(if $(HAVE_MPIRUN),mpirun) $(if $(BLAS),blas) \
+	    $(if $(HAVE_OMP),openmp) $(if $(HAVE_DOCTEST),doctest)
 
 # --- Tests: one program per configuration, so that each header is compiled once for each --------------------------------------
 
@@ -105,15 +128,22 @@ $(BUILD)/test_cuda_%: test/test_cuda.cu train_gpt.cu $(TEST_HEADERS)
 
 test:
 	./scripts/test.sh --no_setup
+lint:
+	./scripts/lint.sh $(DEFINES) $(INCLUDES)
 demo:
 	./scripts/compare.sh adamw dmuon --no_setup
 
 # --- Kernel ladders ---------------------------------------------------------------------------------------------------------------
 
+ifneq ($(NVCC),)
 dev: $(patsubst dev/%.cu,$(BUILD)/%,$(wildcard dev/*.cu))
 $(BUILD)/%: dev/%.cu $(HEADERS) $(wildcard dev/*.h) $(BUILD)/config
-	$(if $(NVCC),,$(error the ladders of dev/ need nvcc))
 	$(NVCC) $(NVCC_FLAGS) $< -o $@ $(NVCC_LIBS) -lcublas
+else
+dev:
+	@echo "make dev: the ladders of dev/ need nvcc, of NVIDIA's CUDA Toolkit: put it on the PATH, or name its directory in CUDA_HOME" >&2
+	@exit 2
+endif
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile

@@ -19,19 +19,19 @@
 struct World;  // ranks.h
 
 template <class Function>
-using Pointer = Function*;
+using FunctionPointer = Function*;
 template <class Class, class Function>
-using Member = Function Class::*;
+using MethodPointer = Function Class::*;
 
-#define OPERATION(name, ...)                                  \
-    {                                                         \
-        constexpr Pointer<__VA_ARGS__> name = &Backend::name; \
-        (void)name;                                           \
+#define OPERATION(name, ...)                                          \
+    {                                                                 \
+        constexpr FunctionPointer<__VA_ARGS__> name = &Backend::name; \
+        (void)name;                                                   \
     }
-#define METHOD(type, name, ...)                                 \
-    {                                                           \
-        constexpr Member<type, __VA_ARGS__> name = &type::name; \
-        (void)name;                                             \
+#define METHOD(type, name, ...)                                        \
+    {                                                                  \
+        constexpr MethodPointer<type, __VA_ARGS__> name = &type::name; \
+        (void)name;                                                    \
     }
 
 // clang-format off
@@ -61,7 +61,8 @@ constexpr bool is_backend() {
     static_assert(std::is_default_constructible<Event>::value, "Event()");
     METHOD(Event, record, void());
     METHOD(Event, done, bool() const);  // whether the device has passed it; asking does not wait
-    constexpr Pointer<float(const Event& a, const Event& b)> ms = &Event::ms;  // milliseconds of the device from a to b
+    // milliseconds of the device from a to b
+    constexpr FunctionPointer<float(const Event& a, const Event& b)> ms = &Event::ms;
     (void)ms;
 
     // Collectives, over all ranks; every rank calls the same ones in the same order. Those called while a
@@ -163,8 +164,12 @@ constexpr bool is_backend() {
     OPERATION(ns_normalize, void(void* X /*(count,mp,np)*/, double* scratch /*(ns_scratch_doubles(count))*/,
                                  const float* grads, const MatrixRef* refs /*(count)*/, int count, int rows, int cols,
                                  NsType type));
+    // The products that are called while an NsChain lives, all of the same `count` matrices, may run as one launch when
+    // it ends. counters: ns_chain_counters(count).
+    static_assert(std::is_constructible<typename Backend::NsChain, int /*count*/, NsType, int* /*counters*/>::value,
+                  "NsChain(count, type, counters)");
     // D = alpha A op(B) + beta C + diag I, one rounding at the store; M, N, K multiples of 8, K = 0 is no product.
-    // symmetric_nt: op(B) = B^T, B (count,N,K), M = N, and D and C are symmetric. nn: op(B) = B (count,K,N).
+    // symmetric_nt: op(B) = B^T, B (count,N,K), M = N, and D and C are symmetric. nn: op(B) = B (count,K,N), diag = 0.
     OPERATION(ns_product, void(void* D /*(count,M,N)*/, const void* A /*(count,M,K)*/, const void* B,
                                const void* C /*(count,M,N) or null*/, float alpha, float beta, float diag, int count,
                                int M, int N, int K, NsProduct kind, NsType type));

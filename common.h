@@ -127,6 +127,10 @@ inline size_t ns_type_bytes(NsType type) { return type == NsType::fp32 ? 4 : 2; 
 // The two shapes of product that Newton-Schulz needs: A A^T (or any product known to be symmetric), and A B.
 enum class NsProduct { symmetric_nt, nn };
 
+// A chain of products (Backend::NsChain) counts which of its tiles are done, in this many ints of device memory.
+constexpr int kNsChainProducts = 36;  // at most
+constexpr size_t ns_chain_counters(int matrices) { return 1 + size_t(kNsChainProducts) * matrices; }
+
 // Where a (rows, cols) matrix, or a tile of one, lies: element offsets into the arenas of parameters and gradients,
 // which share their layout, and into the owner's fp32 state; and the row stride ld in all of them.
 struct MatrixRef {

@@ -1,6 +1,7 @@
 // cpu_backend.h: every operation of the model and of the optimizer in plain C++: fp32, OpenMP over work that is
-// independent, a BLAS for the matrix products (or our own loops where none is installed). It trains small models on a
-// machine without a GPU, and is the truth that the CUDA kernels are tested against, so it is clear before it is fast.
+// independent, a BLAS for the matrix products (or a kernel of our own where none is installed). It trains small models
+// on a machine without a GPU, and is the truth that the CUDA kernels are tested against, so it is clear before it is
+// fast.
 //
 // Read in this order: the start and memory; sums, exp and gemm, which the rest stands on; the model from the embedding
 // to the classifier, each forward beside its backward; the optimizer, AdamW first, then Newton-Schulz; struct Cpu.
@@ -180,41 +181,87 @@ struct CpuOps {
         cblas_sgemm(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans, transpose_b ? CblasTrans : CblasNoTrans, M,
                     N, K, alpha, A, std::max(lda, 1), B, std::max(ldb, 1), beta, C, ldc);
 #else
-        // A 4 x 32 tile of C stays in registers while k runs; op(B)'s 32 columns are first copied together.
-        constexpr int kRows = 4, kColumns = 32;
-        static thread_local std::vector<float> panel;
-        panel.resize(size_t(K) * kColumns);
+        packed_gemm(transpose_a, transpose_b, M, N, K, alpha, A, lda, B, ldb, beta, C, ldc);
+#endif
+    }
+
+    // The same without a BLAS. A processor multiplies and adds whole vector registers, two at a time, but loads only
+    // about as many: so a tile of kRows x kColumns of C stays in registers while k runs, and each step needs two
+    // vectors of B and kRows numbers of A for 2 kRows multiplications of vectors. Both are first copied into panels, in
+    // the order in which they are needed: strided rows share few places in the cache. kDepth of K at a time: then a
+    // panel of B stays in the first cache, those of A in the second. An element of C is one sum over k, whatever tile
+    // it is in, rounded to C after each kDepth.
+#if defined(__AVX512F__)
+    static constexpr int kWidth = 16, kRows = 12;  // floats in a vector; 24 of 32 registers hold the tile
+#elif defined(__AVX__)
+    static constexpr int kWidth = 8, kRows = 6;  // 12 of 16
+#else
+    static constexpr int kWidth = 4, kRows = 6;
+#endif
+    static constexpr int kColumns = 2 * kWidth, kDepth = 256;
+    using Vector __attribute__((vector_size(kWidth * sizeof(float)))) = float;
+
+    static void packed_gemm(bool transpose_a, bool transpose_b, int M, int N, int K, float alpha, const float* A,
+                            int lda, const float* B, int ldb, float beta, float* C, int ldc) {
         const size_t row_a = transpose_a ? 1 : lda, column_a = transpose_a ? lda : 1;  // strides of op(A) and op(B)
         const size_t row_b = transpose_b ? 1 : ldb, column_b = transpose_b ? ldb : 1;
-        for (int j0 = 0; j0 < N; j0 += kColumns) {
-            const int columns = std::min(kColumns, N - j0);
-            for (int k = 0; k < K; k++) {
-                for (int j = 0; j < kColumns; j++) {
-                    panel[size_t(k) * kColumns + j] = j < columns ? B[k * row_b + (j0 + j) * column_b] : 0.0f;
-                }
-            }
+        static thread_local std::vector<float> panels_a, panel_b;  // (M/kRows,depth,kRows), (depth,kColumns)
+        panels_a.resize(size_t(round_up(M, kRows)) * kDepth);
+        panel_b.resize(size_t(kColumns) * kDepth);
+        for (int k0 = 0; k0 == 0 || k0 < K; k0 += kDepth) {
+            const int depth = std::min(kDepth, K - k0);
             for (int i0 = 0; i0 < M; i0 += kRows) {
-                const int rows = std::min(kRows, M - i0);
-                const float* a[kRows];  // past the last row, the last row again: computed, not stored
-                for (int i = 0; i < kRows; i++) a[i] = A + (i0 + std::min(i, rows - 1)) * row_a;
-                float sums[kRows][kColumns] = {};
-                for (int k = 0; k < K; k++) {
-                    const float* b = panel.data() + size_t(k) * kColumns;
-                    for (int i = 0; i < kRows; i++) {
-                        const float a_ik = a[i][k * column_a];
-#pragma omp simd
-                        for (int j = 0; j < kColumns; j++) sums[i][j] += a_ik * b[j];
-                    }
-                }
-                for (int i = 0; i < rows; i++) {
-                    for (int j = 0; j < columns; j++) {
-                        float* c = C + size_t(i0 + i) * ldc + j0 + j;
-                        *c = alpha * sums[i][j] + (beta == 0.0f ? 0.0f : beta * *c);
+                pack(&panels_a[size_t(i0) * depth], kRows, A + i0 * row_a + k0 * column_a, row_a, column_a,
+                     std::min(kRows, M - i0), depth);
+            }
+            for (int j0 = 0; j0 < N; j0 += kColumns) {
+                const int columns = std::min(kColumns, N - j0);
+                pack(panel_b.data(), kColumns, B + k0 * row_b + j0 * column_b, column_b, row_b, columns, depth);
+                for (int i0 = 0; i0 < M; i0 += kRows) {
+                    float tile[kRows][kColumns];
+                    tile_product(tile[0], &panels_a[size_t(i0) * depth], panel_b.data(), depth);
+                    for (int i = 0; i < std::min(kRows, M - i0); i++) {
+                        float* c = C + size_t(i0 + i) * ldc + j0;
+                        if (k0 == 0 && beta == 0) {  // C may hold anything
+                            for (int j = 0; j < columns; j++) c[j] = alpha * tile[i][j];
+                        } else {
+                            const float keep = k0 == 0 ? beta : 1.0f;
+                            for (int j = 0; j < columns; j++) c[j] = keep * c[j] + alpha * tile[i][j];
+                        }
                     }
                 }
             }
         }
-#endif
+    }
+
+    // panel (depth,width) = `count` rows of x, transposed and filled up with zeros to `width`.
+    static void pack(float* panel, int width, const float* x /*(count,depth)*/, size_t row_stride, size_t stride,
+                     int count, int depth) {
+        if (count < width) std::fill(panel, panel + size_t(depth) * width, 0.0f);
+        if (row_stride == 1) {
+            for (int k = 0; k < depth; k++) {
+                for (int i = 0; i < count; i++) panel[size_t(k) * width + i] = x[k * stride + i];
+            }
+        } else {
+            for (int i = 0; i < count; i++) {
+                for (int k = 0; k < depth; k++) panel[size_t(k) * width + i] = x[i * row_stride + k * stride];
+            }
+        }
+    }
+
+    static void tile_product(float* tile /*(kRows,kColumns)*/, const float* a /*(depth,kRows)*/,
+                             const float* b /*(depth,kColumns)*/, int depth) {
+        Vector sums[kRows][2] = {};
+        for (int k = 0; k < depth; k++, a += kRows, b += kColumns) {
+            Vector left, right;
+            memcpy(&left, b, sizeof(left));
+            memcpy(&right, b + kWidth, sizeof(right));
+            for (int i = 0; i < kRows; i++) {
+                sums[i][0] += a[i] * left;
+                sums[i][1] += a[i] * right;
+            }
+        }
+        memcpy(tile, sums, sizeof(sums));
     }
 
     // C (M,N) = op(A) op(B) + beta * C, or + bias (N) in each row, on all threads: tiles of 128 x 128 (smaller ones
@@ -658,6 +705,10 @@ struct CpuOps {
         }
         return {buffer.data(), cols};
     }
+
+    struct NsChain {
+        NsChain(int, NsType, int*) {}  // every product is done when its call returns
+    };
 
     // D = alpha * A op(B) + beta * C + diag * I for every one of `count` matrices; one rounding, at the store.
     // symmetric_nt: B is (count,N,K) and op transposes; the result is known to be symmetric, so the lower triangle is

@@ -365,14 +365,17 @@ inline NsConfig ns_config(const Options& options, int m, int n) {
 struct NsWorkspace {
     void *X, *Y;
     void* S[4];
+    int* counters;  // of the backend's NsChain
     static size_t bytes(int count, int m, int n, NsType type) {
-        return count * (2 * size_t(m) * n + 4 * size_t(m) * m) * ns_type_bytes(type);
+        return count * (2 * size_t(m) * n + 4 * size_t(m) * m) * ns_type_bytes(type) +
+               ns_chain_counters(count) * sizeof(int);
     }
     NsWorkspace(void* memory, int count, int m, int n, NsType type) {
         size_t wide = count * size_t(m) * n * ns_type_bytes(type), square = count * size_t(m) * m * ns_type_bytes(type);
         char* at = static_cast<char*>(memory);
         X = at, Y = at + wide, at += 2 * wide;
         for (void*& s : S) s = at, at += square;
+        counters = reinterpret_cast<int*>(at);
     }
 };
 
@@ -386,6 +389,7 @@ struct NsWorkspace {
 // they commute and every product of them is symmetric, so only half of its tiles is computed.
 template <class Backend>
 void newton_schulz(NsWorkspace& w, int count, int m, int n, const NsConfig& config) {
+    typename Backend::NsChain one_launch(count, config.type, w.counters);
     auto symmetric = [&](void* D, const void* A, const void* B, const void* C, double alpha, double beta, int k,
                          double diag = 0) {
         Backend::ns_product(D, A, B, C, float(alpha), float(beta), float(diag), count, m, m, k, NsProduct::symmetric_nt,
@@ -431,6 +435,9 @@ void newton_schulz(NsWorkspace& w, int count, int m, int n, const NsConfig& conf
 // The floating-point operations of Newton-Schulz on one matrix: the iteration itself, run on a backend that only
 // counts.
 struct FlopCounter {
+    struct NsChain {
+        NsChain(int, NsType, int*) {}
+    };
     static double& flops() {
         static double count;
         return count;

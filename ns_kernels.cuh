@@ -19,15 +19,16 @@
 // norm_parts_kernel and normalize_kernel (gradient -> X), muon_update_kernel (X -> weights), then the launchers in
 // struct NsKernels. How product_kernel came to be, one idea at a time: dev/newton_schulz.cu.
 #pragma once
+#include <memory>
+#include <utility>
+
 #include "common.h"
 #include "kernels/cuda_common.cuh"
 #include "kernels/mma.cuh"
 
-// Two neighbours, moved by one access.
-template <typename T>
-struct alignas(2 * sizeof(T)) Pair {
-    T x, y;
-};
+#ifndef FIBER
+#include "kernels/ns_hopper.cuh"
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // D = alpha * A op(B) + beta * C + diag * I in 16 bits, on the tensor cores
@@ -399,12 +400,32 @@ __global__ void __launch_bounds__(kMoveThreads)
 // ---------------------------------------------------------------------------------------------------------------------
 
 struct NsKernels {
+    // Where the GPU has kernels for it (ns_hopper.cuh).
+    class NsChain {
+      public:
+        NsChain([[maybe_unused]] int batch, [[maybe_unused]] NsType type, [[maybe_unused]] int* counters) {
+#ifndef FIBER
+            if (type != NsType::fp32 && hopper_kernels()) chain = new HopperRecorder(type, batch, counters);
+#endif
+        }
+        NsChain(const NsChain&) = delete;
+        ~NsChain() noexcept(false) {
+#ifndef FIBER
+            if (!chain) return;
+            const std::unique_ptr<HopperRecorder> ended(std::exchange(chain, nullptr));
+            ended->launch();
+#endif
+        }
+    };
     // D (batch, M, N) = alpha * A op(B) + beta * C + diag * I, summed in fp32 and rounded to `type` once. A is (batch,
     // M, K), C is (batch, M, N) or null and may be D. symmetric_nt: op(B) is the transpose of B (batch, N, K), M == N,
     // and the caller knows that the result, and C, are symmetric. nn: op(B) is B (batch, K, N). M, N and K are
     // multiples of 8. The bits of a matrix of D depend on its own operands only, not on the batch it is in.
     static void ns_product(void* D, const void* A, const void* B, const void* C, float alpha, float beta, float diag,
                            int batch, int M, int N, int K, NsProduct kind, NsType type) {
+#ifndef FIBER
+        if (chain) return chain->add(kind, D, A, B, C, alpha, beta, diag, M, N, K);
+#endif
         with_type(type, [&](auto zero) {
             using T = decltype(zero);
             auto run = kind == NsProduct::nn ? product<T, NsProduct::nn> : product<T, NsProduct::symmetric_nt>;
@@ -441,6 +462,9 @@ struct NsKernels {
     }
 
   private:
+#ifndef FIBER
+    static inline HopperRecorder* chain = nullptr;
+#endif
     struct Shape {  // of X, for matrices of (rows, cols)
         int mp, np, tiles;
         Shape(int rows, int cols)

@@ -37,18 +37,9 @@
 #include "attention_scalar.cuh"
 #include "cuda_common.cuh"
 #include "mma.cuh"
-
-// The instruction for exponentials is a power of two: exp(x) = exp2(x * kLog2e).
-constexpr float kLog2e = 1.4426950408889634f;
-__device__ inline float fast_exp2(float x) {
-#ifdef FIBER
-    return exp2f(x);
-#else
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // exp2f() adds three instructions for denormal results
-    return y;
+#ifndef FIBER
+#include "attention_hopper.cuh"
 #endif
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Tiles
@@ -177,18 +168,6 @@ struct FlashTiles {
         }
     }
 };
-
-// Results of mma lie in registers as float x[n][4], n counting blocks of 8 columns. With g = lane / 4, t = lane % 4:
-// x[n][0..1] = row g, columns 8n + 2t and 8n + 2t + 1; x[n][2..3] = row g + 8, the same columns. So a lane has two
-// rows, element e is in the lane's row e / 2, and four neighbouring lanes share a row:
-__device__ inline float row_sum(float x) {
-    x += __shfl_xor_sync(kAllLanes, x, 1);
-    return x + __shfl_xor_sync(kAllLanes, x, 2);
-}
-__device__ inline float row_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
-    return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
-}
 
 // How many warps a block has, and how many blocks an SM: what the registers allow (65536 of an SM, 255 of a thread).
 template <int HD>
@@ -460,6 +439,15 @@ __global__ void __launch_bounds__(KeyTiles<HD>::threads, kKeyBlocks<HD>)
 // ---------------------------------------------------------------------------------------------------------------------
 
 struct Attention {
+    // Whether heads of this size are for the kernels of attention_hopper.cuh on this GPU.
+    static bool on_hopper(int hd) {
+#ifdef FIBER
+        return hd < 0;
+#else
+        return sizeof(real) == 2 && (hd == 64 || hd == 128) && hopper_kernels();
+#endif
+    }
+
     static void attention_forward(real* out /*(B,T,C)*/, float* lse /*(B,H,T)*/,
                                   const real* qkv /*(B,T,3C): q|k|v, head h at columns h*hd*/, int B, int T, int C,
                                   int H) {
@@ -468,6 +456,10 @@ struct Attention {
         const float scale = 1.0f / std::sqrt(float(hd));
         auto flash = [&](auto head_dim) {
             constexpr int HD = decltype(head_dim)::value;
+#ifndef FIBER
+            if constexpr (HD >= 64)
+                if (on_hopper(HD)) return hopper_forward<HD>(out, lse, qkv, B, T, C, H);
+#endif
             using Tiles = QueryTiles<HD>;
             LAUNCH(flash_forward_kernel<HD>, grid<Tiles::own_rows>(B, T, H), Tiles::threads, flash_bytes<Tiles>(1), out,
                    lse, qkv, T, C, scale);
@@ -489,6 +481,10 @@ struct Attention {
         const float scale = 1.0f / std::sqrt(float(hd));
         auto flash = [&](auto head_dim) {
             constexpr int HD = decltype(head_dim)::value;
+#ifndef FIBER
+            if constexpr (HD >= 64)
+                if (on_hopper(HD)) return hopper_backward<HD>(dqkv, delta, dout, qkv, out, lse, B, T, C, H);
+#endif
             using Queries = QueryTiles<HD>;
             using Keys = KeyTiles<HD>;
             LAUNCH(flash_dq_kernel<HD>, grid<Queries::own_rows>(B, T, H), Queries::threads, flash_bytes<Queries>(2),

@@ -119,6 +119,12 @@ struct __align__(n * sizeof(T)) Pack {
     }
 };
 
+// Two neighbours, moved by one access.
+template <typename T>
+struct alignas(2 * sizeof(T)) Pair {
+    T x, y;
+};
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Sums and maxima over a warp or a block; every thread receives the same bits. The order of additions is fixed.
 

@@ -125,3 +125,27 @@ __device__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(newest) : "memory");
 #endif
 }
+
+// Results of mma lie in registers as float x[n][4], n counting blocks of 8 columns. With g = lane / 4, t = lane % 4:
+// x[n][0..1] = row g, columns 8n + 2t and 8n + 2t + 1; x[n][2..3] = row g + 8, the same columns. So a lane has two
+// rows, element e is in the lane's row e / 2, and four neighbouring lanes share a row:
+__device__ inline float row_sum(float x) {
+    x += __shfl_xor_sync(kAllLanes, x, 1);
+    return x + __shfl_xor_sync(kAllLanes, x, 2);
+}
+__device__ inline float row_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+    return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
+}
+
+// The instruction for exponentials is a power of two: exp(x) = exp2(x * kLog2e).
+constexpr float kLog2e = 1.4426950408889634f;
+__device__ inline float fast_exp2(float x) {
+#ifdef FIBER
+    return exp2f(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // exp2f() adds three instructions for denormal results
+    return y;
+#endif
+}

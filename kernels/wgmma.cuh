@@ -104,8 +104,9 @@ __device__ inline void tma_store(const CUtensorMap* map, int matrix, int row, in
 }
 __device__ inline void tma_store_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ inline void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until all stores that this thread has committed have read their shared memory.
-__device__ inline void tma_store_wait() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// Until all stores that this thread has committed have read their shared memory; until they are done.
+__device__ inline void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ inline void tma_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 __device__ inline void tma_prefetch(const CUtensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -207,15 +208,21 @@ __device__ inline void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t
 // ---------------------------------------------------------------------------------------------------------------------
 // The rest
 
-// The counterpart of ldmatrix_x4: lane l passes the address of row l%8 of matrix l/8.
+// The counterparts of ldmatrix_x4 and ldmatrix_x4_trans: lane l passes the address of row l%8 of matrix l/8.
 __device__ inline void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
                  "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
                  : "memory");
 }
+__device__ inline void stmatrix_x4_trans(void* row, const uint32_t (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
 
 // By whole warpgroups, of a kernel with __launch_bounds__(threads, 1): those who give registers back, and those who
-// then take them. 65536 of an SM in all; n is a multiple of 8.
+// then take them. A block has what it starts with, threads x (65536 / threads, rounded down to a multiple of 8), also
+// where that is less than the 65536 of the SM: who takes more waits for ever. n is a multiple of 8.
 template <int n>
 __device__ inline void give_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(n));
@@ -235,10 +242,11 @@ __device__ inline void barrier_arrive(int id, int threads) {
 }
 
 // Whether kernels written with these instructions run here: on a GPU of sm_90, in a build for sm_90a (PTX of an older
-// architecture, compiled by the driver, has empty bodies in their place).
+// architecture, compiled by the driver, has empty bodies in their place), and not under --kernels portable.
+inline bool portable_kernels = false;
 __global__ void hopper_probe_kernel() {}
 inline bool hopper_kernels() {
-    static const bool run = [] {
+    static const bool can_run = [] {
         int device = 0, major = 0, minor = 0;
         cudaFuncAttributes attributes;
         if (cudaGetDevice(&device) != cudaSuccess ||
@@ -248,5 +256,5 @@ inline bool hopper_kernels() {
             return false;
         return major == 9 && minor == 0 && attributes.ptxVersion >= 90;
     }();
-    return run;
+    return can_run && !portable_kernels;
 }

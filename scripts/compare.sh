@@ -29,53 +29,75 @@ say "build"
 make
 
 say "data"
-# Python's own library is enough for bytes. The first text that can be had:
+# Python's own library is enough for bytes. The first text that can be had: Austen's six novels come from a Debian mirror, as the
+# tools do, and are long enough not to be learnt by heart.
 data=""
-for text in tinyshakespeare austen; do # what is here already comes first
+for text in austen tinyshakespeare; do # what is here already comes first
+    [[ ! $data ]] || break
     ! grep -qs '"files"' data/${text}_byte/manifest.json || data=data/${text}_byte
 done
-for text in tinyshakespeare austen; do
+for text in austen tinyshakespeare; do
     [[ ! $data ]] || break
     echo "trying $text"
-    if scripts/data.py $text --tokenizer byte --out data/${text}_byte > /dev/null; then
-        data=data/${text}_byte
-        break
-    fi
+    ! scripts/data.py $text --tokenizer byte --out data/${text}_byte > /dev/null || data=data/${text}_byte
 done
 [[ $data ]] || fail "no text could be fetched (no network?); train on your own: scripts/data.py text:FILE says how"
 
-# A byte-level model in both cases: a million characters teach spelling, names and the form of a play. (A 124M model on
-# GPT-2 tokens would know so short a text by heart after a hundred steps; the README says how to train one on FineWeb.)
+# Each optimizer at the best rates of a small sweep, or the comparison would be one of rates.
 if ./train_gpt --version | grep -q cuda && nvidia-smi -L > /dev/null 2>&1; then
-    runs=runs/small_gpu
-    steps=1000
-    flags=(--model d6 --seq_len 256 --batch 64 --warmup 100 --eval_every 100)
+    # -- On a GPU: d6, 11 M parameters (a 124M model on GPT-2 tokens would know so short a text by heart after a hundred steps; the
+    # README says how to train one on FineWeb).
+    where=gpu steps=1000
+    model=(--model d6 --seq_len 256 --batch 64 --warmup 100)
+    declare -A rates=([adamw]="--lr 4e-3" [muon]="--lr 4e-3 --muon_lr 1e-2")
     say "a GPU: $(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)"
-    echo "training d6, 11 M parameters on the bytes of ${data#data/}, $steps steps with each of: ${optimizers[*]}"
 else
-    runs=runs/small_cpu
-    steps=1000
-    flags=(--layers 4 --heads 4 --channels 128 --seq_len 128 --batch 16 --warmup 50 --eval_every 50 --device cpu)
+    # -- On a CPU: 0.8 M parameters: spelling, names, the form of a dialogue.
+    where=cpu steps=800
+    model=(--layers 4 --heads 4 --channels 128 --seq_len 128 --batch 16 --warmup 50 --device cpu)
+    declare -A rates=([adamw]="--lr 8e-3" [muon]="--lr 8e-3 --muon_lr 2e-2")
     say "no GPU in use ($(./train_gpt --version | grep -q cuda && echo "none found" || echo "this build has no CUDA")): the CPU"
-    echo "training 4 layers of 128 channels, 0.8 M parameters on the bytes of ${data#data/}, $steps steps with each of:" \
-        "${optimizers[*]}"
 fi
-flags+=(--train "$data/train_*.bin" --val "$data/val_*.bin" --steps "$steps" --sample_every "$steps" --sample_tokens 400
-    --save_every 200)
+rates[dmuon]=${rates[muon]} # the same mathematics
+runs=runs/small_$where
+flags=("${model[@]}" --train "$data/train_*.bin" --val "$data/val_*.bin" --steps "$steps" --eval_every 100 --sample_every "$steps"
+    --sample_tokens 400 --save_every 200)
 
+# Fills `command`, of the run of one optimizer.
+command_of() {
+    local rate
+    read -ra rate <<< "${rates[$1]}"
+    command=(./train_gpt "${flags[@]}" --optimizer "$1" "${rate[@]}" --out "$runs/$1")
+}
+
+# Which are to be trained, and how long that will take: the median of a few steps, times their number, and an evaluation
+# costs about as much as five.
+todo=() total=0 times=()
 for optimizer in "${optimizers[@]}"; do
+    command_of "$optimizer"
     run=$runs/$optimizer
-    case $optimizer in # each with its own learning rate
-        adamw) command=(./train_gpt "${flags[@]}" --optimizer adamw --lr 4e-3 --out "$run") ;;
-        *) command=(./train_gpt "${flags[@]}" --optimizer "$optimizer" --lr 4e-3 --muon_lr 1e-2 --out "$run") ;;
-    esac
-    say "$optimizer"
     if [[ -e $run/command && $(< "$run/command") != "${command[*]}" ]]; then
         fail "$run was made by another command ($(< "$run/command")); remove it to train anew"
     elif [[ -e $run/step_$(printf %08d "$steps").ckpt ]]; then
         echo "trained already: $run (remove it to train anew)"
         continue
     fi
+    todo+=("$optimizer")
+    tenths=$(./train_gpt "${model[@]}" --warmup 0 --train "$data/train_*.bin" --steps 15 --optimizer "$optimizer" |
+        sed -nE 's/^step .* ([0-9]+)\.([0-9])[0-9]* ms .*/\1\2/p' | sort -n | sed -n 8p) # of a millisecond
+    seconds=$((tenths * (steps + 5 * steps / 100) / 10000 + 1))
+    total=$((total + seconds))
+    times+=("$optimizer $seconds s")
+done
+if ((${#todo[@]})); then
+    echo "$steps steps on the bytes of ${data#data/} with each of: ${todo[*]}"
+    printf 'on this machine as busy as it is now: about %d min %02d s (%s)\n' $((total / 60)) $((total % 60)) "$(IFS=,; echo "${times[*]}" | sed "s|,|, |g")"
+fi
+
+for optimizer in "${todo[@]}"; do
+    command_of "$optimizer"
+    run=$runs/$optimizer
+    say "$optimizer"
     mkdir -p "$run"
     echo "${command[*]}" | tee "$run/command"
     # All lines go to the file. Shown are, of the step lines, the first and those with a validation loss; the sample later.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds and runs the whole suite: all that this machine allows. Ends with "N passed, N failed, N skipped"; tests that want
-# a GPU where there is none are the skipped ones. Output of each part: build/log/.
+# Builds and runs the whole suite: all that this machine allows. Ends with "N passed, N failed, N skipped"; skipped is what wants
+# a GPU, a toolkit or a tool that is not here. Output of each part: build/log/.
 #   scripts/test.sh [--no_setup]      --no_setup: installs nothing
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -65,17 +65,31 @@ collect() {
 
 echo "== build"
 make info
-check make make --keep-going --jobs="$(nproc)" train_gpt tests
+found=" $(make -s found) "
+have() { [[ $found == *" $1 "* ]]; }
+
+# nvcc takes minutes over what a C++ compiler does in seconds: say so before, and each program as its turn comes.
+to_build=$(make --dry-run train_gpt tests 2> /dev/null | grep -c -- ' -o ' || true)
+cores=$(nproc)
+if have nvcc; then seconds=$((400 / (cores < 6 ? cores : 6))); else seconds=$((90 / (cores < 3 ? cores : 3))); fi
+((to_build == 0)) || echo "$to_build programs to build; all of them take about $seconds s on $cores cores$(! have nvcc || echo ", most of it nvcc")"
+announce() { # each compiler's line, as it begins
+    local line compiles='^[^ ]*(g\+\+|clang|nvcc|c\+\+)[^ ]* .* -o ([^ ]+)'
+    while IFS= read -r line; do
+        [[ ! $line =~ $compiles ]] || printf '%6d s  compiling %s\n' $SECONDS "${BASH_REMATCH[2]}"
+    done
+}
+build() { make --keep-going --jobs="$cores" train_gpt tests 2>&1 | tee /dev/fd/3; }
+check make build 3> >(announce)
 no_warnings() { ! grep -h 'warning' $log/make.txt; }
 check no_warnings no_warnings
 
 echo "== tests"
 # A build for the GPU can leave NCCL and MPI out; then what is tested here is not the whole program.
-have_nvcc=$(make info | sed -n '/^CUDA .*nvcc/s/.*/yes/p')
 complete() { # with nvcc: CUDA in it; in CI: NCCL and MPI as well
     ./train_gpt --version
-    [[ ! $have_nvcc ]] || ./train_gpt --version | grep cuda || return 1 # each by itself: -e is off inside an if
-    [[ ${CI:-} != true || ! $have_nvcc ]] || ./train_gpt --version | grep nccl || return 1
+    ! have nvcc || ./train_gpt --version | grep cuda || return 1 # each by itself: -e is off inside an if
+    [[ ${CI:-} != true ]] || ! have nvcc || ./train_gpt --version | grep nccl || return 1
     [[ ${CI:-} != true ]] || ./train_gpt --version | grep mpi || return 1
 }
 check complete_build complete
@@ -84,13 +98,13 @@ static_count() { # source [what sed leaves out]: cases in what a test program in
     sed -n 's|^#include "\(test_.*\)"|test/\1|p' "$1" | xargs cat | sed "${2:-}" | grep -c '^TEST_CASE'
 }
 gpus=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true)
-if [[ $have_nvcc ]] && ((gpus > 1)); then
+if have nvcc && ((gpus > 1)); then
     program test_ranks_cuda python3 test/test_ranks.py ./train_gpt cuda
 else
     count "test_ranks_cuda (not two GPUs)" 0 0 "$(grep '^def test_' test/test_ranks.py | grep -vc plan)" 0
 fi
 for name in test_cuda_fp32 test_cuda_bf16; do
-    if [[ ! $have_nvcc ]]; then
+    if ! have nvcc; then
         count "$name (no CUDA toolkit)" 0 0 "$(static_count test/test_cuda.cu)" 0
     elif ((gpus > 0)); then
         program $name build/$name
@@ -99,13 +113,17 @@ for name in test_cuda_fp32 test_cuda_bf16; do
         if [[ $cases ]]; then count "$name (no GPU)" 0 0 "$cases" 0; else count "$name" 0 1 0 0; fi
     fi
 done
-program test_ranks python3 test/test_ranks.py ./train_gpt
+if have mpirun; then
+    program test_ranks python3 test/test_ranks.py ./train_gpt
+else
+    count "test_ranks (no mpirun that works)" 0 0 "$(grep -c '^def test_' test/test_ranks.py)" 0
+fi
 program test_train python3 test/test_train.py ./train_gpt
 for name in test_comm test_host test_cpu; do
     program $name build/$name
 done
 for name in test_fiber_fp32 test_fiber_bf16; do # fiber.h takes bf16 and half from the toolkit's headers
-    if [[ $have_nvcc ]]; then
+    if have nvcc; then
         program $name build/$name
     else
         count "$name (no CUDA toolkit)" 0 0 "$(static_count test/test_fiber.cpp '/^#ifndef FIBER/,/^#endif/d')" 0
@@ -113,6 +131,7 @@ for name in test_fiber_fp32 test_fiber_bf16; do # fiber.h takes bf16 and half fr
 done
 program test_data python3 test/test_data.py
 program test_seam python3 test/test_seam.py
+program lint make -s lint
 while ((${#running[@]})); do collect; done
 
 echo

@@ -158,21 +158,9 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
     return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
 }
 
-// Q and K are normal with standard deviation `amplitude`, V and dO with 1.
-void test(int B, int T, int H, int hd, double amplitude = 1) {
-    CAPTURE(B);
-    CAPTURE(T);
-    CAPTURE(H);
-    CAPTURE(hd);
-    CAPTURE(amplitude);
-    CAPTURE(seed());
-    const int C = H * hd;
+// The kernels that struct Attention launches against the truth, and against themselves in a second run.
+void test_kernels(const Truth& truth, const Reals& qkv, const Reals& dout, int B, int T, int C, int H, bool ordinary) {
     const size_t N = size_t(B) * T;
-    Reals qkv = normal(N * 3 * C, 1), dout = normal(N * C, 2);
-    for (size_t i = 0; i < qkv.size(); i++)
-        if (i % (3 * C) < size_t(2 * C)) qkv[i] = from_float<real>(float(to_float(qkv[i]) * amplitude));
-    const Truth truth(qkv, dout, B, T, C, H);
-
     const DeviceBuffer<real> device_qkv(qkv), device_dout(dout);
     const DeviceBuffer<real> out(N * C), dqkv(N * 3 * C);
     const DeviceBuffer<float> lse(N * H), delta(N * H);
@@ -181,7 +169,6 @@ void test(int B, int T, int H, int hd, double amplitude = 1) {
 
     // bf16: rounding errors of P, dS and the results are up to 1/256 each and random. fp32: sums of T terms.
     const double typical = sizeof(real) == 2 ? 5e-3 : 1e-5;
-    const bool ordinary = amplitude == 1;  // softmax that no single key takes all of
     check("out", out.download(), truth.out, truth.out_bound, ordinary ? typical : 0);
     check("lse", lse.download(), truth.lse, truth.lse_bound, ordinary && T >= 16 ? 1e-5 : 0);
     // With few keys, or one that takes all, dP - delta is the difference of nearly equal numbers: its bounds are all
@@ -201,6 +188,41 @@ void test(int B, int T, int H, int hd, double amplitude = 1) {
     for (const DeviceBuffer<real>* buffer : {&device_qkv, &device_dout, &out, &dqkv, &out_again, &dqkv_again})
         CHECK(buffer->guards_intact());
     for (const DeviceBuffer<float>* buffer : {&lse, &delta, &lse_again, &delta_again}) CHECK(buffer->guards_intact());
+}
+
+// While one exists, the portable kernels are launched.
+struct PortableKernels {
+#ifdef FIBER
+    PortableKernels() {}
+#else
+    PortableKernels() { portable_kernels = true; }
+    ~PortableKernels() { portable_kernels = false; }
+#endif
+};
+
+// Q and K are normal with standard deviation `amplitude`, V and dO with 1. Where there are kernels of
+// attention_hopper.cuh for this head size, they and the portable ones take the same test.
+void test(int B, int T, int H, int hd, double amplitude = 1) {
+    CAPTURE(B);
+    CAPTURE(T);
+    CAPTURE(H);
+    CAPTURE(hd);
+    CAPTURE(amplitude);
+    CAPTURE(seed());
+    const int C = H * hd;
+    const size_t N = size_t(B) * T;
+    Reals qkv = normal(N * 3 * C, 1), dout = normal(N * C, 2);
+    for (size_t i = 0; i < qkv.size(); i++)
+        if (i % (3 * C) < size_t(2 * C)) qkv[i] = from_float<real>(float(to_float(qkv[i]) * amplitude));
+    const Truth truth(qkv, dout, B, T, C, H);
+    const bool ordinary = amplitude == 1;  // softmax that no single key takes all of
+
+    if (Attention::on_hopper(hd)) {
+        INFO("kernels of attention_hopper.cuh");
+        test_kernels(truth, qkv, dout, B, T, C, H, ordinary);
+    }
+    const PortableKernels portable;
+    test_kernels(truth, qkv, dout, B, T, C, H, ordinary);
 }
 
 TEST_CASE("attention: heads of 64") {
@@ -246,6 +268,13 @@ TEST_CASE("attention: sizes that the kernels lack are refused") {
 
 #ifndef FIBER
 TEST_CASE("attention: sizes of a GPU") {
+    // On both sides of what a block of attention_hopper.cuh owns: 2, 3 or 4 tiles of 64.
+    for (int T : {191, 192, 193, 255, 256, 257, 320, 385}) {
+        test(2, T, 2, 64);
+        test(1, T, 2, 128);
+    }
+    test(1, 1024, 3, 128);
+    test(40, 130, 12, 64);  // more heads than are under way at once
     test(2, 1024, 12, 64);
     test(1, 1000, 12, 64);
     test(3, 1, 25, 64);

@@ -275,6 +275,57 @@ TEST_CASE("matrix products: bias, row strides, tails of every tile") {
     }
 }
 
+// gemm is this where there is no BLAS, and parallel_gemm calls it on tiles of its own. 2e-6 of the largest element:
+// sums of up to 2 kDepth + 3 products, each rounded to 6e-8.
+TEST_CASE("packed_gemm: all transpositions, tails of tiles and panels, strides, alpha and beta") {
+    const int rows = CpuOps::kRows, columns = CpuOps::kColumns, depth = CpuOps::kDepth;
+    struct Shape {
+        int M, N, K;
+    };
+    for (auto [M, N, K] : {Shape{1, 1, 1}, Shape{rows - 1, columns + 1, 7}, Shape{2 * rows + 1, 3 * columns - 1, 33},
+                           Shape{rows, columns, depth}, Shape{5, columns + 3, depth + 1}, Shape{rows + 2, 3, 0},
+                           Shape{3 * rows, columns / 2 + 1, 2 * depth + 3}, Shape{128, 61, depth - 1}}) {
+        for (int transposed = 0; transposed < 4; transposed++) {
+            const bool ta = transposed & 1, tb = transposed & 2;
+            CAPTURE(M);
+            CAPTURE(N);
+            CAPTURE(K);
+            CAPTURE(transposed);
+            const int lda = (ta ? M : K) + 3, ldb = (tb ? K : N) + 1, ldc = N + 5;
+            const Floats A = random_normal(size_t(ta ? K : M) * lda), B = random_normal(size_t(tb ? N : K) * ldb);
+            const Doubles product = truth::matmul(ta, tb, M, N, K, A, lda, B, ldb);
+            for (float beta : {0.0f, 1.0f, -0.7f}) {
+                const float alpha = 1.3f;
+                // What lies between the rows of C stays; with beta 0 so does nothing of C itself.
+                const Floats before = random_normal(size_t(M) * ldc);
+                Floats C = before;
+                Doubles want = doubles(before);
+                for (int i = 0; i < M; i++) {
+                    for (int j = 0; j < N; j++) {
+                        want[i * ldc + j] = double(alpha) * product[i * N + j] + double(beta) * before[i * ldc + j];
+                        if (beta == 0) C[i * ldc + j] = NAN;
+                    }
+                }
+                CpuOps::packed_gemm(ta, tb, M, N, K, alpha, A.data(), lda, B.data(), ldb, beta, C.data(), ldc);
+                CHECK(error(C, want) < 2e-6);
+                for (int i = 0; i < M; i++) {
+                    for (int j = N; j < ldc; j++) REQUIRE(C[i * ldc + j] == before[i * ldc + j]);
+                }
+            }
+            // An element has the same bits in whatever tile it is computed.
+            Floats whole(M * N), alone(1);
+            CpuOps::packed_gemm(ta, tb, M, N, K, 1.0f, A.data(), lda, B.data(), ldb, 0.0f, whole.data(), N);
+            for (int i = 0; i < M; i += 1 + M / 7) {
+                for (int j = 0; j < N; j += 1 + N / 7) {
+                    CpuOps::packed_gemm(ta, tb, 1, 1, K, 1.0f, A.data() + (ta ? i : i * lda), lda,
+                                        B.data() + (tb ? j * ldb : j), ldb, 0.0f, alone.data(), 1);
+                    REQUIRE(alone[0] == whole[i * N + j]);
+                }
+            }
+        }
+    }
+}
+
 TEST_CASE("attention") {
     struct Shape {
         int B, T, C, H;
