@@ -476,7 +476,7 @@ struct Run {
     const Options options;
     const std::unique_ptr<Shards> train, val;    // val: null without --val
     const std::unique_ptr<Tokenizer> tokenizer;  // null: none lies beside the shards
-    const std::string train_digest;              // of the shards, on rank 0
+    const std::string train_digest;              // names, sizes, and a sample of the content of the shards
     std::unique_ptr<Checkpoint> source;          // of the first weights; null: initial_values
     const ModelConfig config;
     const int64_t total_batch;    // tokens per optimizer step, over all ranks
@@ -490,7 +490,7 @@ struct Run {
           train(new Shards(options.train, options.seq_len)),
           val(options.val.empty() ? nullptr : new Shards(options.val, options.seq_len)),
           tokenizer(find_tokenizer()),
-          train_digest(world.rank == 0 ? train->digest() : ""),
+          train_digest(digest(describe("train", train.get()))),
           config(agreed_config()),
           total_batch(find_total_batch()),
           accumulation(int(total_batch / (int64_t(options.batch) * options.seq_len * world.size))),
@@ -559,12 +559,20 @@ struct Run {
         return found;
     }
 
+    // A line for each shard.
+    static std::string describe(const char* name, const Shards* shards) {
+        std::string lines;
+        for (size_t i = 0; shards && i < shards->paths().size(); i++)
+            lines += strprintf("%s shard %s\n", name, describe_file(shards->paths()[i]).c_str());
+        return lines;
+    }
+    static std::string digest(const std::string& text) {
+        return strprintf("%016" PRIx64, Checksum::of(text.data(), text.size()));
+    }
+
     // Before anything large is allocated: the ranks have found the same data, tokenizer and model.
     ModelConfig agreed_config() const {
-        std::string facts;
-        for (const auto& [name, shards] : {std::pair{"train", train.get()}, std::pair{"val", val.get()}})
-            for (size_t i = 0; shards && i < shards->paths().size(); i++)
-                facts += strprintf("%s shard %s\n", name, describe_file(shards->paths()[i]).c_str());
+        std::string facts = describe("train", train.get()) + describe("val", val.get());
         facts += strprintf("tokenizer %s\n", tokenizer ? tokenizer->identity.c_str() : "none");
         if (is_checkpoint(options.model)) facts += "--model " + describe_file(options.model);
         require_same(facts);

@@ -579,30 +579,6 @@ TEST_CASE("loader: the windows in the order of the files") {
     CHECK(mentions(error_of([&] { data.shards->in_order(49); }), "internal: window 49 of 49"));
 }
 
-TEST_CASE("loader: a digest tells shards of the same size apart") {
-    TempDir dir;
-    std::vector<uint16_t> tokens(1000, 7);
-    auto digest = [&] {
-        write_shard(dir / "a.bin", tokens);
-        return Shards(dir / "*.bin", 10).digest();
-    };
-    const std::string before = digest();
-    CHECK(before.size() == 16);
-    CHECK(digest() == before);
-    for (size_t at : {size_t(0), size_t(500), size_t(999)}) {  // 16 x 64 tokens: here all of them are looked at
-        tokens[at] = 8;
-        CHECK(digest() != before);
-        tokens[at] = 7;
-    }
-    write_shard(dir / "b.bin", counting(3, 0));  // too short for a window, and yet other data
-    CHECK(digest() != before);
-    fs::remove(dir / "b.bin");
-    std::string content = read_file(dir / "a.bin");
-    content[1000] = 1;  // in the header
-    write_file(dir / "a.bin", content);
-    CHECK(Shards(dir / "*.bin", 10).digest() != before);
-}
-
 TEST_CASE("loader: malformed shards are refused by name") {
     TempDir dir;
     const std::vector<uint16_t> good = counting(100, 0);
