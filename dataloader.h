@@ -137,11 +137,11 @@ class Shards {
             uint64_t where = 0;
             while (inputs[where] < vocab && targets[where] < vocab) where++;
             const bool target = inputs[where] < vocab;
+            const uint64_t position = uint64_t(window - shard.tokens) + where + target;
             fail(
                 "token shard %s has token %d at position %llu, outside the vocabulary of %d: was it made with another "
                 "tokenizer, or overwritten? Give --vocab, or make it again with scripts/data.py",
-                shard.file.path.c_str(), target ? targets[where] : inputs[where],
-                (unsigned long long)(uint64_t(window - shard.tokens) + where + target), vocab);
+                shard.file.path.c_str(), target ? targets[where] : inputs[where], (unsigned long long)position, vocab);
         }
         fail("internal: a window of no shard");
     }

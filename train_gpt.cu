@@ -974,6 +974,7 @@ class StepLog {
         std::string kept;
         bool cuts = false;
         std::ifstream lines(old);
+        if (!lines && errno != ENOENT) fail("cannot read %s: %s", old.c_str(), strerror(errno));
         int64_t step;
         for (std::string line; std::getline(lines, line);) {
             const bool stays =
@@ -981,6 +982,7 @@ class StepLog {
             if (stays) kept += line + "\n";
             else cuts = true;
         }
+        if (lines.bad()) fail("cannot read all of %s", old.c_str());
         file = fopen(temporary.c_str(), "we");
         if (!file || fwrite(kept.data(), 1, kept.size(), file) != kept.size() || fflush(file) != 0) give_up();
         // Its time becomes now, the moment from which checkpoints are no longer its own.
