@@ -11,6 +11,7 @@
 //
 // Cuda's operations are enqueued on one stream and return at once; Cpu's have finished when they return.
 #pragma once
+#include <functional>
 #include <string>
 #include <type_traits>
 
@@ -95,8 +96,11 @@ constexpr bool is_backend() {
                                                float* rstd /*(N)*/, const real* a /*(N,C)*/, const real* b /*(N,C)*/,
                                                const real* weight /*(C)*/, const real* bias /*(C)*/, int N, int C));
     OPERATION(layernorm_scratch_floats, size_t(int C));
-    OPERATION(layernorm_backward, void(real* dx /*(N,C) +=*/, float* dweight /*(C) +=*/, float* dbias /*(C) +=*/,
-                                       const real* dout /*(N,C)*/, const real* x /*(N,C)*/, const real* weight /*(C)*/,
+    // dx = before + the gradient of x; dsum += the sum of dx's rows: the bias gradient of the product whose output was
+    // added to the residual stream there
+    OPERATION(layernorm_backward, void(real* dx /*(N,C)*/, float* dweight /*(C) +=*/, float* dbias /*(C) +=*/,
+                                       float* dsum /*(C) +=, or null*/,
+                                       const real* before /*(N,C), may be dx; null: zeros*/, const real* dout /*(N,C)*/, const real* x /*(N,C)*/, const real* weight /*(C)*/,
                                        const float* mean /*(N)*/, const float* rstd /*(N)*/, int N, int C,
                                        float* scratch /*(layernorm_scratch_floats(C))*/));
 
@@ -107,9 +111,18 @@ constexpr bool is_backend() {
     // dinp = dout weight
     OPERATION(matmul_backward_input, void(real* dinp /*(N,C)*/, const real* dout /*(N,OC)*/,
                                           const real* weight /*(OC,C)*/, int N, int C, int OC));
-    // dweight += dout^T inp
-    OPERATION(matmul_backward_weight, void(float* dweight /*(OC,C) +=*/, const real* dout /*(N,OC), row stride ldo*/,
-                                           int ldo, const real* inp /*(N,C)*/, int N, int C, int OC));
+    // dweight = dout^T inp, or += with accumulate
+    OPERATION(matmul_backward_weight, void(float* dweight /*(OC,C)*/, const real* dout /*(N,OC), row stride ldo*/,
+                                           int ldo, const real* inp /*(N,C)*/, int N, int C, int OC, bool accumulate));
+    // The products beside a GELU. pre = inp weight^T + bias, out = gelu(pre); dpre = (dout weight) * gelu'(pre)
+    OPERATION(matmul_gelu_forward, void(real* out /*(N,OC)*/, real* pre /*(N,OC)*/, const real* inp /*(N,C)*/,
+                                        const real* weight /*(OC,C)*/, const real* bias /*(OC)*/, int N, int C, int OC));
+    OPERATION(matmul_backward_input_gelu, void(real* dpre /*(N,C)*/, const real* dout /*(N,OC)*/,
+                                               const real* weight /*(OC,C)*/, const real* pre /*(N,C)*/, int N, int C,
+                                               int OC));
+    // Runs micro_step (forward, loss, backward, on whatever the batch's memory holds) and takes for each product in it
+    // the algorithm that is fastest here, the same on all ranks
+    OPERATION(tune, void(const std::function<void()>& micro_step));
     // dbias += the sum of dout's rows
     OPERATION(bias_scratch_floats, size_t(int OC));
     OPERATION(bias_backward, void(float* dbias /*(OC) +=*/, const real* dout /*(N,OC)*/, int N, int OC,

@@ -24,6 +24,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -293,10 +294,27 @@ struct CpuOps {
                                       int N, int C, int OC) {
         parallel_gemm(false, false, N, C, OC, dout, OC, weight, C, 0.0f, dinp, C);
     }
-    static void matmul_backward_weight(float* dweight /*(OC,C) +=*/, const real* dout /*(N,OC), row stride ldo*/,
-                                       int ldo, const real* inp /*(N,C)*/, int N, int C, int OC) {
-        parallel_gemm(true, false, OC, C, N, dout, ldo, inp, C, 1.0f, dweight, C);
+    static void matmul_backward_weight(float* dweight /*(OC,C), += with accumulate*/,
+                                       const real* dout /*(N,OC), row stride ldo*/, int ldo, const real* inp /*(N,C)*/,
+                                       int N, int C, int OC, bool accumulate) {
+        parallel_gemm(true, false, OC, C, N, dout, ldo, inp, C, accumulate ? 1.0f : 0.0f, dweight, C);
     }
+
+    // The two products beside a GELU, as the GPU fuses them: out = gelu(pre), pre = inp weight^T + bias; and
+    // dpre = (dout weight) * gelu'(pre).
+    static void matmul_gelu_forward(real* out /*(N,OC)*/, real* pre /*(N,OC)*/, const real* inp /*(N,C)*/,
+                                    const real* weight /*(OC,C)*/, const real* bias /*(OC)*/, int N, int C, int OC) {
+        matmul_forward(pre, OC, inp, weight, bias, N, C, OC);
+        gelu_forward(out, pre, size_t(N) * OC);
+    }
+    static void matmul_backward_input_gelu(real* dpre /*(N,C)*/, const real* dout /*(N,OC)*/,
+                                           const real* weight /*(OC,C)*/, const real* pre /*(N,C)*/, int N, int C,
+                                           int OC) {
+        matmul_backward_input(dpre, dout, weight, N, C, OC);
+        gelu_backward(dpre, dpre, pre, size_t(N) * C);
+    }
+
+    static void tune(const std::function<void()>&) {}  // there is one algorithm
 
     // Sums over rows are taken in kSlices slices, each by one thread into its own partial sums.
     static constexpr int kSlices = 32;
@@ -391,12 +409,14 @@ struct CpuOps {
         layernorm_forward(out, mean, rstd, residual, weight, bias, N, C);
     }
 
-    // With y = (x - mean) * rstd and g = dout * weight:  dx = rstd * (g - mean(g) - y * mean(g * y)).
+    // With y = (x - mean) * rstd and g = dout * weight:  dx = before + rstd * (g - mean(g) - y * mean(g * y)). dsum
+    // receives the column sums of dx: the bias gradient of the product whose output was added to the residual there.
     static size_t layernorm_scratch_floats(int C) { return size_t(kSlices) * 2 * C; }
-    static void layernorm_backward(real* dx /*(N,C) +=*/, float* dweight /*(C) +=*/, float* dbias /*(C) +=*/,
-                                   const real* dout /*(N,C)*/, const real* x /*(N,C)*/, const real* weight /*(C)*/,
-                                   const float* mean /*(N)*/, const float* rstd /*(N)*/, int N, int C,
-                                   float* scratch /*(kSlices,2,C)*/) {
+    static void layernorm_backward(real* dx /*(N,C)*/, float* dweight /*(C) +=*/, float* dbias /*(C) +=*/,
+                                   float* dsum /*(C) +=, or null*/,
+                                   const real* before /*(N,C), may be dx; null: zeros*/, const real* dout /*(N,C)*/,
+                                   const real* x /*(N,C)*/, const real* weight /*(C)*/, const float* mean /*(N)*/,
+                                   const float* rstd /*(N)*/, int N, int C, float* scratch /*(kSlices,2,C)*/) {
 #pragma omp parallel for
         for (int slice = 0; slice < kSlices; slice++) {
             float* dweight_partial = scratch + size_t(slice) * 2 * C;
@@ -409,6 +429,8 @@ struct CpuOps {
                 const float mean_g = sum(C, [&](size_t i) { return d[i] * weight[i]; }) / C;
                 const float mean_gy = sum(C, [&](size_t i) { return d[i] * weight[i] * ((row[i] - m) * r); }) / C;
                 real* o = dx + size_t(n) * C;
+                if (!before) std::fill(o, o + C, 0.0f);
+                else if (before != dx) std::copy(before + size_t(n) * C, before + size_t(n + 1) * C, o);
 #pragma omp simd
                 for (int i = 0; i < C; i++) {
                     const float y = (row[i] - m) * r;
@@ -420,6 +442,7 @@ struct CpuOps {
         }
         add_partials(dweight, scratch, 2 * C, C);
         add_partials(dbias, scratch + C, 2 * C, C);
+        if (dsum) bias_backward(dsum, dx, N, C, scratch);
     }
 
     // Causal attention, one head of one sequence at a time: kQueries queries against all keys up to the last of these

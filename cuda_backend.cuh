@@ -4,8 +4,15 @@
 // synchronize() waits for it. Every operation, with its shapes: backend.h; its twin is struct Cpu (cpu_backend.h).
 #pragma once
 #include <cublasLt.h>
+#include <unistd.h>
 
+#include <algorithm>
+#include <charconv>
+#include <cstdlib>
 #include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <functional>
 #include <map>
 #include <tuple>
 
@@ -150,23 +157,72 @@ struct CudaRuntime {
 // The model's matrix products, cuBLASLt. It thinks in column-major matrices: a row-major (R,S) tensor is its (S,R)
 // matrix, so every product below is written for the transposed tensors. A plan (layouts and algorithm) is made at the
 // first use of a shape and kept.
+//
+// Which algorithm: the library's heuristic names several, best first by its own model. That model is off by 3 to 7 % of
+// a step's products on an H200 (dev/results/base_step.md), so tune() times the candidates once per GPU and shape, and a
+// file keeps the answer: a resumed run takes the same algorithms and repeats the same bits.
 
 struct CudaMatmul {
     // out (N,OC) with row stride ldo = inp (N,C) weight(OC,C)^T + bias(OC)
     static void matmul_forward(real* out, int ldo, const real* inp, const real* weight, const real* bias, int N, int C,
                                int OC) {
-        product({true, false, OC, N, C, C, C, ldo, false, bias != nullptr}, out, weight, inp, bias, 0.0f);
+        product({true, false, OC, N, C, C, C, ldo, false, bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT},
+                out, weight, inp, bias, nullptr, 0.0f);
+    }
+
+    // Whether GELU is part of the products beside it: where the library has true epilogues. Before sm_90 it runs a
+    // second kernel, slower than ours; the exact build keeps our formula.
+    static bool gelu_is_fused() { return sizeof(real) == 2 && CudaRuntime::properties().major >= 9; }
+
+    // out (N,OC) = gelu(pre), pre (N,OC) = inp (N,C) weight(OC,C)^T + bias(OC). Fused, gelu sees pre before rounding.
+    static void matmul_gelu_forward(real* out, real* pre, const real* inp, const real* weight, const real* bias, int N,
+                                    int C, int OC) {
+        if (gelu_is_fused()) {
+            product({true, false, OC, N, C, C, C, OC, false, CUBLASLT_EPILOGUE_GELU_AUX_BIAS}, out, weight, inp, bias,
+                    pre, 0.0f);
+        } else {
+            matmul_forward(pre, OC, inp, weight, bias, N, C, OC);
+            GptKernels::gelu_forward(out, pre, size_t(N) * OC);
+        }
     }
 
     // dinp (N,C) = dout (N,OC) weight (OC,C)
     static void matmul_backward_input(real* dinp, const real* dout, const real* weight, int N, int C, int OC) {
-        product({false, false, C, N, OC, C, OC, C, false, false}, dinp, weight, dout, nullptr, 0.0f);
+        product({false, false, C, N, OC, C, OC, C, false, CUBLASLT_EPILOGUE_DEFAULT}, dinp, weight, dout, nullptr,
+                nullptr, 0.0f);
     }
 
-    // dweight (OC,C) += dout(N,OC)^T inp (N,C); dout has row stride ldo, the sum over micro-steps is fp32
-    static void matmul_backward_weight(float* dweight, const real* dout, int ldo, const real* inp, int N, int C,
-                                       int OC) {
-        product({false, true, C, OC, N, C, ldo, C, true, false}, dweight, inp, dout, nullptr, 1.0f);
+    // dpre (N,C) = dout (N,OC) weight (OC,C) * gelu'(pre (N,C)), where gelu(pre) was the input of the product
+    static void matmul_backward_input_gelu(real* dpre, const real* dout, const real* weight, const real* pre, int N,
+                                           int C, int OC) {
+        if (gelu_is_fused()) {
+            product({false, false, C, N, OC, C, OC, C, false, CUBLASLT_EPILOGUE_DGELU}, dpre, weight, dout, nullptr,
+                    const_cast<real*>(pre), 0.0f);
+        } else {
+            matmul_backward_input(dpre, dout, weight, N, C, OC);
+            GptKernels::gelu_backward(dpre, dpre, pre, size_t(N) * C);
+        }
+    }
+
+    // dweight (OC,C) = dout(N,OC)^T inp (N,C), or += with accumulate; dout has row stride ldo, the sum over micro-steps
+    // is fp32
+    static void matmul_backward_weight(float* dweight, const real* dout, int ldo, const real* inp, int N, int C, int OC,
+                                       bool accumulate) {
+        product({false, true, C, OC, N, C, ldo, C, true, CUBLASLT_EPILOGUE_DEFAULT}, dweight, inp, dout, nullptr,
+                nullptr, accumulate ? 1.0f : 0.0f);
+    }
+
+    // Runs micro_step, a forward and backward pass that does not accumulate, and takes for every product in it that has
+    // no plan yet the algorithm that is fastest on its operands. Rank 0 decides for all ranks. What it measured is read
+    // from, and added to, a file that belongs to this GPU, driver and library.
+    static void tune(const std::function<void()>& micro_step) {
+        const std::string path = choices_path();
+        if (world.rank == 0) read_choices(path);
+        const size_t known = choices().size();
+        tuning() = true;
+        micro_step();
+        tuning() = false;
+        if (choices().size() > known) write_choices(path);
     }
 
     // Before the first step, so that nothing is allocated in it but the plans.
@@ -180,17 +236,24 @@ struct CudaMatmul {
             for (cublasLtMatrixLayout_t layout : {plan.a, plan.b, plan.d}) cublasLtMatrixLayoutDestroy(layout);
         }
         plans().clear();
+        choices().clear();
     }
 
   private:
-    // D (m,n) = op(A) op(B) + beta D (+ bias), k the inner dimension, everything column-major
+    // D (m,n) = op(A) op(B) + beta D, k the inner dimension, everything column-major; then the epilogue
     struct Key {
         bool trans_a, trans_b;
         int m, n, k, lda, ldb, ldd;
-        bool float_output, with_bias;
+        bool float_output;
+        cublasLtEpilogue_t epilogue;
         bool operator<(const Key& o) const { return tie() < o.tie(); }
-        std::tuple<bool, bool, int, int, int, int, int, int, bool, bool> tie() const {
-            return {trans_a, trans_b, m, n, k, lda, ldb, ldd, float_output, with_bias};
+        std::tuple<bool, bool, int, int, int, int, int, int, bool, int> tie() const {
+            return {trans_a, trans_b, m, n, k, lda, ldb, ldd, float_output, int(epilogue)};
+        }
+        std::string text() const {
+            return strprintf("%s%s%c%c m %d n %d k %d ld %d %d %d epilogue %d", sizeof(real) == 4 ? "fp32" : "bf16",
+                             float_output ? "->fp32 " : " ", "NT"[trans_a], "NT"[trans_b], m, n, k, lda, ldb, ldd,
+                             int(epilogue));
         }
     };
     struct MatmulPlan {
@@ -217,19 +280,43 @@ struct CudaMatmul {
         return memory;
     }
 
-    static MatmulPlan make_plan(const Key& key) {
+    static cublasStatus_t run(const MatmulPlan& plan, const cublasLtMatmulAlgo_t& algorithm, void* d, const real* a,
+                              const real* b, float beta) {
+        const float alpha = 1.0f;
+        return cublasLtMatmul(handle(), plan.operation, &alpha, a, plan.a, b, plan.b, &beta, d, plan.d, d, plan.d,
+                              &algorithm, workspace(), kWorkspaceBytes, cuda_stream);
+    }
+
+    template <class T>
+    static void set(const MatmulPlan& plan, cublasLtMatmulDescAttributes_t attribute, T value) {
+        CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(plan.operation, attribute, &value, sizeof(value)));
+    }
+
+    static void product(const Key& key, void* d, const real* a, const real* b, const real* bias, real* aux,
+                        float beta) {
+        auto found = plans().find(key);
+        const bool is_new = found == plans().end();
+        if (is_new) found = plans().emplace(key, describe(key)).first;
+        MatmulPlan& plan = found->second;
+        if (bias) set(plan, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
+        if (aux) set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
+        if (is_new) plan.algorithm = choose(key, plan, d, a, b);
+        CUBLAS_CHECK(run(plan, plan.algorithm, d, a, b, beta));
+    }
+
+    // A plan but for its algorithm
+    static MatmulPlan describe(const Key& key) {
         const cudaDataType_t real_type = sizeof(real) == 4 ? CUDA_R_32F : CUDA_R_16BF;
         const cudaDataType_t output_type = key.float_output ? CUDA_R_32F : real_type;
         MatmulPlan plan;
         CUBLAS_CHECK(cublasLtMatmulDescCreate(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-        auto set = [&](cublasLtMatmulDescAttributes_t attribute, auto value) {
-            CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(plan.operation, attribute, &value, sizeof(value)));
-        };
-        set(CUBLASLT_MATMUL_DESC_TRANSA, key.trans_a ? CUBLAS_OP_T : CUBLAS_OP_N);
-        set(CUBLASLT_MATMUL_DESC_TRANSB, key.trans_b ? CUBLAS_OP_T : CUBLAS_OP_N);
-        if (key.with_bias) {
-            set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
-            set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, real_type);
+        set(plan, CUBLASLT_MATMUL_DESC_TRANSA, key.trans_a ? CUBLAS_OP_T : CUBLAS_OP_N);
+        set(plan, CUBLASLT_MATMUL_DESC_TRANSB, key.trans_b ? CUBLAS_OP_T : CUBLAS_OP_N);
+        set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE, key.epilogue);
+        set(plan, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, real_type);
+        if (key.epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS || key.epilogue == CUBLASLT_EPILOGUE_DGELU) {
+            set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, int64_t(key.ldd));
+            set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE, real_type);
         }
         auto layout = [](cublasLtMatrixLayout_t* l, cudaDataType_t type, bool trans, int rows, int cols, int ld) {
             CUBLAS_CHECK(cublasLtMatrixLayoutCreate(l, type, trans ? cols : rows, trans ? rows : cols, ld));
@@ -237,7 +324,50 @@ struct CudaMatmul {
         layout(&plan.a, real_type, key.trans_a, key.m, key.k, key.lda);
         layout(&plan.b, real_type, key.trans_b, key.k, key.n, key.ldb);
         layout(&plan.d, output_type, false, key.m, key.n, key.ldd);
+        return plan;
+    }
 
+    // -----------------------------------------------------------------------------------------------------------------
+    // Choosing algorithms
+
+    using Algorithms = std::vector<cublasLtMatmulAlgo_t>;
+    static constexpr int kCandidates = 8;
+
+    static bool& tuning() {
+        static bool now = false;
+        return now;
+    }
+    // What tune() measured, in this run and before, by Key::text(). NVIDIA allows an algorithm to be stored as its
+    // bytes and used again with the same version of the library.
+    static std::map<std::string, cublasLtMatmulAlgo_t>& choices() {
+        static std::map<std::string, cublasLtMatmulAlgo_t> all;
+        return all;
+    }
+
+    // The heuristic's first, or under tune() the fastest of its first kCandidates, by rank 0's file or clock.
+    static cublasLtMatmulAlgo_t choose(const Key& key, const MatmulPlan& plan, void* d, const real* a, const real* b) {
+        if (!tuning()) return candidates(key, plan, 1)[0];
+        cublasLtMatmulAlgo_t best;
+        if (world.rank == 0) {
+            const auto known = choices().find(key.text());
+            if (known != choices().end() && can_run(plan, known->second)) best = known->second;
+            else choices()[key.text()] = best = fastest(plan, candidates(key, plan, kCandidates), d, a, b);
+        }
+        broadcast_host(&best, sizeof best);
+        if (!can_run(plan, best))
+            fail("rank %d: %s cannot run the algorithm that rank 0 has chosen for %s: pass --tune 0", world.rank,
+                 CudaRuntime::properties().name, key.text().c_str());
+        return best;
+    }
+
+    static bool can_run(const MatmulPlan& plan, const cublasLtMatmulAlgo_t& algorithm) {
+        cublasLtMatmulHeuristicResult_t result;
+        return cublasLtMatmulAlgoCheck(handle(), plan.operation, plan.a, plan.b, plan.d, plan.d, &algorithm, &result) ==
+                   CUBLAS_STATUS_SUCCESS &&
+               result.workspaceSize <= kWorkspaceBytes;
+    }
+
+    static Algorithms candidates(const Key& key, const MatmulPlan& plan, int most) {
         cublasLtMatmulPreference_t preference;
         CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&preference));
         CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
@@ -247,28 +377,96 @@ struct CudaMatmul {
         for (auto attribute : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
                                CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
             CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(preference, attribute, &alignment, sizeof(alignment)));
-        cublasLtMatmulHeuristicResult_t found;
+        std::vector<cublasLtMatmulHeuristicResult_t> found(most);
         int count = 0;
         CUBLAS_CHECK(cublasLtMatmulAlgoGetHeuristic(handle(), plan.operation, plan.a, plan.b, plan.d, plan.d,
-                                                    preference, 1, &found, &count));
+                                                    preference, most, found.data(), &count));
         CUBLAS_CHECK(cublasLtMatmulPreferenceDestroy(preference));
         if (count == 0)
-            fail("cuBLASLt has no algorithm for a %d x %d x %d product on %s", key.m, key.n, key.k,
+            fail("cuBLASLt has no algorithm for the product %s on %s", key.text().c_str(),
                  CudaRuntime::properties().name);
-        plan.algorithm = found.algo;
-        return plan;
+        Algorithms algorithms;
+        for (int i = 0; i < count; i++) algorithms.push_back(found[i].algo);
+        return algorithms;
     }
 
-    static void product(const Key& key, void* d, const real* a, const real* b, const real* bias, float beta) {
-        auto found = plans().find(key);
-        if (found == plans().end()) found = plans().emplace(key, make_plan(key)).first;
-        MatmulPlan& plan = found->second;
-        if (bias)
-            CUBLAS_CHECK(
-                cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
-        const float alpha = 1.0f;
-        CUBLAS_CHECK(cublasLtMatmul(handle(), plan.operation, &alpha, a, plan.a, b, plan.b, &beta, d, plan.d, d, plan.d,
-                                    &plan.algorithm, workspace(), kWorkspaceBytes, cuda_stream));
+    // Times whole rounds over the candidates, so that a change of clock meets all alike, and takes each one's best. The
+    // heuristic's first stays unless another is 1 % faster. Not in a training step: waits for the device.
+    static cublasLtMatmulAlgo_t fastest(const MatmulPlan& plan, const Algorithms& algorithms, void* d, const real* a,
+                                        const real* b) {
+        constexpr int kRounds = 4;       // the first one warms up
+        constexpr float kEnough = 0.2f;  // ms: shorter products are repeated
+        std::vector<float> best(algorithms.size(), INFINITY);
+        CudaRuntime::Event begin, end;
+        int repetitions = 1;
+        for (int round = 0; round < kRounds; round++) {
+            for (size_t i = 0; i < algorithms.size(); i++) {
+                bool runs = true;
+                begin.record();
+                for (int r = 0; r < repetitions && runs; r++)
+                    runs = run(plan, algorithms[i], d, a, b, 0.0f) == CUBLAS_STATUS_SUCCESS;
+                end.record();
+                CudaRuntime::synchronize();
+                const float ms = CudaRuntime::Event::ms(begin, end) / repetitions;
+                if (runs && round > 0) best[i] = std::min(best[i], ms);
+                if (round == 0 && i + 1 == algorithms.size()) repetitions = std::clamp(int(kEnough / ms), 1, 20);
+            }
+        }
+        const size_t winner = std::min_element(best.begin(), best.end()) - best.begin();
+        return algorithms[best[winner] < 0.99f * best[0] ? winner : 0];
+    }
+
+    // ~/.cache/train_gpt/products_GPU_driver_library.txt by the XDG rules, or "" where there is no place for it
+    static std::string choices_path() {
+        const char *cache = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
+        std::string directory = cache && cache[0] == '/' ? cache : home && *home ? std::string(home) + "/.cache" : "";
+        if (directory.empty()) return "";
+        int driver = 0;
+        CUDA_CHECK(cudaDriverGetVersion(&driver));
+        std::string name =
+            strprintf("products_%s_%d_%zu.txt", CudaRuntime::properties().name, driver, cublasLtGetVersion());
+        for (char& c : name)
+            if (c == ' ' || c == '/') c = '_';
+        return directory + "/train_gpt/" + name;
+    }
+
+    // A line per product: the algorithm's bytes in hexadecimal, a space, Key::text(). Lines that are not such are left
+    // out, and their products timed again.
+    static void read_choices(const std::string& path) {
+        std::ifstream file(path);
+        for (std::string line; std::getline(file, line);) {
+            cublasLtMatmulAlgo_t algorithm;
+            auto* bytes = reinterpret_cast<unsigned char*>(&algorithm);
+            bool good = line.size() > 2 * sizeof(algorithm) && line[2 * sizeof(algorithm)] == ' ';
+            for (size_t i = 0; i < sizeof(algorithm) && good; i++) {
+                const char* digits = line.data() + 2 * i;
+                good = std::from_chars(digits, digits + 2, bytes[i], 16).ptr == digits + 2;
+            }
+            if (good) choices()[line.substr(2 * sizeof(algorithm) + 1)] = algorithm;
+        }
+    }
+
+    // Whole or not at all: another run may be reading.
+    static void write_choices(const std::string& path) {
+        const std::string temporary = path + "." + std::to_string(getpid());
+        bool written = false;
+        if (!path.empty()) {
+            std::error_code error;
+            std::filesystem::create_directories(std::filesystem::path(path).parent_path(), error);
+            std::ofstream file(temporary);
+            for (const auto& [text, algorithm] : choices()) {
+                for (size_t i = 0; i < sizeof(algorithm); i++)
+                    file << strprintf("%02x", reinterpret_cast<const unsigned char*>(&algorithm)[i]);
+                file << ' ' << text << '\n';
+            }
+            file.close();
+            written = file && rename(temporary.c_str(), path.c_str()) == 0;
+        }
+        if (!written)
+            fprintf(stderr,
+                    "note: cannot write %s: each start will time the products again, and a resumed run may differ in "
+                    "its last bits\n",
+                    path.empty() ? "a cache, as HOME is not set" : path.c_str());
     }
 };
 

@@ -61,7 +61,7 @@ struct Options {
     bool switch_optimizer = false;
     std::string device = "auto";
     int gpus = 0;
-    bool recompute = false, profile = false;
+    bool recompute = false, profile = false, tune = true;
     double rank_timeout = 300;
     bool help = false, version = false;
 };
@@ -169,6 +169,10 @@ inline const std::vector<Flag>& flag_table() {
         {"run", "gpus", &O::gpus, "N", "start N processes on this machine, one a GPU; 0: just this one", 0, 1024},
         {"run", "recompute", &O::recompute, on_off,
          "compute GELU and LayerNorm again in the backward pass: less memory, more time"},
+        {"run", "tune", &O::tune, on_off,
+         "on a GPU take the fastest algorithm for each product: timed at the first start and kept in "
+         "~/.cache/train_gpt; "
+         "0: the library's guess"},
         {"run", "profile", &O::profile, on_off, "time the phases of each step"},
         {"run", "rank_timeout", &O::rank_timeout, "SECONDS", "give up on a rank that is silent for so long", 1, 1e6},
         {"run", "help", &O::help, on_off, "print this and exit"},

@@ -238,13 +238,13 @@ class Model {
         for (int l = 0; l < L; l++) {
             const auto& w = params.layers[l];
             Activations& a = acts[l];
-            Backend::matmul_forward(a.qkv, 3 * C, a.ln1, packed_qkv(w.qkvw), w.qkvb, N, C, 3 * C);
+            pack_qkv(l);
+            Backend::matmul_forward(a.qkv, 3 * C, a.ln1, qkvw(l), w.qkvb, N, C, 3 * C);
             Backend::attention_forward(a.att, a.lse, a.qkv, B, T, C, H);
             Backend::matmul_forward(scratch_c, C, a.att, w.attprojw, w.attprojb, N, C, C);
             Backend::residual_layernorm_forward(a.residual2, a.ln2, a.ln2_mean, a.ln2_rstd, residual_in(l), scratch_c,
                                                 w.ln2w, w.ln2b, N, C);
-            Backend::matmul_forward(a.fc, 4 * C, a.ln2, w.fcw, w.fcb, N, C, 4 * C);
-            Backend::gelu_forward(a.gelu, a.fc, size_t(N) * 4 * C);
+            Backend::matmul_gelu_forward(a.gelu, a.fc, a.ln2, w.fcw, w.fcb, N, C, 4 * C);
             Backend::matmul_forward(scratch_c, C, a.gelu, w.fcprojw, w.fcprojb, N, 4 * C, C);
             // The block's residual and the next block's first LayerNorm (after the last block: the final one) in one
             // pass.
@@ -271,15 +271,21 @@ class Model {
         Backend::matmul_forward(out, Vp, x, params.wte, nullptr, rows, config.channels, Vp);
     }
 
-    // dlogits -> gradients, added to what is there
-    void backward(int B, int T) {
+    // dlogits -> gradients; with accumulate they are added to what is there, else (a step's first micro-step) they take
+    // its place: the products overwrite, and only what is summed over rows has to start at zero
+    void backward(int B, int T, bool accumulate) {
         const int C = config.channels, N = B * T, H = config.heads, L = config.layers, Vp = config.padded_vocab();
+        if (!accumulate) {
+            Backend::zero(grads.wpe, size_t(config.seq_len) * C * sizeof(float));
+            float* vectors = grads.layers[0].ln1w;  // lie together, from the first LayerNorm's to the last
+            Backend::zero(vectors, (grads.lnfb + C - vectors) * sizeof(float));
+        }
         Backend::matmul_backward_input(scratch_c, logits, params.wte, N, C, Vp);
-        Backend::matmul_backward_weight(grads.wte, logits, Vp, lnf, N, C, Vp);
-        // dresidual (N,C): the gradient of the residual stream, which LayerNorm's backward adds to all the way down
-        Backend::zero(dresidual, size_t(N) * C * sizeof(real));
-        Backend::layernorm_backward(dresidual, grads.lnfw, grads.lnfb, scratch_c, acts[L - 1].residual3, params.lnfw,
-                                    lnf_mean, lnf_rstd, N, C, partials);
+        Backend::matmul_backward_weight(grads.wte, logits, Vp, lnf, N, C, Vp, accumulate);
+        // dresidual (N,C): the gradient of the residual stream, which LayerNorm's backward adds to all the way down.
+        // Its column sums are the bias gradient of the projection that was added to the stream just before.
+        Backend::layernorm_backward(dresidual, grads.lnfw, grads.lnfb, grads.layers[L - 1].fcprojb, nullptr, scratch_c,
+                                    acts[L - 1].residual3, params.lnfw, lnf_mean, lnf_rstd, N, C, partials);
         for (int l = L - 1; l >= 0; l--) {
             const auto& w = params.layers[l];
             const auto& dw = grads.layers[l];
@@ -291,28 +297,31 @@ class Model {
                 Backend::gelu_forward(a.gelu, a.fc, size_t(N) * 4 * C);
                 Backend::layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, w.ln2w, w.ln2b, N, C);
             }
-            Backend::matmul_backward_weight(dw.fcprojw, dresidual, C, a.gelu, N, 4 * C, C);
-            Backend::bias_backward(dw.fcprojb, dresidual, N, C, partials);
-            Backend::matmul_backward_input(dfc, dresidual, w.fcprojw, N, 4 * C, C);
-            Backend::gelu_backward(dfc, dfc, a.fc, size_t(N) * 4 * C);
-            Backend::matmul_backward_weight(dw.fcw, dfc, 4 * C, a.ln2, N, C, 4 * C);
+            Backend::matmul_backward_weight(dw.fcprojw, dresidual, C, a.gelu, N, 4 * C, C, accumulate);
+            Backend::matmul_backward_input_gelu(dfc, dresidual, w.fcprojw, a.fc, N, 4 * C, C);
+            Backend::matmul_backward_weight(dw.fcw, dfc, 4 * C, a.ln2, N, C, 4 * C, accumulate);
             Backend::bias_backward(dw.fcb, dfc, N, 4 * C, partials);
             Backend::matmul_backward_input(scratch_c, dfc, w.fcw, N, C, 4 * C);
-            Backend::layernorm_backward(dresidual, dw.ln2w, dw.ln2b, scratch_c, a.residual2, w.ln2w, a.ln2_mean,
-                                        a.ln2_rstd, N, C, partials);
+            Backend::layernorm_backward(dresidual, dw.ln2w, dw.ln2b, dw.attprojb, dresidual, scratch_c, a.residual2,
+                                        w.ln2w, a.ln2_mean, a.ln2_rstd, N, C, partials);
             // attention
-            Backend::matmul_backward_weight(dw.attprojw, dresidual, C, a.att, N, C, C);
-            Backend::bias_backward(dw.attprojb, dresidual, N, C, partials);
+            Backend::matmul_backward_weight(dw.attprojw, dresidual, C, a.att, N, C, C, accumulate);
             Backend::matmul_backward_input(scratch_c, dresidual, w.attprojw, N, C, C);
             Backend::attention_backward(dqkv, delta, scratch_c, a.qkv, a.att, a.lse, B, T, C, H);
             if (recompute)
                 Backend::layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual_in(l), w.ln1w, w.ln1b, N, C);
-            for (int i = 0; i < 3; i++)  // dQ, dK, dV go where their owners want them
-                Backend::matmul_backward_weight(dw.qkvw[i], dqkv + i * C, 3 * C, a.ln1, N, C, C);
+            // dQ, dK, dV go where their owners want them. One rank has them side by side. With more, three products
+            // also where they are neighbours: the same bits whoever owns what.
+            if (world.size == 1)
+                Backend::matmul_backward_weight(dw.qkvw[0], dqkv, 3 * C, a.ln1, N, C, 3 * C, accumulate);
+            else
+                for (int i = 0; i < 3; i++)
+                    Backend::matmul_backward_weight(dw.qkvw[i], dqkv + i * C, 3 * C, a.ln1, N, C, C, accumulate);
             Backend::bias_backward(dw.qkvb, dqkv, N, 3 * C, partials);
-            Backend::matmul_backward_input(scratch_c, dqkv, packed_qkv(w.qkvw), N, C, 3 * C);
-            Backend::layernorm_backward(dresidual, dw.ln1w, dw.ln1b, scratch_c, residual_in(l), w.ln1w, a.ln1_mean,
-                                        a.ln1_rstd, N, C, partials);
+            Backend::matmul_backward_input(scratch_c, dqkv, qkvw(l), N, C, 3 * C);
+            Backend::layernorm_backward(dresidual, dw.ln1w, dw.ln1b, l > 0 ? grads.layers[l - 1].fcprojb : nullptr,
+                                        dresidual, scratch_c, residual_in(l), w.ln1w, a.ln1_mean, a.ln1_rstd, N, C,
+                                        partials);
         }
         Backend::embedding_backward(grads.wte, grads.wpe, dresidual, inputs, order, B, T, C);
     }
@@ -329,6 +338,7 @@ class Model {
         float *ln2_mean, *ln2_rstd;  // (N)
         real *fc, *gelu;             // (N,4C)
         real* residual3;             // (N,C) the residual stream after the MLP
+        real* qkvw;                  // (3C,C) the weights of Q, K and V together, where the parameters have them apart
     };
     std::vector<Activations> acts;
     real* encoded;                 // (N,C)
@@ -337,16 +347,21 @@ class Model {
     real *scratch_c, *scratch_4c;  // (N,C), (N,4C)
     float* delta;                  // (B,H,T) scratch of the attention backward
     float* partials;               // partial sums of layernorm_backward and bias_backward
-    real* qkvw_scratch;            // (3C,C)
 
     const real* residual_in(int l) const { return l == 0 ? encoded : acts[l - 1].residual3; }
 
-    // Q, K and V as one (3C,C) matrix for one product: in place where they are neighbours, else copied together.
-    const real* packed_qkv(real* const qkvw[3]) {
+    // The weights of Q, K and V as one (3C,C) matrix for one product: in place where they are neighbours, else the copy
+    // that the forward pass makes for itself and for the backward.
+    bool qkv_apart(int l) const {
+        real* const* w = params.layers[l].qkvw;
         const size_t square = size_t(config.channels) * config.channels;
-        if (qkvw[1] == qkvw[0] + square && qkvw[2] == qkvw[1] + square) return qkvw[0];
-        for (int i = 0; i < 3; i++) Backend::copy(qkvw_scratch + i * square, qkvw[i], square * sizeof(real));
-        return qkvw_scratch;
+        return w[1] != w[0] + square || w[2] != w[1] + square;
+    }
+    const real* qkvw(int l) const { return qkv_apart(l) ? acts[l].qkvw : params.layers[l].qkvw[0]; }
+    void pack_qkv(int l) {
+        const size_t square = size_t(config.channels) * config.channels;
+        for (int i = 0; i < 3 && qkv_apart(l); i++)
+            Backend::copy(acts[l].qkvw + i * square, params.layers[l].qkvw[i], square * sizeof(real));
     }
 
     Arena activations(int B) {
@@ -360,6 +375,7 @@ class Model {
             arena.add(a.ln1_mean, N), arena.add(a.ln1_rstd, N), arena.add(a.ln2_mean, N), arena.add(a.ln2_rstd, N);
             arena.add(a.qkv, N * 3 * C), arena.add(a.att, N * C), arena.add(a.lse, rows);
             arena.add(a.residual2, N * C), arena.add(a.fc, N * 4 * C), arena.add(a.residual3, N * C);
+            if (qkv_apart(l)) arena.add(a.qkvw, 3 * C * C);
             const bool shared = recompute && l > 0;
             if (!shared) arena.add(a.ln1, N * C), arena.add(a.ln2, N * C), arena.add(a.gelu, N * 4 * C);
         }
@@ -369,7 +385,6 @@ class Model {
             arena.add(delta, rows);
         arena.add(partials,
                   std::max(Backend::layernorm_scratch_floats(int(C)), Backend::bias_scratch_floats(int(4 * C))));
-        arena.add(qkvw_scratch, 3 * C * C);
         return arena;
     }
 };
@@ -570,7 +585,7 @@ struct Run {
         return strprintf("%016" PRIx64, Checksum::of(text.data(), text.size()));
     }
 
-    // Before anything large is allocated: the ranks have found the same data, tokenizer and model.
+    // All ranks have found the same data, tokenizer and model.
     ModelConfig agreed_config() const {
         std::string facts = describe("train", train.get()) + describe("val", val.get());
         facts += strprintf("tokenizer %s\n", tokenizer ? tokenizer->identity.c_str() : "none");
@@ -686,9 +701,9 @@ struct Run {
             fail("checkpoint %s was made with --optimizer %s, this run has %s: pass --switch_optimizer to change it",
                  path, optimizer_there.c_str(), options.optimizer.c_str());
 
-        const std::string digest = meta_text(checkpoint, "train_digest");
+        const std::string digest_there = meta_text(checkpoint, "train_digest");
         if (meta_number(checkpoint, "train_windows") != int64_t(train->windows()) ||
-            (!digest.empty() && digest != train_digest))
+            (!digest_there.empty() && digest_there != train_digest))
             say("note: the training data have changed since %s\n", path);
         for (const Flag& flag : flag_table()) {
             const auto there = checkpoint.meta.find(std::string("flag.") + flag.name);
@@ -886,9 +901,12 @@ std::string sample(const Run& run, Model<Backend>& model, int64_t step) {
     std::string written;
     for (int64_t i = 0; i < options.sample_tokens; i++) {
         const int T = int(std::min<size_t>(tokens.size(), size_t(run.config.seq_len)));
-        Backend::upload(model.inputs, tokens.data() + tokens.size() - T, T * sizeof(int));
+        // Padded, so that few shapes of products occur. What stands there does not matter: no position sees later ones.
+        std::vector<int> window(tokens.end() - T, tokens.end());
+        window.resize(std::min(round_up(T, 64), run.config.seq_len));
+        Backend::upload(model.inputs, window.data(), window.size() * sizeof(int));
         finish<Backend>("a sample");
-        model.forward(model.inputs, 1, T);
+        model.forward(model.inputs, 1, int(window.size()));
         model.head(model.logits, model.lnf + size_t(T - 1) * run.config.channels, 1);
         Backend::download(row.data(), model.logits, row.size() * sizeof(real));
         finish<Backend>("a sample");
@@ -1088,6 +1106,14 @@ class Trainer {
         DataLoader loader(*run.train, run.config.vocab, uint64_t(options.seed), options.batch, world.rank, world.size,
                           run.accumulation, uint64_t(run.first_step), Backend::alloc_host);
         Event uploaded[3];  // as many batches as the loader keeps: a batch is refilled only after its upload
+        if (options.tune) {
+            Backend::tune([&] {
+                model.forward(model.inputs, options.batch, options.seq_len);
+                model.loss(options.batch, options.seq_len, 1.0f / float(run.total_batch), true);
+                model.backward(options.batch, options.seq_len, false);
+            });
+            finish<Backend>("the products to be timed");
+        }
         int64_t micro_steps = 0;
         typename Backend::EnqueueDeadline deadline;
         note_stop_signals();
@@ -1095,7 +1121,6 @@ class Trainer {
             Slot& slot = slots[step % 2];
             const size_t tokens = size_t(options.batch) * options.seq_len;
             slot.begin.record();
-            Backend::zero(optimizer.grads, optimizer.plan.arena * sizeof(float));
             Backend::zero(sums, 2 * sizeof(double));
             for (int m = 0; m < run.accumulation; m++, micro_steps++) {
                 // The host stays at most two micro-steps ahead; the device never waits for it.
@@ -1111,7 +1136,7 @@ class Trainer {
                 // and ranks give the gradient.
                 model.loss(options.batch, options.seq_len, 1.0f / float(run.total_batch), true);
                 Backend::sum_losses(sums, model.losses, int(tokens));
-                model.backward(options.batch, options.seq_len);
+                model.backward(options.batch, options.seq_len, m > 0);
             }
             slot.optimizer_begin.record();
             const double share = schedule(options, step),
@@ -1390,7 +1415,6 @@ int main(int argc, char** argv) {
     } catch (const std::exception& error) {
         fail_ranks(strprintf("unexpected: %s", error.what()).c_str(), 1);
     }
-    return 0;
 }
 
 #endif

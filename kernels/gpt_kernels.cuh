@@ -10,6 +10,7 @@
 #include <cfloat>
 
 #include "cuda_common.cuh"
+#include "mma.cuh"
 
 // Kernels that sum over rows run as many blocks as fill this many multiprocessors (an H100's). Other GPUs work too,
 // with a less even last wave; a fixed number keeps results independent of the device.
@@ -116,7 +117,7 @@ __global__ void token_backward_kernel(float* dwte /*(Vp,C) +=*/, const real* __r
 // ---------------------------------------------------------------------------------------------------------------------
 // LayerNorm and residual
 
-constexpr int kLayerNormWarps = 4;
+constexpr int kLayerNormWarps = 4;  // of a block whose warps each take rows of their own
 
 // One warp per row, the row in registers (above 4096 channels a little spills), `packs` of them in each lane. With add,
 // x = a + b, also written to residual; else x = a. Mean and variance take two passes over the registers: no
@@ -173,90 +174,120 @@ __global__ void layernorm_forward_kernel(real* residual /*(N,C)*/, real* out /*(
     }
 }
 
-// With xhat = (x - mean)*rstd and g = weight*dout:  dx += (g - mean_c(g) - xhat*mean_c(g*xhat)) * rstd,
-// dweight = sum over rows of dout*xhat, dbias = sum over rows of dout. A thread keeps its columns for all rows of the
-// block, so these two sums stay in its registers; a second kernel adds the blocks. `rows` rows at a time share the
-// barriers.
-constexpr int kLayerNormThreads = 256;
-
-template <int packs /*of a row, per thread*/, int rows>
-__global__ void __launch_bounds__(kLayerNormThreads, packs == 1 ? 2 : 1)
-    layernorm_backward_kernel(real* dx /*(N,C) +=*/, float* partials /*(gridDim.x,2,C)*/,
-                              const real* __restrict__ dout /*(N,C)*/, const real* __restrict__ x /*(N,C)*/,
-                              const real* __restrict__ weight /*(C)*/, const float* __restrict__ mean /*(N)*/,
-                              const float* __restrict__ rstd /*(N)*/, int N, int C) {
+// With xhat = (x - mean)*rstd and g = weight*dout:  dx = before + (g - mean_c(g) - xhat*mean_c(g*xhat)) * rstd, and
+// three sums over rows: of dout*xhat (dweight), of dout (dbias) and of dx as it is stored, which is the bias gradient
+// of the projection whose output was added to the residual stream there.
+//
+// Three reads and a write per element: the kernel is as fast as its loads overlap with its sums. A team (one warp, or
+// in wide rows the whole block) takes `rows` rows at a time, and while it computes, cp.async brings the next ones into
+// shared memory, where each thread reads back just what it copied itself: no barrier, and no registers for what is on
+// its way. These hold the three sums: a thread keeps its columns for all its rows. At the end the teams of a block add
+// theirs one after the other, and add_partials_kernel adds the blocks.
+template <int packs /*of a row, per thread*/, int rows, bool alone /*a team is one warp*/>
+__global__ void __launch_bounds__(alone        ? kLayerNormWarps* kWarpSize
+                                  : packs == 1 ? 256
+                                               : kMaxChannels / Pack<real>::size / packs)
+    layernorm_backward_kernel(real* dx /*(N,C)*/, float* partials /*(gridDim.x,3,C)*/,
+                              const real* before /*(N,C), may be dx; null: zeros*/, const real* dout /*(N,C)*/,
+                              const real* x /*(N,C)*/, const real* __restrict__ weight /*(C)*/,
+                              const float* __restrict__ mean /*(N)*/, const float* __restrict__ rstd /*(N)*/, int N,
+                              int C) {
     using P = Pack<real>;
+    DYNAMIC_SHARED(P, ring);  // (2, rows, {dout, x, before}, packs, blockDim.x)
+    const int members = alone ? kWarpSize : blockDim.x, teams = blockDim.x / members;
+    const int member = threadIdx.x % members, team = threadIdx.x / members;
+    auto column = [&](int p) { return (p * members + member) * P::size; };
+    auto place = [&](int stage, int row, int input, int p) {
+        return ring + (((stage * rows + row) * 3 + input) * packs + p) * blockDim.x + threadIdx.x;
+    };
     P w[packs];
-    float dweight[packs][P::size] = {}, dbias[packs][P::size] = {};
+    float sum_dout_xhat[packs][P::size] = {}, sum_dout[packs][P::size] = {}, sum_dx[packs][P::size] = {};
     UNROLL
-    for (int p = 0; p < packs; p++) {
-        int c = (p * blockDim.x + threadIdx.x) * P::size;
-        if (c < C) w[p] = P::load(weight + c);
-    }
+    for (int p = 0; p < packs; p++) w[p] = column(p) < C ? P::load(weight + column(p)) : P{};
 
-    for (int row0 = blockIdx.x * rows; row0 < N; row0 += gridDim.x * rows) {
-        P d[rows][packs], v[rows][packs], old[rows][packs];
-        float m[rows], s[rows], sums[2 * rows] = {};  // of g and of g*xhat, for each row
+    // Past the last column and the last row zeros arrive, which add nothing to any sum.
+    float next_mean[rows], next_rstd[rows];
+    auto fetch = [&](int row0, int stage) {
         UNROLL
         for (int r = 0; r < rows; r++) {
-            int row = row0 + r;
-            if (row >= N) continue;
-            m[r] = mean[row];
-            s[r] = rstd[row];
+            bool valid = row0 + r < N;
+            next_mean[r] = valid ? mean[row0 + r] : 0.0f;
+            next_rstd[r] = valid ? rstd[row0 + r] : 0.0f;
             UNROLL
             for (int p = 0; p < packs; p++) {
-                int c = (p * blockDim.x + threadIdx.x) * P::size;
-                if (c >= C) continue;
-                size_t at = size_t(row) * C + c;
-                d[r][p] = P::load_once(dout + at);
-                v[r][p] = P::load_once(x + at);
-                old[r][p] = P::load(dx + at);
+                bool here = valid && column(p) < C;
+                size_t at = here ? size_t(row0 + r) * C + column(p) : 0;
+                cp_async_16(place(stage, r, 0, p), dout + at, here);
+                cp_async_16(place(stage, r, 1, p), x + at, here);
+                cp_async_16(place(stage, r, 2, p), before ? before + at : x, here && before);
             }
         }
+        cp_async_commit();
+    };
+
+    const int stride = gridDim.x * teams * rows;
+    int row0 = (blockIdx.x * teams + team) * rows, stage = 0;
+    fetch(row0, stage);
+    for (; row0 < N; row0 += stride, stage ^= 1) {
+        float m[rows], s[rows], sums[2 * rows] = {};  // of g and of g*xhat, for each row
+        UNROLL
+        for (int r = 0; r < rows; r++) m[r] = next_mean[r], s[r] = next_rstd[r];
+        fetch(row0 + stride, stage ^ 1);
+        cp_async_wait<1>();
         UNROLL
         for (int r = 0; r < rows; r++) {
             UNROLL
             for (int p = 0; p < packs; p++) {
-                int c = (p * blockDim.x + threadIdx.x) * P::size;
-                if (row0 + r >= N || c >= C) continue;
+                P d = *place(stage, r, 0, p), v = *place(stage, r, 1, p);
                 for (int k = 0; k < P::size; k++) {
-                    float dk = to_float(d[r][p][k]), g = to_float(w[p][k]) * dk;
-                    float xhat = (to_float(v[r][p][k]) - m[r]) * s[r];
-                    dweight[p][k] += dk * xhat;
-                    dbias[p][k] += dk;
+                    float dk = to_float(d[k]), g = to_float(w[p][k]) * dk, xhat = (to_float(v[k]) - m[r]) * s[r];
+                    sum_dout_xhat[p][k] += dk * xhat;
+                    sum_dout[p][k] += dk;
                     sums[2 * r] += g;
                     sums[2 * r + 1] += g * xhat;
                 }
             }
         }
-        block_sums(sums);
+        if (alone) {
+            UNROLL
+            for (int i = 0; i < 2 * rows; i++) sums[i] = warp_sum(sums[i]);
+        } else {
+            block_sums(sums);
+        }
         UNROLL
         for (int r = 0; r < rows; r++) {
             float mean_g = sums[2 * r] / C, mean_gx = sums[2 * r + 1] / C;
             UNROLL
             for (int p = 0; p < packs; p++) {
-                int c = (p * blockDim.x + threadIdx.x) * P::size;
-                if (row0 + r >= N || c >= C) continue;
-                P sum;
+                if (row0 + r >= N || column(p) >= C) continue;
+                P d = *place(stage, r, 0, p), v = *place(stage, r, 1, p), out = *place(stage, r, 2, p);
                 for (int k = 0; k < P::size; k++) {
-                    float xhat = (to_float(v[r][p][k]) - m[r]) * s[r], g = to_float(w[p][k]) * to_float(d[r][p][k]);
-                    sum[k] = from_float<real>(to_float(old[r][p][k]) + (g - mean_g - xhat * mean_gx) * s[r]);
+                    float xhat = (to_float(v[k]) - m[r]) * s[r], g = to_float(w[p][k]) * to_float(d[k]);
+                    out[k] = from_float<real>(to_float(out[k]) + (g - mean_g - xhat * mean_gx) * s[r]);
+                    sum_dx[p][k] += to_float(out[k]);
                 }
-                sum.store(dx + size_t(row0 + r) * C + c);
+                out.store(dx + size_t(row0 + r) * C + column(p));
             }
         }
     }
 
-    float* partial = partials + size_t(blockIdx.x) * 2 * C;
-    UNROLL
-    for (int p = 0; p < packs; p++) {
-        int c = (p * blockDim.x + threadIdx.x) * P::size;
-        if (c >= C) continue;
-        for (int k = 0; k < P::size; k++) {
-            partial[c + k] = dweight[p][k];
-            partial[C + c + k] = dbias[p][k];
+    cp_async_wait<0>();
+    __syncthreads();                                   // the ring is free
+    float* of_block = reinterpret_cast<float*>(ring);  // (3,C)
+    for (int turn = 0; turn < teams; turn++) {
+        UNROLL
+        for (int p = 0; p < packs; p++) {
+            if (team != turn || column(p) >= C) continue;
+            for (int k = 0; k < P::size; k++) {
+                float* sum = of_block + column(p) + k;
+                sum[0] = (turn > 0 ? sum[0] : 0.0f) + sum_dout_xhat[p][k];
+                sum[C] = (turn > 0 ? sum[C] : 0.0f) + sum_dout[p][k];
+                sum[2 * C] = (turn > 0 ? sum[2 * C] : 0.0f) + sum_dx[p][k];
+            }
         }
+        __syncthreads();
     }
+    for (int i = threadIdx.x; i < 3 * C; i += blockDim.x) partials[size_t(blockIdx.x) * 3 * C + i] = of_block[i];
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -377,10 +408,12 @@ __global__ void bias_backward_kernel(float* partials /*(gridDim.y,OC)*/, const r
     partials[size_t(blockIdx.y) * OC + column] = total;
 }
 
-// Second stage: out[c] += sum over p of partials[p,j,c], where j = blockIdx.y chooses out among first and second.
-// A block of 32 warps takes 32 columns; its warps share the partials, then each warp adds up one column.
-__global__ void add_partials_kernel(float* first /*(C) +=*/, float* second /*(C) +=*/,
+// Second stage: out[c] += sum over p of partials[p,j,c], where j = blockIdx.y chooses out among three; null: not
+// wanted. A block of 32 warps takes 32 columns; its warps share the partials, then each warp adds up one column.
+__global__ void add_partials_kernel(float* first /*(C) +=*/, float* second /*(C) +=*/, float* third /*(C) +=*/,
                                     const float* __restrict__ partials /*(P,gridDim.y,C)*/, int P, int C) {
+    float* out = blockIdx.y == 0 ? first : blockIdx.y == 1 ? second : third;
+    if (out == nullptr) return;
     __shared__ float of_warps[kWarpSize][kWarpSize + 1];  // + 1: columns then lie in different banks
     int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     int column = blockIdx.x * kWarpSize + lane;
@@ -393,7 +426,6 @@ __global__ void add_partials_kernel(float* first /*(C) +=*/, float* second /*(C)
     __syncthreads();
     float total = warp_sum(of_warps[lane][warp]);
     column = blockIdx.x * kWarpSize + warp;
-    float* out = blockIdx.y == 0 ? first : second;
     if (lane == 0 && column < C) out[column] += total;
 }
 
@@ -520,7 +552,7 @@ __global__ void cast_params_kernel(real* params, const float* master, size_t n) 
 struct GptKernels {
     static void embedding_forward(real* out /*(B,T,C)*/, const int* tokens /*(B,T)*/, const real* wte /*(Vp,C)*/,
                                   const real* wpe /*(maxT,C)*/, int B, int T, int C) {
-        LAUNCH(embedding_forward_kernel, B * T, std::min(whole_warps(C), 256), 0, out, tokens, wte, wpe, T, C);
+        LAUNCH(embedding_forward_kernel, B * T, std::min(threads_for(C), 256), 0, out, tokens, wte, wpe, T, C);
     }
 
     static void embedding_backward(float* dwte /*(Vp,C) +=*/, float* dwpe /*(maxT,C) +=*/, const real* dout /*(B,T,C)*/,
@@ -550,20 +582,37 @@ struct GptKernels {
         });
     }
 
-    static size_t layernorm_scratch_floats(int C) { return size_t(layernorm_backward_blocks(C)) * 2 * C; }
+    static size_t layernorm_scratch_floats(int C) { return size_t(kMultiprocessors) * 8 * 3 * C; }
 
-    static void layernorm_backward(real* dx /*(N,C) +=*/, float* dweight /*(C) +=*/, float* dbias /*(C) +=*/,
-                                   const real* dout /*(N,C)*/, const real* x /*(N,C)*/, const real* weight /*(C)*/,
-                                   const float* mean /*(N)*/, const float* rstd /*(N)*/, int N, int C,
+    // dx = before + the gradient of x; dsum += the sums of dx's columns
+    static void layernorm_backward(real* dx /*(N,C)*/, float* dweight /*(C) +=*/, float* dbias /*(C) +=*/,
+                                   float* dsum /*(C) +=, or null*/,
+                                   const real* before /*(N,C), may be dx; null: zeros*/, const real* dout /*(N,C)*/,
+                                   const real* x /*(N,C)*/, const real* weight /*(C)*/, const float* mean /*(N)*/,
+                                   const float* rstd /*(N)*/, int N, int C,
                                    float* scratch /*layernorm_scratch_floats(C)*/) {
         check_channels(C);
-        int threads = std::min(whole_warps(C), kLayerNormThreads), blocks = std::min(layernorm_backward_blocks(C), N);
-        constexpr int most_packs = kMaxChannels / kLayerNormThreads / Pack<real>::size;
-        auto kernel =
-            whole_warps(C) == threads ? layernorm_backward_kernel<1, 2> : layernorm_backward_kernel<most_packs, 1>;
-        LAUNCH(kernel, blocks, threads, 0, dx, scratch, dout, x, weight, mean, rstd, N, C);
-        LAUNCH(add_partials_kernel, dim3(ceil_div(C, kWarpSize), 2), kWarpSize * kWarpSize, 0, dweight, dbias, scratch,
-               blocks, C);
+        auto launch = [&](auto kernel, int packs, int rows, int threads, int teams, int per_multiprocessor) {
+            const int blocks = std::min(kMultiprocessors * per_multiprocessor, ceil_div(N, teams * rows));
+            const size_t ring = size_t(2 * rows * 3 * packs) * threads * sizeof(Pack<real>),
+                         sums = 3 * C * sizeof(float);
+            LAUNCH(kernel, blocks, threads, std::max(ring, sums), dx, scratch, before, dout, x, weight, mean, rstd, N,
+                   C);
+            LAUNCH(add_partials_kernel, dim3(ceil_div(C, kWarpSize), 3), kWarpSize * kWarpSize, 0, dweight, dbias, dsum,
+                   scratch, blocks, C);
+        };
+        // As many blocks as are resident at once: by registers, of which a thread needs about 50 and 32 per pack.
+        auto alone = [&](auto packs, int per_multiprocessor) {
+            launch(layernorm_backward_kernel<packs, 1, true>, packs, 1, kLayerNormWarps * kWarpSize, kLayerNormWarps,
+                   per_multiprocessor);
+        };
+        const int warps = threads_for(C) / kWarpSize;
+        if (warps == 1) alone(std::integral_constant<int, 1>(), 8);
+        else if (warps == 2) alone(std::integral_constant<int, 2>(), 5);
+        else if (warps == 3) alone(std::integral_constant<int, 3>(), 3);  // bf16: C = 768
+        else if (warps == 4) alone(std::integral_constant<int, 4>(), 3);  // 1024
+        else if (warps <= 8) launch(layernorm_backward_kernel<1, 2, false>, 1, 2, warps * kWarpSize, 1, 24 / warps);
+        else launch(layernorm_backward_kernel<2, 1, false>, 2, 1, ceil_div(warps, 2) * kWarpSize, 1, 1);
     }
 
     static void gelu_forward(real* out, const real* x, size_t n) {
@@ -577,7 +626,7 @@ struct GptKernels {
     // Columns V..Vp are masked; with write_dlogits the logits become (softmax - onehot)*dloss.
     static void classifier(float* losses /*(N)*/, real* logits /*(N,Vp)*/, const int* targets /*(N)*/, float dloss,
                            int N, int V, int Vp, bool write_dlogits) {
-        int threads = std::min(1024, whole_warps(ceil_div(Vp, 4)));  // four packs or more per thread
+        int threads = std::min(1024, threads_for(ceil_div(Vp, 4)));  // four packs or more per thread
         LAUNCH(classifier_kernel, N, threads, 0, losses, logits, targets, dloss, V, Vp, write_dlogits);
     }
 
@@ -592,8 +641,8 @@ struct GptKernels {
         int slices = std::min(bias_backward_slices(OC), ceil_div(N, kBiasWarps));
         LAUNCH(bias_backward_kernel, dim3(ceil_div(OC, kBiasColumns), slices), kBiasWarps * kWarpSize, 0, scratch, dout,
                N, OC);
-        LAUNCH(add_partials_kernel, ceil_div(OC, kWarpSize), kWarpSize * kWarpSize, 0, dbias, nullptr, scratch, slices,
-               OC);
+        LAUNCH(add_partials_kernel, ceil_div(OC, kWarpSize), kWarpSize * kWarpSize, 0, dbias, nullptr, nullptr, scratch,
+               slices, OC);
     }
 
     static void sum_squares(double* sums /*(n)*/, const float* x, const Range* ranges /*(n), device*/, int n) {
@@ -623,7 +672,7 @@ struct GptKernels {
     static constexpr int kThreads = 256;
 
     // Threads for one pack each of a row of C elements, in whole warps.
-    static int whole_warps(int C) { return round_up(ceil_div(C, Pack<real>::size), kWarpSize); }
+    static int threads_for(int C) { return round_up(ceil_div(C, Pack<real>::size), kWarpSize); }
 
     static unsigned pack_blocks(size_t n) {
         if (n == 0 || n % Pack<real>::size != 0)
@@ -651,8 +700,6 @@ struct GptKernels {
         else f(std::integral_constant<int, kMaxChannels / kWarpSize / Pack<real>::size>());
     }
 
-    // All resident at once: the kernel's 100 registers allow 600 threads on each multiprocessor.
-    static int layernorm_backward_blocks(int C) { return kMultiprocessors * std::max(1, 600 / whole_warps(C)); }
     // Eight blocks of 256 threads on each multiprocessor, spread over the columns first.
     static int bias_backward_slices(int OC) { return std::max(1, kMultiprocessors * 8 / ceil_div(OC, kBiasColumns)); }
 };

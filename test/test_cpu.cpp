@@ -206,11 +206,23 @@ TEST_CASE("layernorm, alone and behind the residual") {
         CHECK(residual == x);
         CHECK(fused == out);
 
-        const Floats dx0 = random_normal(N * C), dweight0 = random_normal(C), dbias0 = random_normal(C);
-        Floats dx = dx0, dweight = dweight0, dbias = dbias0;
+        const Floats dx0 = random_normal(N * C), dweight0 = random_normal(C), dbias0 = random_normal(C),
+                     dsum0 = random_normal(C);
+        Floats dx = dx0, dweight = dweight0, dbias = dbias0, dsum = dsum0;
         Floats scratch(CpuOps::layernorm_scratch_floats(C), NAN);
-        CpuOps::layernorm_backward(dx.data(), dweight.data(), dbias.data(), dout.data(), x.data(), weight.data(),
-                                   mean.data(), rstd.data(), N, C, scratch.data());
+        CpuOps::layernorm_backward(dx.data(), dweight.data(), dbias.data(), dsum.data(), dx.data(), dout.data(),
+                                   x.data(), weight.data(), mean.data(), rstd.data(), N, C, scratch.data());
+        Floats apart(N * C, NAN), alone(N * C, NAN), unused(C), zeros(N * C);
+        CpuOps::layernorm_backward(apart.data(), unused.data(), unused.data(), nullptr, dx0.data(), dout.data(),
+                                   x.data(), weight.data(), mean.data(), rstd.data(), N, C, scratch.data());
+        CHECK(apart == dx);
+        CpuOps::layernorm_backward(alone.data(), unused.data(), unused.data(), nullptr, nullptr, dout.data(), x.data(),
+                                   weight.data(), mean.data(), rstd.data(), N, C, scratch.data());
+        CpuOps::layernorm_backward(zeros.data(), unused.data(), unused.data(), nullptr, zeros.data(), dout.data(),
+                                   x.data(), weight.data(), mean.data(), rstd.data(), N, C, scratch.data());
+        CHECK(alone == zeros);
+        const Doubles column_sums = truth::matmul(true, false, C, 1, N, dx, C, Floats(N, 1.0f), 1);
+        CHECK(error(dsum, plus(dsum0, column_sums)) < 2e-6);
         auto objective = [&, N = N, C = C](const Doubles& x, const Doubles& weight, const Doubles& bias) {
             return dot(doubles(dout), truth::layernorm(x, weight, bias, N, C));
         };
@@ -264,7 +276,7 @@ TEST_CASE("matrix products: bias, row strides, tails of every tile") {
         CHECK(error(dinp, truth::matmul(false, false, N, C, OC, dout_tight, OC, weight, C)) < 2e-6);
 
         const Doubles want_dweight = plus(dweight, truth::matmul(true, false, OC, C, N, dout, ldo, inp, C));
-        CpuOps::matmul_backward_weight(dweight.data(), dout.data(), ldo, inp.data(), N, C, OC);
+        CpuOps::matmul_backward_weight(dweight.data(), dout.data(), ldo, inp.data(), N, C, OC, true);
         CHECK(error(dweight, want_dweight) < 2e-6);
 
         const Doubles want_dbias =
@@ -778,10 +790,11 @@ TEST_CASE("results do not depend on the number of threads") {
         float* scratch = result(std::max(CpuOps::layernorm_scratch_floats(C), CpuOps::bias_scratch_floats(3 * C)));
         CpuOps::embedding_backward(result(V * C), result(T * C), x.data(), tokens.data(), order.data(), B, T, C);
         CpuOps::layernorm_forward(result(N * C), mean, rstd, x.data(), gain.data(), gain.data(), N, C);
-        CpuOps::layernorm_backward(d, result(C), result(C), out, x.data(), gain.data(), mean, rstd, N, C, scratch);
+        CpuOps::layernorm_backward(d, result(C), result(C), result(C), nullptr, out, x.data(), gain.data(), mean, rstd,
+                                   N, C, scratch);
         CpuOps::matmul_forward(qkv, 3 * C, x.data(), weight.data(), nullptr, N, C, 3 * C);
         CpuOps::matmul_backward_input(result(N * C), dout.data(), weight.data(), N, C, 3 * C);
-        CpuOps::matmul_backward_weight(result(3 * C * C), dout.data(), 3 * C, x.data(), N, C, 3 * C);
+        CpuOps::matmul_backward_weight(result(3 * C * C), dout.data(), 3 * C, x.data(), N, C, 3 * C, true);
         CpuOps::bias_backward(result(3 * C), dout.data(), N, 3 * C, scratch);
         CpuOps::attention_forward(out, lse, qkv, B, T, C, H);
         CpuOps::attention_backward(result(N * 3 * C), delta, x.data(), qkv, out, lse, B, T, C, H);

@@ -128,16 +128,22 @@ struct TinyGpt {
         to_device<Backend>(model.targets, targets);
         to_device<Backend>(model.order, order);
     }
-    // Adds the gradients of the mean loss / micro_steps; returns this micro-step's mean loss.
-    double forward_backward(const int* windows, int micro_steps) {
+    // The gradients of the mean loss / micro_steps, added to what is there with accumulate; returns this micro-step's
+    // mean loss.
+    double forward_backward(const int* windows, int micro_steps, bool accumulate) {
         load(windows);
         model.forward(model.inputs, B, T);
         model.loss(B, T, 1.0f / float(B * T * micro_steps), true);
-        model.backward(B, T);
+        model.backward(B, T, accumulate);
         const std::vector<float> losses = to_host<Backend>(model.losses, B * T);
         return std::accumulate(losses.begin(), losses.end(), 0.0) / (B * T);
     }
-    void zero_gradients() { Backend::zero(optimizer.grads, optimizer.plan.arena * sizeof(float)); }
+    // What a step leaves behind must not matter to the next one.
+    void spoil_gradients() {
+        for (int t = 0; t < tensors(); t++)
+            to_device<Backend>(optimizer.grads + optimizer.plan.offset_of(t),
+                               std::vector<float>(optimizer.plan.tensors[t].size(), NAN));
+    }
     std::vector<float> gradient(int t) const {
         const TensorSpec& spec = optimizer.plan.tensors[t];
         return to_host<Backend>(optimizer.grads + optimizer.plan.offset_of(t), spec.stored_size());
@@ -159,8 +165,8 @@ void check_model() {
             logits.insert(logits.end(), &padded[size_t(n) * Vp], &padded[size_t(n) * Vp] + gpt.V);
         CHECK(error(logits, file()["logits"]) < tolerance<Backend>);
 
-        gpt.zero_gradients();
-        const double loss = gpt.forward_backward(file().ints("tokens").data(), 1);
+        gpt.spoil_gradients();
+        const double loss = gpt.forward_backward(file().ints("tokens").data(), 1, false);
         CHECK(loss == doctest::Approx(file()["loss"][0]).epsilon(tolerance<Backend> / 10));
         for (int t = 0; t < gpt.tensors(); t++) {
             const std::string& name = gpt.name(t);
@@ -179,10 +185,10 @@ void check_adamw() {
     const int micro_steps = int(file().ints("adamw/tokens").size()) / (steps * window_tokens);
     for (int step = 0; step < steps; step++) {
         CAPTURE(step);
-        gpt.zero_gradients();
+        gpt.spoil_gradients();
         double loss = 0;
         for (int micro = 0; micro < micro_steps; micro++, windows += window_tokens) {
-            loss += gpt.forward_backward(windows, micro_steps) / micro_steps;
+            loss += gpt.forward_backward(windows, micro_steps, micro > 0) / micro_steps;
         }
         gpt.optimizer.step(rates[step], 0.0f, [](Phase) {});
         CHECK(loss == doctest::Approx(losses[step]).epsilon(tolerance<Backend> / 10));

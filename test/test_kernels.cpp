@@ -202,45 +202,61 @@ TEST_CASE("layernorm_forward and residual_layernorm_forward") {
 
 TEST_CASE("layernorm_backward") {
     std::vector<Shape> sizes = shapes();
-    for (Shape many_rows : {Shape{1, 540, 1024}, Shape{1, 540, 2048}, Shape{1, 140, 8192}}) sizes.push_back(many_rows);
+    for (Shape more : {Shape{1, 540, 1024}, Shape{1, 540, 2048}, Shape{1, 140, 8192}, Shape{3, 700, 264},
+                       Shape{1, 900, 512}, Shape{1, 700, 1280}})
+        sizes.push_back(more);
+    enum class Before { null, in_place, apart };
     for (Shape shape : sizes) {
         const int B = shape.B, T = shape.T, C = shape.C;
-        for (bool accumulate : {false, true}) {
-            INFO("B " << B << " T " << T << " C " << C << " accumulate " << accumulate);
+        for (Before where : {Before::null, Before::in_place, Before::apart}) {
+            INFO("B " << B << " T " << T << " C " << C << " before " << int(where));
             const int N = B * T;
             const size_t n = size_t(N) * C;
+            const bool with_sum = where != Before::apart;
             Floats x = random_reals(n, 2.0f, 1.0f), weight = random_reals(C), bias = random_reals(C),
-                   dout = random_reals(n);
-            Floats out(n), mean(N), rstd(N), cpu_scratch(CpuOps::layernorm_scratch_floats(C));
+                   dout = random_reals(n), before = random_reals(n), dx(n);
+            Floats out(n), mean(N), rstd(N),
+                cpu_scratch(std::max(CpuOps::layernorm_scratch_floats(C), CpuOps::bias_scratch_floats(C)));
             CpuOps::layernorm_forward(out.data(), mean.data(), rstd.data(), x.data(), weight.data(), bias.data(), N, C);
-            Floats dx_before = accumulate ? random_reals(n) : Floats(n), dx = dx_before;
-            Floats dweight_before = accumulate ? normal(C) : Floats(C), dweight = dweight_before;
-            Floats dbias_before = accumulate ? normal(C) : Floats(C), dbias = dbias_before;
-            CpuOps::layernorm_backward(dx.data(), dweight.data(), dbias.data(), dout.data(), x.data(), weight.data(),
-                                       mean.data(), rstd.data(), N, C, cpu_scratch.data());
+            const Floats dweight_before = normal(C), dbias_before = normal(C), dsum_before = normal(C);
+            Floats dweight = dweight_before, dbias = dbias_before, dsum = dsum_before;
+            CpuOps::layernorm_backward(dx.data(), dweight.data(), dbias.data(), nullptr,
+                                       where == Before::null ? nullptr : before.data(), dout.data(), x.data(),
+                                       weight.data(), mean.data(), rstd.data(), N, C, cpu_scratch.data());
 
-            DeviceBuffer<real> device_dout(narrow(dout)), device_x(narrow(x)), device_weight(narrow(weight));
+            DeviceBuffer<real> device_dout(narrow(dout)), device_x(narrow(x)), device_weight(narrow(weight)),
+                device_before(narrow(before));
             DeviceBuffer<float> device_mean(mean), device_rstd(rstd);
             Reals first_dx;
-            Floats first_dweight, first_dbias;
+            Floats first_dweight, first_dbias, first_dsum;
             for (int repetition = 0; repetition < 2; repetition++) {
-                DeviceBuffer<real> device_dx(narrow(dx_before));
-                DeviceBuffer<float> device_dweight(dweight_before), device_dbias(dbias_before);
-                DeviceBuffer<float> scratch(GptKernels::layernorm_scratch_floats(C));
-                GptKernels::layernorm_backward(device_dx, device_dweight, device_dbias, device_dout, device_x,
-                                               device_weight, device_mean, device_rstd, N, C, scratch);
+                DeviceBuffer<real> device_dx(n);
+                if (where == Before::in_place) device_dx.upload(narrow(before));
+                DeviceBuffer<float> device_dweight(dweight_before), device_dbias(dbias_before),
+                    device_dsum(dsum_before), scratch(GptKernels::layernorm_scratch_floats(C));
+                GptKernels::layernorm_backward(
+                    device_dx, device_dweight, device_dbias, with_sum ? device_dsum.data() : nullptr,
+                    where == Before::null       ? nullptr
+                    : where == Before::in_place ? device_dx.data()
+                                                : device_before.data(),
+                    device_dout, device_x, device_weight, device_mean, device_rstd, N, C, scratch);
                 Reals got_dx = device_dx.download();
-                Floats got_dweight = device_dweight.download(), got_dbias = device_dbias.download();
+                Floats got_dweight = device_dweight.download(), got_dbias = device_dbias.download(),
+                       got_dsum = device_dsum.download();
                 if (repetition == 0) {
                     // Where dx is the difference of larger numbers its error is theirs: g*rstd, which dout bounds.
                     check_close(got_dx, dx, C, 2e-5);
                     check_close(got_dweight, dweight, C);
                     check_close(got_dbias, dbias, C);
-                    first_dx = got_dx, first_dweight = got_dweight, first_dbias = got_dbias;
+                    // The sums of what was stored: rounded, so not those of the CPU's dx.
+                    if (with_sum) CpuOps::bias_backward(dsum.data(), widen(got_dx).data(), N, C, cpu_scratch.data());
+                    check_close(got_dsum, dsum, C, 1e-5, with_sum ? std::sqrt(double(N)) : 0);
+                    first_dx = got_dx, first_dweight = got_dweight, first_dbias = got_dbias, first_dsum = got_dsum;
                 } else {
                     CHECK(same_bits(got_dx, first_dx));
                     CHECK(same_bits(got_dweight, first_dweight));
                     CHECK(same_bits(got_dbias, first_dbias));
+                    CHECK(same_bits(got_dsum, first_dsum));
                 }
             }
         }

@@ -1,6 +1,8 @@
 // test_matmul.cpp: the model's matrix products (CudaMatmul, cuBLASLt) against their twins in cpu_backend.h, on fresh
 // random inputs. Bounds and helpers are test_kernels.cpp's, which test_cuda.cu includes first: sums are fp32 on both
 // sides, a bf16 result is rounded once more.
+#include <sstream>
+
 #include "../cuda_backend.cuh"
 
 namespace test_matmul {
@@ -47,12 +49,12 @@ TEST_CASE("cuBLASLt: matmul_forward, matmul_backward_input, matmul_backward_weig
             for (bool accumulate : {false, true}) {
                 CAPTURE(accumulate);
                 const Floats dout = random_reals(size_t(N) * ldo),
-                             before = accumulate ? normal(weights) : Floats(weights);
+                             before = accumulate ? normal(weights) : Floats(weights, NAN);
                 Floats want = before;
-                CpuOps::matmul_backward_weight(want.data(), dout.data() + slice, ldo, inp.data(), N, C, OC);
+                CpuOps::matmul_backward_weight(want.data(), dout.data() + slice, ldo, inp.data(), N, C, OC, accumulate);
                 DeviceBuffer<real> device_dout(narrow(dout));
                 DeviceBuffer<float> dweight(before);
-                CudaMatmul::matmul_backward_weight(dweight, device_dout + slice, ldo, device_inp, N, C, OC);
+                CudaMatmul::matmul_backward_weight(dweight, device_dout + slice, ldo, device_inp, N, C, OC, accumulate);
                 check_close(dweight.download(), want, C, 1e-5, std::sqrt(double(N)));
             }
         }
@@ -63,6 +65,104 @@ TEST_CASE("cuBLASLt: matmul_forward, matmul_backward_input, matmul_backward_weig
         CudaMatmul::matmul_backward_input(dinp, device_dout, device_weight, N, C, OC);
         check_close(dinp.download(), want, C, 1e-5, std::sqrt(double(OC)));
     }
+}
+
+// The library's GELU takes tanh from the GPU's approximation, whose relative error is 2^-11 (PTX ISA, tanh.approx):
+// that moves gelu(x) = x/2 (1 + tanh) by up to 2^-12 |x|. Not fused, gelu reads pre as it was rounded: its slope, 1.13
+// at most, times the rounding of x.
+TEST_CASE("matmul_gelu_forward, matmul_backward_input_gelu") {
+    struct Size {
+        int N, C, OC;
+    };
+    std::vector<Size> sizes = {{1, 8, 32}, {77, 72, 288}, {130, 40, 160}};
+    if (large_sizes()) sizes.insert(sizes.end(), {{1024, 768, 3072}, {333, 1600, 6400}});
+    for (const Size& size : sizes) {
+        const int N = size.N, C = size.C, OC = size.OC;
+        INFO("N " << N << " C " << C << " OC " << OC);
+        const size_t inputs = size_t(N) * C, outputs = size_t(N) * OC, weights = size_t(OC) * C;
+        const Floats inp = random_reals(inputs), weight = random_reals(weights, 1.5f / std::sqrt(float(C))),
+                     bias = random_reals(OC);
+        Floats want(outputs), want_pre(outputs);
+        CpuOps::matmul_gelu_forward(want.data(), want_pre.data(), inp.data(), weight.data(), bias.data(), N, C, OC);
+        DeviceBuffer<real> device_inp(narrow(inp)), device_weight(narrow(weight)), device_bias(narrow(bias)),
+            out(outputs), pre(outputs);
+        CudaMatmul::matmul_gelu_forward(out, pre, device_inp, device_weight, device_bias, N, C, OC);
+        check_close(pre.download(), want_pre, OC);
+        const Floats got = widen(out.download());
+        const double from_pre = CudaMatmul::gelu_is_fused() ? std::ldexp(1.0, -12) : 1.13 * rounding<real>;
+        size_t wrong = 0;
+        for (size_t i = 0; i < outputs; i++)
+            wrong += !(std::fabs(got[i] - want[i]) <=
+                       rounding<real> * std::fabs(want[i]) + from_pre * std::fabs(want_pre[i]) + 2e-5);
+        CHECK(wrong == 0);
+
+        // Backward: (N,C) inputs of this product were the GELU's outputs.
+        const Floats dout = random_reals(outputs), x = random_reals(inputs, 2.0f);
+        Floats product(inputs), dpre(inputs);
+        CpuOps::matmul_backward_input(product.data(), dout.data(), weight.data(), N, C, OC);
+        CpuOps::matmul_backward_input_gelu(dpre.data(), dout.data(), weight.data(), x.data(), N, C, OC);
+        DeviceBuffer<real> device_dout(narrow(dout)), device_x(narrow(x)), device_dpre(inputs);
+        CudaMatmul::matmul_backward_input_gelu(device_dpre, device_dout, device_weight, device_x, N, C, OC);
+        const Floats got_dpre = widen(device_dpre.download());
+        wrong = 0;
+        for (size_t i = 0; i < inputs; i++) {
+            // gelu' = (1 + t)/2 + x/2 (1 - t^2) u'; an error e of t moves it by up to e (1/2 + |x| u'). Not fused, the
+            // product is rounded first.
+            const double u = 0.79788 * (1 + 3 * 0.044715 * x[i] * x[i]);
+            const double slope =
+                CudaMatmul::gelu_is_fused() ? std::ldexp(0.5 + std::fabs(x[i]) * u, -11) : 1.13 * rounding<real>;
+            wrong += !(std::fabs(got_dpre[i] - dpre[i]) <= rounding<real> * std::fabs(dpre[i]) +
+                                                               slope * std::fabs(product[i]) +
+                                                               2e-5 * std::sqrt(double(OC) / C));
+        }
+        CHECK(wrong == 0);
+    }
+}
+
+TEST_CASE("tune: right results, kept in a file, which may be damaged") {
+    const int N = 320, C = 64, OC = 256;
+    const Floats inp = random_reals(size_t(N) * C), weight = random_reals(size_t(OC) * C);
+    Floats want(size_t(N) * OC);
+    CpuOps::matmul_forward(want.data(), OC, inp.data(), weight.data(), nullptr, N, C, OC);
+    DeviceBuffer<real> device_inp(narrow(inp)), device_weight(narrow(weight)), out(want.size());
+
+    namespace fs = std::filesystem;
+    const char* before = getenv("XDG_CACHE_HOME");
+    const std::string restored = before ? before : "";
+    const fs::path cache = fs::temp_directory_path() / ("train_gpt_test_" + std::to_string(getpid()));
+    setenv("XDG_CACHE_HOME", cache.c_str(), 1);
+    auto tune = [&] {
+        CudaMatmul::stop();  // forgets all plans
+        out.poison();
+        CudaMatmul::tune([&] { CudaMatmul::matmul_forward(out, OC, device_inp, device_weight, nullptr, N, C, OC); });
+        check_close(out.download(), want, OC);
+        std::vector<fs::path> files;
+        for (const auto& entry : fs::directory_iterator(cache / "train_gpt")) files.push_back(entry.path());
+        REQUIRE(files.size() == 1);
+        return files[0];
+    };
+    auto text = [](const fs::path& path) {
+        std::ostringstream all;
+        all << std::ifstream(path).rdbuf();
+        return all.str();
+    };
+    const fs::path file = tune();
+    const std::string first = text(file);
+    CHECK(std::count(first.begin(), first.end(), '\n') == 1);
+    fs::last_write_time(file, fs::file_time_type::clock::now() - std::chrono::hours(1));
+    const auto written = fs::last_write_time(file);
+    tune();
+    CHECK(fs::last_write_time(file) == written);  // read, and so not timed and written again
+    CHECK(text(file) == first);
+    const std::string no_hex = std::string("zz") + first.substr(2), cut = first.substr(0, first.size() / 3),
+                      no_algorithm = std::string(128, 'f') + first.substr(128);
+    for (const std::string& damaged : {no_hex, cut, no_algorithm, std::string("\n\nnothing\n")}) {
+        std::ofstream(file) << damaged;
+        tune();
+    }
+    fs::remove_all(cache);
+    if (before) setenv("XDG_CACHE_HOME", restored.c_str(), 1);
+    else unsetenv("XDG_CACHE_HOME");
 }
 
 }  // namespace test_matmul
