@@ -3,7 +3,7 @@
 //
 //   1. Model config   sizes, the table of parameter tensors
 //   2. Model          activations, forward, backward; written once over the backend
-//   3. Trainer        data, schedule, evaluation, sampling, checkpoints, log, the training loop
+//   3. Trainer        schedule; Run: data, sizes, what to go on from; checkpoints, evaluation, samples, log; the loop
 //   4. main
 //
 // Every operation of the model is a static function of the backend: struct Cuda (hand-written kernels) or struct Cpu
