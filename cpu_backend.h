@@ -53,10 +53,12 @@ struct CpuOps {
     // The ranks of one machine share its cores, unless OMP_NUM_THREADS says otherwise.
     static void start(int local_ranks) {
 #ifdef _OPENMP
+        const int cores = int(sysconf(_SC_NPROCESSORS_ONLN)), asked = omp_get_max_threads();
         if (!getenv("OMP_NUM_THREADS")) {
-            const int cores = int(sysconf(_SC_NPROCESSORS_ONLN));
             const int allowed = omp_get_num_procs();  // fewer where a launcher bound this rank to some cores
             omp_set_num_threads(std::max(1, std::min(allowed, cores / local_ranks)));
+        } else if (asked > std::max(64, 4 * cores)) {
+            usage_fail("OMP_NUM_THREADS asks for %d threads on %d cores: lower it", asked, cores);
         }
 #else
         (void)local_ranks;

@@ -124,27 +124,6 @@ class Shards {
     uint64_t windows() const { return windows_; }  // also the samples of an epoch
     const std::vector<std::string>& paths() const { return paths_; }
 
-    // A digest of all headers and of 16 places of each shard's content: tells other data of the same size without
-    // reading it all.
-    std::string digest() const {
-        uint64_t hash = 0;
-        auto add = [&](const void* data, size_t bytes) {
-            for (size_t at = 0; at < bytes; at += sizeof(uint64_t)) {
-                uint64_t word = 0;
-                memcpy(&word, static_cast<const char*>(data) + at, std::min(sizeof word, bytes - at));
-                hash = mix(hash + word + 1);
-            }
-        };
-        constexpr uint64_t kPlaces = 16, kTokens = 64;
-        for (const Shard& shard : shards_) {
-            add(shard.file.data, Shard::kHeaderBytes);
-            const uint64_t length = std::min(kTokens, shard.count);
-            for (uint64_t place = 0; place < kPlaces; place++)
-                add(shard.tokens + (shard.count - length) * place / (kPlaces - 1), length * sizeof(uint16_t));
-        }
-        return strprintf("%016" PRIx64, hash);
-    }
-
     // A window (seq_len + 1) as a model reads it: inputs (seq_len), and targets (seq_len), moved on by one token. A
     // token outside the vocabulary would read outside the embedding. The file may change under us at any time, so what
     // is looked at is what was copied.
@@ -160,12 +139,13 @@ class Shards {
             uint64_t where = 0;
             while (inputs[where] < vocab && targets[where] < vocab) where++;
             const bool target = inputs[where] < vocab;
-            fail("token shard %s has token %d at position %" PRIu64
-                 ", outside the vocabulary of %d: was it made with another "
-                 "tokenizer, or overwritten? Give --vocab, or make it again with scripts/data.py",
-                 shard.file.path.c_str(), target ? targets[where] : inputs[where],
-                 uint64_t(window - shard.tokens) + where + target, vocab);
+            const uint64_t position = uint64_t(window - shard.tokens) + where + target;
+            fail(
+                "token shard %s has token %d at position %llu, outside the vocabulary of %d: was it made with another "
+                "tokenizer, or overwritten? Give --vocab, or make it again with scripts/data.py",
+                shard.file.path.c_str(), target ? targets[where] : inputs[where], (unsigned long long)position, vocab);
         }
+        fail("internal: a window of no shard");
     }
 
     // Sample g: windows in an order that is new in each epoch. Shards are shuffled, and windows within a shard, so that

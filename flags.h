@@ -127,7 +127,7 @@ inline const std::vector<Flag>& flag_table() {
         {"optimizer", "beta2", &O::beta2, "X", "AdamW: decay of the mean of its square", 0, below_one},
         {"optimizer", "grad_clip", &O::grad_clip, "X",
          "the gradient of all parameters together is scaled down to this norm, before AdamW and before Muon's "
-         "momentum; 0: off",
+         "momentum; at least 1e-6; 0: off",
          0, 1e9},
         {"optimizer", "seed", &O::seed, "N", "of initial weights, order of the data, sampling", 0, many},
 
@@ -141,7 +141,7 @@ inline const std::vector<Flag>& flag_table() {
         {"muon", "muon_qkv", &O::muon_qkv, "split|fused|heads",
          "how attention's (3C, C) matrix is orthogonalised: Q, K and V apart, as one, or each head apart"},
         {"muon", "muon_tile", &O::muon_tile, "T",
-         "orthogonalise T x T tiles, each by itself (Hierarchical Muon); 0: whole matrices", 0, 65536},
+         "orthogonalise T x T tiles, T at least 64, each by itself (Hierarchical Muon); 0: whole matrices", 0, 65536},
         {"muon", "ns", &O::ns, "standard|gram|auto",
          "Newton-Schulz on the matrix; on its small Gram matrix, fewer FLOPs if one side is longer, best in fp16 (in "
          "bf16 nearly low-rank matrices can blow up); auto: gram where one side is at least four times the other and "
@@ -159,7 +159,7 @@ inline const std::vector<Flag>& flag_table() {
          "length of an evaluation: the first of --val, in whole sequences, divided among the ranks; at most all of it",
          1, many},
         {"run", "sample_every", &O::sample_every, "STEPS", "write a sample of text so often; 0: never", 0, many},
-        {"run", "sample_tokens", &O::sample_tokens, "N", "length of a sample", 1, 1e9},
+        {"run", "sample_tokens", &O::sample_tokens, "N", "length of a sample", 1, 1e5},
         {"run", "temperature", &O::temperature, "X", "of sampling; 0: always the likeliest token", 0, 100},
         {"run", "out", &O::out, "DIR", "where log.jsonl and checkpoints go; without it nothing is written"},
         {"run", "save_every", &O::save_every, "STEPS", "save a checkpoint so often; 0: only at the end", 0, many},
@@ -372,6 +372,11 @@ inline void check_contradictions(const Options& o, const std::set<std::string>& 
                    o.decay_frac, o.steps);
     }
 
+    // The scale of the largest gradient that fp32 holds, 1e-6 / 3e38, is still no zero: zero means skipped.
+    if (o.grad_clip > 0 && o.grad_clip < 1e-6) {
+        usage_fail("--grad_clip %g is too small: at least 1e-6, or 0 to switch it off", o.grad_clip);
+    }
+
     // muon
     if (!o.print_plan) {  // a plan may be printed for any of them
         for (const char* name : {"muon_lr", "muon_momentum", "nesterov", "muon_weight_decay", "muon_scale", "muon_qkv",
@@ -383,6 +388,11 @@ inline void check_contradictions(const Options& o, const std::set<std::string>& 
     only_with("ranks", o.print_plan, "--print_plan (mpirun -n N or --gpus N start a run on several)");
     if (o.muon_weight_decay < 0 && o.muon_weight_decay != -1) {
         usage_fail("--muon_weight_decay %g is out of range: 0 to 10, or -1", o.muon_weight_decay);
+    }
+    // On a GPU products are computed in blocks of 128 x 128: smaller tiles are mostly padding, and their table grows
+    // with 1 / T^2.
+    if (o.muon_tile > 0 && o.muon_tile < 64) {
+        usage_fail("--muon_tile %d is too small: at least 64, or 0 for whole matrices", o.muon_tile);
     }
     if (o.ns_coefficients != "keller" && o.ns_steps > 5) {
         usage_fail("--ns_steps %d contradicts --ns_coefficients %s: it has 5", o.ns_steps, o.ns_coefficients.c_str());

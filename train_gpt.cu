@@ -3,7 +3,7 @@
 //
 //   1. Model config   sizes, the table of parameter tensors
 //   2. Model          activations, forward, backward; written once over the backend
-//   3. Trainer        data, schedule, evaluation, sampling, checkpoints, log, the training loop
+//   3. Trainer        schedule; Run: data, sizes, what to go on from; checkpoints, evaluation, samples, log; the loop
 //   4. main
 //
 // Every operation of the model is a static function of the backend: struct Cuda (hand-written kernels) or struct Cpu
@@ -498,12 +498,13 @@ struct Run {
     const Options options;
     const std::unique_ptr<Shards> train, val;    // val: null without --val
     const std::unique_ptr<Tokenizer> tokenizer;  // null: none lies beside the shards
+    const std::string train_digest;              // names, sizes, and a sample of the content of the shards
     std::unique_ptr<Checkpoint> source;          // of the first weights; null: initial_values
     const ModelConfig config;
     const int64_t total_batch;    // tokens per optimizer step, over all ranks
     const int accumulation;       // micro-steps per optimizer step
     const uint64_t eval_windows;  // sequences in an evaluation, over all ranks
-    bool resumed = false;         // `source` gives the optimizer's state too, and the step to go on from
+    std::string resumed_from;     // the path of `source` if it gives the optimizer's state and the step too
     int64_t first_step = 0;       // steps done before this process started
 
     explicit Run(const Options& given)
@@ -511,6 +512,7 @@ struct Run {
           train(new Shards(options.train, options.seq_len)),
           val(options.val.empty() ? nullptr : new Shards(options.val, options.seq_len)),
           tokenizer(find_tokenizer()),
+          train_digest(digest(describe("train", train.get()))),
           config(agreed_config()),
           total_batch(find_total_batch()),
           accumulation(int(total_batch / (int64_t(options.batch) * options.seq_len * world.size))),
@@ -525,10 +527,9 @@ struct Run {
             check_model(*source);
         }
         if (!options.out.empty()) prepare_directory();
-        const std::string checkpoint = find_resume();
-        if (checkpoint.empty()) return;
-        source.reset(new Checkpoint(checkpoint));
-        resumed = true;
+        resumed_from = find_resume();
+        if (resumed_from.empty()) return;
+        source.reset(new Checkpoint(resumed_from));
         check_model(*source);
         check_same_run(*source);
         first_step = meta_number(*source, "step");
@@ -552,7 +553,7 @@ struct Run {
                      {"seed", std::to_string(options.seed)},
                      {"total_batch", std::to_string(total_batch)},
                      {"train_windows", std::to_string(train->windows())},
-                     {"train_digest", train->digest()},
+                     {"train_digest", train_digest},
                      {"tokenizer", tokenizer ? tokenizer->identity : ""}};
         for (const Flag& flag : flag_table())
             if (shapes_run(flag)) meta[std::string("flag.") + flag.name] = flag_value(flag, options);
@@ -580,12 +581,20 @@ struct Run {
         return found;
     }
 
+    // A line for each shard.
+    static std::string describe(const char* name, const Shards* shards) {
+        std::string lines;
+        for (size_t i = 0; shards && i < shards->paths().size(); i++)
+            lines += strprintf("%s shard %s\n", name, describe_file(shards->paths()[i]).c_str());
+        return lines;
+    }
+    static std::string digest(const std::string& text) {
+        return strprintf("%016" PRIx64, Checksum::of(text.data(), text.size()));
+    }
+
     // All ranks have found the same data, tokenizer and model.
     ModelConfig agreed_config() const {
-        std::string facts;
-        for (const auto& [name, shards] : {std::pair{"train", train.get()}, std::pair{"val", val.get()}})
-            for (size_t i = 0; shards && i < shards->paths().size(); i++)
-                facts += strprintf("%s shard %s\n", name, describe_file(shards->paths()[i]).c_str());
+        std::string facts = describe("train", train.get()) + describe("val", val.get());
         facts += strprintf("tokenizer %s\n", tokenizer ? tokenizer->identity.c_str() : "none");
         if (is_checkpoint(options.model)) facts += "--model " + describe_file(options.model);
         require_same(facts);
@@ -662,7 +671,7 @@ struct Run {
     // read other windows.
     void check_model(const Checkpoint& checkpoint) const {
         const ModelConfig other = checkpoint_config(checkpoint);
-        const bool shorter = !resumed && config.seq_len < other.seq_len;
+        const bool shorter = resumed_from.empty() && config.seq_len < other.seq_len;
         const struct {
             const char* name;
             int here, there;
@@ -699,9 +708,9 @@ struct Run {
             fail("checkpoint %s was made with --optimizer %s, this run has %s: pass --switch_optimizer to change it",
                  path, optimizer_there.c_str(), options.optimizer.c_str());
 
-        const std::string digest = meta_text(checkpoint, "train_digest");
+        const std::string digest_there = meta_text(checkpoint, "train_digest");
         if (meta_number(checkpoint, "train_windows") != int64_t(train->windows()) ||
-            (!digest.empty() && digest != train->digest()))
+            (!digest_there.empty() && digest_there != train_digest))
             say("note: the training data have changed since %s\n", path);
         for (const Flag& flag : flag_table()) {
             const auto there = checkpoint.meta.find(std::string("flag.") + flag.name);
@@ -760,7 +769,8 @@ class RunState {
     // muon and dmuon keep the same state; between adamw and these, or from weights alone, it starts afresh.
     void load(const Checkpoint& checkpoint) {
         const bool was_adamw = Run::meta_text(checkpoint, "optimizer") == "adamw",
-                   is_adamw = optimizer.plan.method == Method::adamw, with_state = run.resumed && was_adamw == is_adamw;
+                   is_adamw = optimizer.plan.method == Method::adamw,
+                   with_state = !run.resumed_from.empty() && was_adamw == is_adamw;
         for (int t = 0; t < int(optimizer.plan.tensors.size()); t++) {
             const TensorSpec& spec = optimizer.plan.tensors[t];
             for (const Kind& kind : kinds_of(t)) {
@@ -990,6 +1000,7 @@ class StepLog {
         std::string kept;
         bool cuts = false;
         std::ifstream lines(old);
+        if (!lines && errno != ENOENT) fail("cannot read %s: %s", old.c_str(), strerror(errno));
         int64_t step;
         for (std::string line; std::getline(lines, line);) {
             const bool stays =
@@ -997,6 +1008,7 @@ class StepLog {
             if (stays) kept += line + "\n";
             else cuts = true;
         }
+        if (lines.bad()) fail("cannot read all of %s", old.c_str());
         file = fopen(temporary.c_str(), "we");
         if (!file || fwrite(kept.data(), 1, kept.size(), file) != kept.size() || fflush(file) != 0) give_up();
         // Its time becomes now, the moment from which checkpoints are no longer its own.
@@ -1010,7 +1022,7 @@ class StepLog {
     explicit StepLog(const Run& run)
         : path(run.options.out.empty() || world.rank != 0 ? "" : run.options.out + "/log.jsonl"),
           before(run.options.out + "/log.before.jsonl"),
-          resumed_from(run.resumed ? run.source->path : ""),
+          resumed_from(run.resumed_from),
           resumed_step(run.first_step) {}
 
     void write(const std::string& line) {
@@ -1039,7 +1051,7 @@ template <class Backend>
 class Trainer {
     using Event = typename Backend::Event;
 
-    const Run& run;
+    Run& run;
     const Options& options;
     Optimizer<Backend> optimizer;
     Model<Backend> model;
@@ -1070,7 +1082,7 @@ class Trainer {
     double mean_ms = 0;
 
   public:
-    explicit Trainer(const Run& run_)
+    explicit Trainer(Run& run_)
         : run(run_),
           options(run_.options),
           optimizer(tensor_specs(run_.config), options),
@@ -1091,6 +1103,7 @@ class Trainer {
     // Returns the exit code: 0, or 128 + the signal that asked it to stop before its last step.
     int train() {
         state.start();
+        run.source.reset();  // --keep may remove the file: its room on the disk must not be held
         print_table();
         if (run.first_step >= options.steps) {
             say("the run is at step %" PRId64 " of %" PRId64
@@ -1337,7 +1350,7 @@ inline std::string program_and_flags(const Options& options) {
 
 template <class Backend>
 int train(const Options& options) {
-    const Run run(options);
+    Run run(options);
     Backend::start(world);
     const int exit_code = Trainer<Backend>(run).train();
     Backend::stop();

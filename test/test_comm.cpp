@@ -172,6 +172,7 @@ static uint64_t updated_weights(const char* method, const char* owner) {
     CpuComm::wait(CpuComm::all_reduce(&orthogonalised, 1));
     const int expected = plan.method == Method::adamw ? 0 : matrices * steps * copies;
     expect(orthogonalised == expected, "Newton-Schulz once per matrix and step");
+    expect(plan.ns_matrices * steps == expected, "what the plan says of it");
     return checksum;
 }
 

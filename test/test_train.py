@@ -441,6 +441,7 @@ class Train(unittest.TestCase):
                              ("--total_batch", ["--total_batch", 100]), ("--ns_steps", ["--ns_steps", 3]),
                              ("--device", ["--gpus", 2]), ("--resume", ["--resume", "auto"])):
             self.refused(2, words, *TINY, *flags)
+        self.refused(2, ["OMP_NUM_THREADS", "10000"], *TINY, "--steps", 2, OMP_NUM_THREADS="10000")
         result = subprocess.run([BINARY, "--help"], capture_output=True, text=True)
         self.assertEqual(result.returncode, 0)
         self.assertIn("--optimizer adamw|muon|dmuon", result.stdout)
