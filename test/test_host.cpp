@@ -330,6 +330,8 @@ TEST_CASE("flags: contradictions name the flags") {
         {"--muon_scale keller", "--muon_scale|--optimizer"},
         {"--muon_qkv split", "--muon_qkv|--optimizer"},
         {"--muon_tile 64", "--muon_tile|--optimizer"},
+        {"--optimizer muon --muon_tile 60", "--muon_tile 60|multiple of 8|64"},
+        {"--muon_batch one", "--muon_batch|--optimizer"},
         {"--ns gram", "--ns |--optimizer"},
         {"--ns_coefficients you", "--ns_coefficients|--optimizer"},
         {"--ns_steps 3", "--ns_steps|--optimizer"},
