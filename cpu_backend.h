@@ -19,6 +19,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cfloat>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -634,21 +635,32 @@ struct CpuOps {
     // ----------------------------------------------------------------------------------------------------------------
     // The optimizer
 
-    // sums[i] = sum of squares of range i, each by one thread, whatever its place in the arena.
-    static void sum_squares(double* sums /*(n)*/, const float* x, const Range* ranges /*(n)*/, int n) {
+    // squares = g.g and, of Muon's, dots = g.momentum, momentum.momentum; each block by one thread.
+    static void norm_sums(double* squares /*(n)*/, double* dots /*(n,2)*/, const float* grads, const float* momentum,
+                          const NormBlock* blocks /*(n)*/, int n) {
 #pragma omp parallel for schedule(dynamic)
         for (int i = 0; i < n; i++) {
-            const float* begin = x + ranges[i].begin;
-            sums[i] = sum<double>(ranges[i].count, [&](size_t j) { return double(begin[j]) * double(begin[j]); });
+            const NormBlock& block = blocks[i];
+            double gg = 0, gb = 0, bb = 0;
+            for (int r = 0; r < block.rows; r++) {
+                const float *g = grads + block.offset + size_t(r) * block.ld,
+                            *buf = momentum + block.state + size_t(r) * block.ld;
+                gg += sum<double>(block.cols, [&](size_t c) { return double(g[c]) * double(g[c]); });
+                if (!block.muon) continue;
+                gb += sum<double>(block.cols, [&](size_t c) { return double(g[c]) * double(buf[c]); });
+                bb += sum<double>(block.cols, [&](size_t c) { return double(buf[c]) * double(buf[c]); });
+            }
+            squares[i] = block.counted ? gg : 0.0;
+            dots[2 * i] = gb, dots[2 * i + 1] = bb;
         }
     }
 
     // clip = {scale, norm, 1 - beta1^t, 1 - beta2^t}. scale 0 says that the norm is not finite: the updates below then
     // change nothing, and t does not count this step.
-    static void clip_scale(float* clip /*(4)*/, int64_t* t /*(1)*/, const double* sums /*(n)*/, int n, float max_norm,
-                           double beta1, double beta2) {
+    static void clip_scale(float* clip /*(4)*/, int64_t* t /*(1)*/, const double* squares /*(n)*/, int n,
+                           float max_norm, double beta1, double beta2) {
         double total = 0;
-        for (int i = 0; i < n; i++) total += sums[i];
+        for (int i = 0; i < n; i++) total += squares[i];
         const float norm = float(std::sqrt(total));
         clip[0] = !std::isfinite(norm) ? 0.0f : max_norm > 0 && norm > max_norm ? max_norm / norm : 1.0f;
         clip[1] = norm;
@@ -674,18 +686,6 @@ struct CpuOps {
     }
 
     static void cast_params(real* params, const float* master, size_t n) { memmove(params, master, n * sizeof(float)); }
-
-    // Muon's input to Newton-Schulz takes the gradient's place.
-    static void muon_momentum(float* grads, float* momentum, size_t n, float mu, bool nesterov, const float* clip) {
-        const float scale = clip[0];
-        if (scale == 0) return;
-#pragma omp parallel for simd
-        for (size_t i = 0; i < n; i++) {
-            const float g = grads[i] * scale;
-            momentum[i] = mu * momentum[i] + g;
-            grads[i] = nesterov ? g + mu * momentum[i] : momentum[i];
-        }
-    }
 
     // The iterate of Newton-Schulz is stored in 16 bits, like the GPU's: every product rounds its result to nearest,
     // ties to even. bf16 is the upper half of an fp32; rounding may carry into the exponent, rightly.
@@ -735,36 +735,47 @@ struct CpuOps {
         if (type == NsType::fp32) static_cast<float*>(x)[i] = value;
     }
 
-    // X = x / ||x||_F, lying down (transposed if rows > cols) and padded with zeros to multiples of 8. The squares are
-    // summed in double and the division happens before the cast: gradients of 1e-20 or 1e+10 come out the same.
-    static size_t ns_scratch_doubles(int count) { return size_t(count) * kSlices; }
-    static void ns_normalize(void* X /*(count,mp,np)*/, double* scratch /*(count,kSlices)*/, const float* grads,
-                             const MatrixRef* refs /*(count)*/, int count, int rows, int cols, NsType type) {
-        const bool transposed = rows > cols;
-        const int m = std::min(rows, cols), n = std::max(rows, cols), mp = round_up(m, 8), np = round_up(n, 8);
-#pragma omp parallel for collapse(2)
-        for (int b = 0; b < count; b++) {
-            for (int slice = 0; slice < kSlices; slice++) {
-                double squares = 0;
-                for (int r = slice_begin(rows, slice); r < slice_begin(rows, slice + 1); r++) {
-                    const float* x = grads + refs[b].offset + size_t(r) * refs[b].ld;
-                    squares += sum<double>(cols, [&](size_t c) { return double(x[c]) * double(x[c]); });
-                }
-                scratch[size_t(b) * kSlices + slice] = squares;
-            }
+    // 1 / |x| of each matrix. x = a g + b momentum, so |x|^2 follows from the three sums of its blocks.
+    static void muon_inverse_norms(float* inverse_norms /*(count)*/, const double* squares, const double* dots,
+                                   const MatrixRef* refs /*(count)*/, int count, float mu, bool nesterov,
+                                   const float* clip) {
+        const double a = nesterov ? (1.0 + mu) * clip[0] : clip[0], b = nesterov ? double(mu) * mu : mu;
+        for (int i = 0; i < count; i++) {
+            double gg = 0, gb = 0, bb = 0;
+            for (int block = refs[i].first_block; block < refs[i].first_block + refs[i].blocks; block++)
+                gg += squares[block], gb += dots[2 * block], bb += dots[2 * block + 1];
+            const double positive = a * a * gg + b * b * bb;
+            const double squared = std::max(positive + 2 * a * b * gb, kLeastNormSquared * positive);
+            inverse_norms[i] = squared > 0 ? float(std::min(1 / std::sqrt(squared), double(FLT_MAX))) : 0.0f;
         }
+    }
+
+    // Of the matrix that `ref` describes: the element that (i, j) of the iterate is, from its first one.
+    static size_t element(const MatrixRef& ref, int i, int j) {
+        return ref.tall ? size_t(j) * ref.ld + i : size_t(i) * ref.ld + j;
+    }
+
+    // momentum = mu momentum + g, X = x / |x|, lying down and padded with zeros. The division happens before the
+    // rounding: gradients of 1e-20 or 1e+10 come out the same.
+    static void muon_momentum(void* X /*(count,mp,np)*/, float* momentum, const float* grads,
+                              const MatrixRef* refs /*(count)*/, const float* inverse_norms /*(count)*/, int count,
+                              int m, int n, float mu, bool nesterov, NsType type, const float* clip) {
+        const float scale = clip[0];
+        if (scale == 0) return;
+        const int mp = round_up(m, 8), np = round_up(n, 8);
 #pragma omp parallel for collapse(2)
         for (int b = 0; b < count; b++) {
             for (int i = 0; i < mp; i++) {
-                double squares = 0;
-                for (int slice = 0; slice < kSlices; slice++) squares += scratch[size_t(b) * kSlices + slice];
-                const double inverse = 1.0 / (std::sqrt(squares) + 1e-30);
-                const float* x = grads + refs[b].offset;
-                const size_t ld = refs[b].ld, row = (size_t(b) * mp + i) * np;
                 for (int j = 0; j < np; j++) {
-                    const bool inside = i < m && j < n;
-                    const float g = inside ? transposed ? x[j * ld + i] : x[i * ld + j] : 0.0f;
-                    store(X, row + j, float(g * inverse), type);
+                    float x = 0;
+                    if (i < m && j < n) {
+                        const size_t at = element(refs[b], i, j);
+                        const float g = grads[refs[b].offset + at] * scale;
+                        float& buf = momentum[refs[b].state + at];
+                        buf = mu * buf + g;
+                        x = (nesterov ? g + mu * buf : buf) * inverse_norms[b];
+                    }
+                    store(X, (size_t(b) * mp + i) * np + j, x, type);
                 }
             }
         }
@@ -829,22 +840,21 @@ struct CpuOps {
         }
     }
 
-    // master = master * decay - step * U (standing up again if it was transposed), and the parameters follow.
+    // master = master * decay - lr * scale * U (standing up again where ref.tall), and the parameters follow.
     static void muon_update(real* params, float* master, const void* U /*(count,mp,np)*/,
-                            const MatrixRef* refs /*(count)*/, int count, int rows, int cols, float decay /*1-lr*wd*/,
-                            float step /*lr*scale*/, NsType type, const float* clip) {
+                            const MatrixRef* refs /*(count)*/, int count, int m, int n, float decay /*1-lr*wd*/,
+                            float lr, NsType type, const float* clip) {
         if (clip[0] == 0) return;
-        const bool transposed = rows > cols;
-        const size_t mp = round_up(std::min(rows, cols), 8), np = round_up(std::max(rows, cols), 8);
+        const int mp = round_up(m, 8), np = round_up(n, 8);
 #pragma omp parallel for collapse(2)
         for (int b = 0; b < count; b++) {
-            for (int r = 0; r < rows; r++) {
-                float* w = master + refs[b].state + size_t(r) * refs[b].ld;
-                real* p = params + refs[b].offset + size_t(r) * refs[b].ld;
-                for (int c = 0; c < cols; c++) {
-                    const size_t at = size_t(b) * mp * np + (transposed ? c * np + r : r * np + c);
-                    w[c] = w[c] * decay - step * load(U, at, type);
-                    p[c] = w[c];
+            for (int i = 0; i < m; i++) {
+                const float step = lr * refs[b].scale;
+                for (int j = 0; j < n; j++) {
+                    const size_t at = element(refs[b], i, j);
+                    float& w = master[refs[b].state + at];
+                    w = w * decay - step * load(U, (size_t(b) * mp + i) * np + j, type);
+                    params[refs[b].offset + at] = w;
                 }
             }
         }

@@ -43,7 +43,7 @@
 //     arena    all parameters (real), or all their gradients (float), at the same offsets
 //     bucket   a run of the arenas that one collective moves
 //     chunk    one rank's share of a bucket; all chunks of a bucket are equal
-//     range    a run of the arenas whose squares are summed together
+//     block    a rectangle of a tensor whose squares are summed together
 //     state    what a rank keeps in fp32 of the pieces it owns: master weights and moments, its chunk of every bucket
 //              one after the other
 //     tile     a rectangle of a matrix: what --muon_tile orthogonalises by itself; of a product, what one thread block
@@ -116,10 +116,10 @@ struct Bucket {
     size_t state_begin = 0;  // where the state of a rank's chunk lies in that rank's state
 };
 
-// The clip norm is summed tensor by tensor, over ranges of at most this many elements, cut at positions that depend on
-// the tensors alone: the same gradients give the same norm, bit for bit, whatever the ranks and owners. Chunks of the
-// flat bucket are whole ranges.
-constexpr size_t kNormRange = 16384;
+// The clip norm is summed tensor by tensor, over blocks of at most this many elements, cut at positions that depend on
+// the tensors and on --muon_qkv and --muon_tile alone: the same gradients give the same norm, bit for bit, whatever the
+// ranks and owners. Chunks of the flat bucket are whole blocks.
+constexpr size_t kNormBlock = 16384;
 
 // Calls f(row, col, rows, cols) for every tile of a matrix that is orthogonalised by itself: the whole, its heads under
 // --muon_qkv heads, and T x T tiles of these under --muon_tile T (Hierarchical Muon, arXiv 2606.27216).
@@ -224,7 +224,7 @@ struct Plan {
 
     // A bucket of tensors whose offsets in it are given, cut where chunks end. Chunks are whole ranges of the norm.
     void place_cut(const std::vector<Piece>& members, size_t bucket_begin, size_t elements, int layer) {
-        const size_t chunk = round_up(ceil_div<size_t>(elements, ranks), kNormRange);
+        const size_t chunk = round_up(ceil_div<size_t>(elements, ranks), kNormBlock);
         buckets.push_back({bucket_begin, chunk, false, layer});
         for (const Piece& whole : members)
             for (size_t begin = 0; begin < whole.count;) {
@@ -273,7 +273,7 @@ struct Plan {
                 std::vector<Piece> members;
                 size_t elements = 0;
                 for (int t = 0; t < int(tensors.size()); t++)  // aligned, so that ranges lie in a tensor as ever
-                    if (in_bucket(t)) add_whole(members, t, elements, kNormRange);
+                    if (in_bucket(t)) add_whole(members, t, elements, kNormBlock);
                 place_cut(members, begin, elements, first);
                 begin += buckets.back().chunk * ranks;
                 continue;
@@ -535,8 +535,7 @@ class Optimizer {
         updates = allocate<int64_t>(1, "the count of updates");
         reducing.resize(plan.buckets.size());
         gathering.resize(plan.buckets.size());
-        make_norm_ranges();
-        make_groups();
+        make_tables();
     }
 
     static size_t bytes(const Plan& plan) {
@@ -544,7 +543,7 @@ class Optimizer {
                plan.adamw_state() * sizeof(float);
     }
     size_t workspace_bytes() const { return ns_bytes; }
-    size_t phase_calls() const { return 4 + 2 * groups.size(); }  // of phase_done in a step
+    size_t phase_calls() const { return 4 + 3 * groups.size(); }  // of phase_done in a step
 
     // One step with the gradients in `grads` (sums over this rank's micro-steps, already divided by the tokens of the
     // whole step). `phase_done(p)` is called when work of phase p has been enqueued. Nothing here waits for the
@@ -560,11 +559,13 @@ class Optimizer {
         for (std::optional<Ticket>& ticket : reducing) wait_for(ticket);
         phase_done(phase_reduce);
 
-        Backend::sum_squares(norm_sums, grads, norm_ranges, norm_count);
-        // Of each range all ranks but one hold zero: exact in any order.
-        Backend::wait(Backend::all_reduce(norm_sums, norm_count));
-        Backend::clip_scale(clip, updates, norm_sums, norm_count, float(options.grad_clip), options.beta1,
-                            options.beta2);
+        const float mu = float(options.muon_momentum);
+        Backend::norm_sums(squares, dots, grads, moment1, norm_blocks, norm_count);
+        // Of each block all ranks but one hold zero: exact in any order.
+        Backend::wait(Backend::all_reduce(squares, norm_count));
+        Backend::clip_scale(clip, updates, squares, norm_count, float(options.grad_clip), options.beta1, options.beta2);
+        if (matrices > 0)
+            Backend::muon_inverse_norms(inverse_norms, squares, dots, refs, matrices, mu, options.nesterov, clip);
         phase_done(phase_clip);
 
         for (size_t b = 0; b < plan.buckets.size(); b++) {
@@ -586,30 +587,24 @@ class Optimizer {
         }
         phase_done(phase_adamw);
 
-        for (size_t b = 1; b < plan.buckets.size(); b++) {
-            const Bucket& bucket = plan.buckets[b];
-            Backend::muon_momentum(grads + my_chunk(bucket), moment1 + bucket.state_begin, bucket.chunk,
-                                   float(options.muon_momentum), options.nesterov, clip);
-        }
-        phase_done(phase_momentum);
-
+        const float wd = float(options.muon_weight_decay >= 0 ? options.muon_weight_decay : options.weight_decay);
         for (const ShapeGroup& group : groups) {
-            auto [m, n] = std::minmax({group.rows, group.cols});
+            auto [first, count, m, n] = group;
             NsConfig config = ns_config(options, m, n);
             int mp = round_up(m, 8), np = round_up(n, 8);  // zero padding stays zero under the iteration
-            NsWorkspace w(ns_memory, group.count, mp, np, config.type);
-            Backend::ns_normalize(w.X, ns_scratch, grads, group.refs, group.count, group.rows, group.cols, config.type);
-            newton_schulz<Backend>(w, group.count, mp, np, config);
+            NsWorkspace w(ns_memory, count, mp, np, config.type);
+            Backend::muon_momentum(w.X, moment1, grads, refs + first, inverse_norms + first, count, m, n, mu,
+                                   options.nesterov, config.type, clip);
+            phase_done(phase_momentum);
+            newton_schulz<Backend>(w, count, mp, np, config);
             phase_done(phase_ns);
-            float wd = float(options.muon_weight_decay >= 0 ? options.muon_weight_decay : options.weight_decay);
-            Backend::muon_update(
-                params, master, w.X, group.refs, group.count, group.rows, group.cols, 1.0f - muon_lr * wd,
-                muon_lr * float(muon_scale(options.muon_scale, group.rows, group.cols)), config.type, clip);
-            orthogonalised += group.count;
+            Backend::muon_update(params, master, w.X, refs + first, count, m, n, 1.0f - muon_lr * wd, muon_lr,
+                                 config.type, clip);
+            orthogonalised += count;
             phase_done(phase_update);
         }
 
-        for (size_t b = 1; b < plan.buckets.size(); b++) start_gather(b);
+        for (size_t b = 1; b < plan.buckets.size() && plan.method == Method::dmuon; b++) start_gather(b);
     }
 
     // The gradients of layer l are complete on this rank; layers come from the last to the first. What is not started
@@ -677,19 +672,22 @@ class Optimizer {
         ticket.reset();
     }
 
-    // Matrices (or tiles) of one shape that this rank puts through Newton-Schulz in one go.
+    // Matrices (or tiles) that this rank puts through Newton-Schulz in one go: lying down they have one shape.
     struct ShapeGroup {
-        int rows, cols, count;
-        MatrixRef* refs;  // (count), device
+        int first, count;  // in refs
+        int m, n;
     };
     std::vector<ShapeGroup> groups;
     void* ns_memory = nullptr;
-    double* ns_scratch = nullptr;
     size_t ns_bytes = 0;
+    int matrices = 0;                // of this rank
+    MatrixRef* refs = nullptr;       // (matrices), device, group after group
+    float* inverse_norms = nullptr;  // (matrices), device
 
-    int norm_count = 0;            // ranges of the whole model
-    double* norm_sums = nullptr;   // (norm_count), device
-    Range* norm_ranges = nullptr;  // (norm_count), device; empty where another rank owns the range
+    int norm_count = 0;                // blocks of the whole model
+    NormBlock* norm_blocks = nullptr;  // (norm_count), device; without rows where another rank has them
+    double* squares = nullptr;         // (norm_count), device: of the gradient
+    double* dots = nullptr;            // (norm_count,2), device: gradient times momentum, momentum times itself
 
     template <class T>
     static T* allocate(size_t count, const char* what) {
@@ -707,57 +705,84 @@ class Optimizer {
         return device;
     }
 
-    // In tensor order. Of AdamW's tensors a rank has what lies between two multiples of kNormRange in the flat bucket;
-    // a matrix it has whole, wherever that lies.
-    void make_norm_ranges() {
-        std::vector<Range> ranges;
+    // Blocks in tensor order, and this rank's matrices by shape, each of which knows its blocks.
+    void make_tables() {
+        std::vector<NormBlock> blocks;
+        std::map<std::tuple<int, int, int>, std::vector<MatrixRef>> by_shape;  // (number under --muon_batch one, m, n)
+        int number = 0;
         for (const Piece& piece : plan.pieces) {
-            const bool here = std::max(piece.owner, 0) == world.rank;
-            for (size_t at = 0; at < piece.count;) {
-                const size_t position = plan.is_muon(piece.tensor) ? at : piece.offset + at;
-                const size_t count = std::min(kNormRange - position % kNormRange, piece.count - at);
-                ranges.push_back({piece.offset + at, here ? count : 0});
-                at += count;
+            const bool here = piece.owner < 0 || piece.owner == world.rank,
+                       counted = std::max(piece.owner, 0) == world.rank;
+            if (!plan.is_muon(piece.tensor)) {
+                add_flat_blocks(blocks, piece, here);
+                continue;
             }
-        }
-        norm_count = int(ranges.size());
-        norm_sums = allocate<double>(norm_count, "sums of squares");
-        norm_ranges = device_table(ranges, "ranges of the norm");
-    }
-
-    // dmuon puts all its matrices of one shape into one group (as many at a time as the workspace holds); vanilla muon
-    // takes one matrix after the other.
-    void make_groups() {
-        constexpr size_t kWorkspaceLimit = size_t(1) << 30;
-        std::map<std::tuple<int, int, int>, std::vector<MatrixRef>>
-            by_shape;  // (sequence number under muon, rows, cols)
-        int sequence = 0;
-        for (const Piece& piece : plan.pieces) {
-            if (!plan.is_muon(piece.tensor) || (piece.owner >= 0 && piece.owner != world.rank)) continue;
-            if (plan.method == Method::muon) sequence++;
-            const size_t state_offset = plan.state_offset(piece.offset, world.rank);
+            if (options.muon_batch == "one") number++;
+            const size_t state_offset = here ? plan.state_offset(piece.offset, world.rank) : 0;
             for_each_tile(piece, plan.tensors[piece.tensor], options, [&](int row, int col, int rows, int cols) {
-                size_t at = size_t(row) * piece.cols + col;
-                by_shape[{sequence, rows, cols}].push_back({piece.offset + at, state_offset + at, piece.cols});
+                const size_t at = size_t(row) * piece.cols + col;
+                const int first_block = int(blocks.size());
+                add_tile_blocks(blocks, {piece.offset + at, state_offset + at, piece.cols, rows, cols, true, counted},
+                                here);
+                if (!here) return;
+                auto [m, n] = std::minmax({rows, cols});
+                const float scale = float(muon_scale(options.muon_scale, rows, cols));
+                by_shape[{number, m, n}].push_back({piece.offset + at, state_offset + at, piece.cols, rows > cols,
+                                                    scale, first_block, int(blocks.size()) - first_block});
             });
         }
-        size_t scratch = 0;
-        for (auto& [key, refs] : by_shape) {
-            auto [unused, rows, cols] = key;
-            auto [m, n] = std::minmax({rows, cols});
-            NsType type = ns_config(options, m, n).type;
-            size_t each = NsWorkspace::bytes(1, round_up(m, 8), round_up(n, 8), type);
-            size_t most = std::max<size_t>(1, std::min<size_t>(kWorkspaceLimit / each, 65535));
-            for (size_t first = 0; first < refs.size(); first += most) {
-                const size_t count = std::min(most, refs.size() - first);
-                const std::vector<MatrixRef> members(refs.begin() + first, refs.begin() + first + count);
-                groups.push_back({rows, cols, int(count), device_table(members, "matrix table")});
-                ns_bytes = std::max(ns_bytes, count * each);
-                scratch = std::max(scratch, Backend::ns_scratch_doubles(int(count)));
-            }
+        norm_count = int(blocks.size());
+        norm_blocks = device_table(blocks, "blocks of the norm");
+        squares = allocate<double>(norm_count, "sums of squares");
+        dots = allocate<double>(2 * size_t(norm_count), "sums of squares");
+        make_groups(by_shape);
+    }
+
+    // Of AdamW's tensors a rank has what lies between two multiples of kNormBlock in the flat bucket.
+    static void add_flat_blocks(std::vector<NormBlock>& blocks, const Piece& piece, bool here) {
+        for (size_t at = 0; at < piece.count;) {
+            const size_t offset = piece.offset + at,
+                         count = std::min(kNormBlock - offset % kNormBlock, piece.count - at);
+            blocks.push_back({offset, 0, int(count), here ? 1 : 0, int(count), false, here});
+            at += count;
         }
+    }
+
+    // A matrix, or tile, in blocks of whole rows, or of equal parts of a row that is too long.
+    static void add_tile_blocks(std::vector<NormBlock>& blocks, const NormBlock& tile, bool here) {
+        const int most = int(kNormBlock);
+        const int width = tile.cols <= most ? tile.cols : round_up(ceil_div(tile.cols, ceil_div(tile.cols, most)), 8);
+        const int height = ceil_div(tile.rows, ceil_div(tile.rows, most / width));
+        for (int r = 0; r < tile.rows; r += height)
+            for (int c = 0; c < tile.cols; c += width) {
+                NormBlock block = tile;
+                block.offset += size_t(r) * tile.ld + c;
+                block.state += size_t(r) * tile.ld + c;
+                block.rows = here ? std::min(height, tile.rows - r) : 0;
+                block.cols = std::min(width, tile.cols - c);
+                blocks.push_back(block);
+            }
+    }
+
+    // As many of one shape at a time as the workspace holds.
+    void make_groups(const std::map<std::tuple<int, int, int>, std::vector<MatrixRef>>& by_shape) {
+        constexpr size_t kWorkspaceLimit = size_t(1) << 30;
+        std::vector<MatrixRef> all;
+        for (auto& [key, members] : by_shape) {
+            auto [number, m, n] = key;
+            const size_t each = NsWorkspace::bytes(1, round_up(m, 8), round_up(n, 8), ns_config(options, m, n).type);
+            const int most = int(std::max<size_t>(1, std::min<size_t>(kWorkspaceLimit / each, 65535)));
+            for (int first = 0; first < int(members.size()); first += most) {
+                const int count = std::min(most, int(members.size()) - first);
+                groups.push_back({int(all.size()) + first, count, m, n});
+                ns_bytes = std::max(ns_bytes, count * each);
+            }
+            all.insert(all.end(), members.begin(), members.end());
+        }
+        matrices = int(all.size());
+        refs = device_table(all, "matrix table");
+        inverse_norms = allocate<float>(matrices, "norms of matrices");
         ns_memory = Backend::alloc(ns_bytes, "the Newton-Schulz workspace");
-        ns_scratch = allocate<double>(scratch, "Newton-Schulz norms");
     }
 };
 
@@ -826,8 +851,11 @@ inline void print_plan(const Plan& plan, const Options& options, size_t element,
     for (const Bucket& bucket : plan.buckets)
         traffic += bucket.replicated ? 2 * share * bucket.chunk * sizeof(float)
                                      : share * bucket.chunk * plan.ranks * (sizeof(float) + element);
-    double touched =
-        plan.adamw_state() * (7.0 * sizeof(float) + element) + bytes_max / element * (8.0 * sizeof(float) + element);
+    // AdamW: norm 1 float, update 4 in and 3 out. Muon: norm 2, momentum 2 in and 1 out, update 1 and 1, and X written
+    // and read.
+    const double of_x = 2.0 * ns_type_bytes(ns_config(options, 1, 1).type);
+    double touched = plan.adamw_state() * (8.0 * sizeof(float) + element) +
+                     bytes_max / element * (7.0 * sizeof(float) + of_x + element);
     fprintf(out, "traffic per rank and step: %.1f MiB\n", traffic / 1048576);
     fprintf(out,
             "predicted: Newton-Schulz %.3f ms (at %.0f TFLOP/s), elementwise %.3f ms (at %.1f TB/s), communication "

@@ -47,6 +47,7 @@ struct Options {
     double muon_weight_decay = -1;
     std::string muon_scale = "moonlight", muon_qkv = "split";
     int muon_tile = 0;
+    std::string muon_batch = "shape";
     std::string ns = "standard", ns_coefficients = "polar_express";
     int ns_steps = 5;
     std::string ns_dtype = "bf16", owner = "round_robin";
@@ -141,7 +142,12 @@ inline const std::vector<Flag>& flag_table() {
         {"muon", "muon_qkv", &O::muon_qkv, "split|fused|heads",
          "how attention's (3C, C) matrix is orthogonalised: Q, K and V apart, as one, or each head apart"},
         {"muon", "muon_tile", &O::muon_tile, "T",
-         "orthogonalise T x T tiles, T at least 64, each by itself (Hierarchical Muon); 0: whole matrices", 0, 65536},
+         "orthogonalise T x T tiles, each by itself (Hierarchical Muon), T at least 64 and a multiple of 8; 0: whole "
+         "matrices",
+         0, 65536},
+        {"muon", "muon_batch", &O::muon_batch, "shape|one",
+         "which matrices go through Newton-Schulz together: all of a shape, or each by itself, as the paper's baseline "
+         "(slow)"},
         {"muon", "ns", &O::ns, "standard|gram|auto",
          "Newton-Schulz on the matrix; on its small Gram matrix, fewer FLOPs if one side is longer, best in fp16 (in "
          "bf16 nearly low-rank matrices can blow up); auto: gram where one side is at least four times the other and "
@@ -198,7 +204,7 @@ inline std::string flag_value(const Flag& flag, const Options& options) {
 // Whether a flag decides what a step does to the weights: a checkpoint keeps its value, and a resume says where the
 // new run differs.
 inline bool shapes_run(const Flag& flag) {
-    static const std::set<std::string> others = {"optimizer", "seed", "owner", "print_plan", "ranks"};
+    static const std::set<std::string> others = {"optimizer", "seed", "muon_batch", "owner", "print_plan", "ranks"};
     const std::string group = flag.group, name = flag.name;
     return name == "steps" || ((group == "optimizer" || group == "muon") && others.count(name) == 0);
 }
@@ -380,7 +386,7 @@ inline void check_contradictions(const Options& o, const std::set<std::string>& 
     // muon
     if (!o.print_plan) {  // a plan may be printed for any of them
         for (const char* name : {"muon_lr", "muon_momentum", "nesterov", "muon_weight_decay", "muon_scale", "muon_qkv",
-                                 "muon_tile", "ns", "ns_coefficients", "ns_steps", "ns_dtype"}) {
+                                 "muon_tile", "muon_batch", "ns", "ns_coefficients", "ns_steps", "ns_dtype"}) {
             only_with(name, o.optimizer != "adamw", "--optimizer muon or dmuon");
         }
         only_with("owner", o.optimizer == "dmuon", "--optimizer dmuon");
@@ -394,6 +400,8 @@ inline void check_contradictions(const Options& o, const std::set<std::string>& 
     if (o.muon_tile > 0 && o.muon_tile < 64) {
         usage_fail("--muon_tile %d is too small: at least 64, or 0 for whole matrices", o.muon_tile);
     }
+    if (o.muon_tile % 8)
+        usage_fail("--muon_tile %d is not a multiple of 8: the next one is %d", o.muon_tile, round_up(o.muon_tile, 8));
     if (o.ns_coefficients != "keller" && o.ns_steps > 5) {
         usage_fail("--ns_steps %d contradicts --ns_coefficients %s: it has 5", o.ns_steps, o.ns_coefficients.c_str());
     }

@@ -104,8 +104,9 @@ static void check_broadcast_host() {
 // Ten steps on gradients that do not depend on the number of ranks: of each element one rank holds all, the others
 // zero, so every order of addition is exact. The weights must not depend on it either, nor on owners, nor on muon or
 // dmuon. Returns a checksum of the weights of all steps.
-static uint64_t updated_weights(const char* method, const char* owner) {
+static uint64_t updated_weights(const char* method, const char* owner, const char* muon_batch = "shape") {
     Options options;
+    options.muon_batch = muon_batch;
     options.optimizer = method;
     options.owner = owner;
     std::vector<TensorSpec> specs = {{"wte.weight", TensorKind::token_embedding, 256, 24}};
@@ -179,9 +180,11 @@ static uint64_t updated_weights(const char* method, const char* owner) {
 static void check_updates(bool at_wait) {
     CpuComm::at_wait = at_wait;
     const uint64_t adamw = updated_weights("adamw", "round_robin"), muon = updated_weights("muon", "round_robin"),
-                   dmuon = updated_weights("dmuon", "round_robin"), lpt = updated_weights("dmuon", "lpt");
+                   dmuon = updated_weights("dmuon", "round_robin"), lpt = updated_weights("dmuon", "lpt"),
+                   one = updated_weights("muon", "round_robin", "one");
     expect(dmuon == muon, "dmuon has the bits of muon");
     expect(lpt == dmuon, "lpt has the bits of round_robin");
+    expect(one == muon, "matrices one after the other have the bits of all of a shape together");
     if (world.rank == 0) printf("weights %016llx %016llx\n", (unsigned long long)adamw, (unsigned long long)muon);
 }
 

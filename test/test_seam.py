@@ -74,7 +74,8 @@ def test_small_differences_are_seen():
     differences = {
         "gelu_forward": "static void gelu_forward(real*, const real*, int);",  # int for size_t
         "all_reduce": "static Ticket all_reduce(float*, size_t);",  # the overload for double
-        "muon_momentum": "static void muon_momentum(float*, const float*, size_t, float, bool, const float*);",  # const
+        "muon_momentum": "static void muon_momentum(void*, const float*, const float*, const MatrixRef*, const float*, int, int, int,"
+                         " float, bool, NsType, const float*);",  # const
         "device_name": "static const char* device_name();",
         "done": "struct Event : Cpu::Event { bool done(); };",  # not const
         "ms": "struct Event : Cpu::Event { static double ms(const Event&, const Event&); };",
