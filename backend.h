@@ -46,6 +46,7 @@ constexpr bool is_backend() {
     OPERATION(stop, void());
     static_assert(std::is_same<decltype(Backend::kBackendName), const char* const>::value, "kBackendName");
     OPERATION(device_name, std::string());
+    OPERATION(kernels_name, std::string());  // which kernels attention and Newton-Schulz run on
     OPERATION(peak_flops, double());        // FLOP/s of dense products in `real`, 0 if unknown
     OPERATION(memory_available, size_t());  // bytes that this rank can still allocate
     OPERATION(synchronize, void());         // waits until the device has done all that was enqueued

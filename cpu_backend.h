@@ -83,6 +83,7 @@ struct CpuOps {
         return name;
     }
 
+    static std::string kernels_name() { return "plain C++"; }
     static double peak_flops() { return 0; }  // unknown: utilisation is then printed as n/a
 
     // The number after `key` in a file of lines like "MemAvailable: 1234 kB", times `unit`; SIZE_MAX if it has none.

@@ -63,6 +63,7 @@ struct Options {
     bool switch_optimizer = false;
     std::string device = "auto";
     int gpus = 0;
+    std::string kernels = "auto";
     bool recompute = false, profile = false, tune = true;
     double rank_timeout = 300;
     bool help = false, version = false;
@@ -176,6 +177,9 @@ inline const std::vector<Flag>& flag_table() {
         {"run", "gpus", &O::gpus, "N", "start N processes on this machine, one a GPU; 0: just this one", 0, 1024},
         {"run", "recompute", &O::recompute, on_off,
          "compute GELU and LayerNorm again in the backward pass: less memory, more time"},
+        {"run", "kernels", &O::kernels, "auto|portable",
+         "on a GPU: auto takes the kernels written for it (Hopper: wgmma and TMA) where there are such; portable those "
+         "for every GPU since sm_80"},
         {"run", "tune", &O::tune, on_off,
          "on a GPU take the fastest algorithm for each product: timed at the first start and kept in "
          "~/.cache/train_gpt; "

@@ -1209,6 +1209,7 @@ class Trainer {
         const size_t fixed = Optimizer<Backend>::bytes(optimizer.plan) + optimizer.workspace_bytes();
         const ModelConfig& config = run.config;
         row("device", std::string(Backend::device_name()) + " (" + Backend::kBackendName + ")");
+        row("kernels", Backend::kernels_name());
         row("ranks", std::to_string(world.size) + (world.launcher == Launcher::mpi    ? " (MPI)"
                                                    : world.launcher == Launcher::self ? " (--gpus)"
                                                                                       : ""));
@@ -1411,6 +1412,7 @@ int main(int argc, char** argv) {
         if (cuda != first_rank)
             fail("rank 0 uses a %s and this rank a %s: give every machine a GPU that works, or pass --device cpu",
                  first_rank ? "GPU" : "CPU", cuda ? "GPU" : "CPU");
+        portable_kernels = options.kernels == "portable";
         const int exit_code = cuda ? train<Cuda>(options) : train<Cpu>(options);
 #else
         use_cuda(options);

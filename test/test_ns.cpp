@@ -11,6 +11,7 @@
 #include <doctest/doctest.h>
 
 #include <cmath>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -75,6 +76,7 @@ struct Product {
     NsProduct kind;
     int M, N, K;
     float alpha, beta, diag;  // beta 0: called without C
+    bool same = false;        // B is A, in the same place
 };
 
 constexpr int kBatch = 3;
@@ -88,7 +90,7 @@ struct Operands {
         A = decode(encode(normal(kBatch * size_t(p.M) * p.K, 1), type), type);
         B = decode(encode(normal(kBatch * size_t(p.N) * p.K, 2), type), type);
         if (symmetric)
-            for (size_t i = 0; i < B.size(); i++) B[i] = std::ldexp(A[i], int(i % p.K % 3) - 1);
+            for (size_t i = 0; i < B.size(); i++) B[i] = p.same ? A[i] : std::ldexp(A[i], int(i % p.K % 3) - 1);
         if (p.beta == 0) return;
         C = decode(encode(normal(kBatch * size_t(p.M) * p.N, 3), type), type);
         for (int b = 0; symmetric && b < kBatch; b++)
@@ -97,16 +99,26 @@ struct Operands {
     }
 };
 
+// A product by itself takes the portable kernel; one of a chain, where the GPU has it, that of ns_hopper.cuh.
+enum class Path { alone, chain };
+const std::vector<Path> kPaths = {Path::alone, Path::chain};
+
 // The product of matrices first .. first + batch - 1, by NsKernels.
-Bytes on_device(const Product& p, NsType type, const Operands& x, int first, int batch) {
+Bytes on_device(const Product& p, NsType type, const Operands& x, int first, int batch, Path path) {
     auto slice = [&](const Floats& all, size_t matrix) {
         return encode(Floats(all.begin() + first * matrix, all.begin() + (first + batch) * matrix), type);
     };
     size_t size_d = size_t(p.M) * p.N;
     DeviceBuffer<unsigned char> A(slice(x.A, size_t(p.M) * p.K)), B(slice(x.B, size_t(p.N) * p.K));
     DeviceBuffer<unsigned char> C(x.C.empty() ? Bytes() : slice(x.C, size_d)), D(batch * size_d * ns_type_bytes(type));
-    NsKernels::ns_product(D, A, B, x.C.empty() ? nullptr : C.data(), p.alpha, p.beta, p.diag, batch, p.M, p.N, p.K,
-                          p.kind, type);
+    DeviceBuffer<int> counters(ns_chain_counters(batch));
+    {
+        std::optional<NsKernels::NsChain> chain;
+        if (path == Path::chain) chain.emplace(batch, type, counters.data());
+        NsKernels::ns_product(D, A, p.same ? A.data() : B.data(), x.C.empty() ? nullptr : C.data(), p.alpha, p.beta,
+                              p.diag, batch, p.M, p.N, p.K, p.kind, type);
+    }
+    CHECK(counters.guards_intact());
     CHECK(D.guards_intact());
     return D.download();
 }
@@ -118,7 +130,8 @@ double product_bound(double exact, double magnitude, int K, NsType type) {
     return unit(type) * (std::fabs(exact) + sum_error) + sum_error + smallest(type);
 }
 
-void check_product(const Product& p, NsType type) {
+void check_product(const Product& p, NsType type, Path path) {
+    CAPTURE(path == Path::chain);
     CAPTURE(name_of(type));
     CAPTURE(p.M);
     CAPTURE(p.N);
@@ -126,7 +139,7 @@ void check_product(const Product& p, NsType type) {
     CAPTURE(p.beta);
     bool symmetric = p.kind == NsProduct::symmetric_nt;
     Operands x(p, type);
-    Bytes device = on_device(p, type, x, 0, kBatch), cpu(device.size());
+    Bytes device = on_device(p, type, x, 0, kBatch, path), cpu(device.size());
     Bytes A = encode(x.A, type), B = encode(x.B, type), C = encode(x.C, type);
     CpuOps::ns_product(cpu.data(), A.data(), B.data(), x.C.empty() ? nullptr : C.data(), p.alpha, p.beta, p.diag,
                        kBatch, p.M, p.N, p.K, p.kind, type);
@@ -160,7 +173,7 @@ void check_product(const Product& p, NsType type) {
 
     size_t matrix = device.size() / kBatch;
     for (int b = 0; b < kBatch; b++) {
-        Bytes alone = on_device(p, type, x, b, 1);
+        Bytes alone = on_device(p, type, x, b, 1, path);
         CHECK(std::memcmp(alone.data(), &device[b * matrix], matrix) == 0);
     }
 }
@@ -168,14 +181,26 @@ void check_product(const Product& p, NsType type) {
 TEST_CASE("ns_product against sums in double, alone and in a batch") {
     const NsProduct nt = NsProduct::symmetric_nt, nn = NsProduct::nn;
     const Product products[] = {
-        {nt, 8, 8, 8, 1, 0, 0},         {nt, 64, 64, 64, 1, 0, 0},           {nt, 80, 80, 136, 1, 0, 0},
-        {nt, 136, 136, 264, 1, 0, 0},   {nt, 136, 136, 136, 2.5f, -1.5f, 0}, {nt, 264, 264, 24, 0.5f, 2, 3},
+        {nt, 8, 8, 8, 1, 0, 0},
+        {nt, 64, 64, 64, 1, 0, 0},
+        {nt, 80, 80, 136, 1, 0, 0},
+        {nt, 136, 136, 264, 1, 0, 0},
+        {nt, 136, 136, 136, 2.5f, -1.5f, 0},
+        {nt, 264, 264, 24, 0.5f, 2, 3},
         {nt, 136, 136, 0, 0, 1, 0.75f},  // no inner dimension: the ends alone
-        {nn, 8, 8, 8, 1, 0, 0},         {nn, 64, 64, 64, 1, 0, 0},           {nn, 80, 136, 80, 1, 1.5f, 0},
-        {nn, 136, 264, 136, 1, -2, 0},  {nn, 136, 8, 200, -1.5f, 0, 0},      {nn, 24, 392, 16, 1, 0.5f, 1.25f},
+        {nn, 8, 8, 8, 1, 0, 0},
+        {nn, 64, 64, 64, 1, 0, 0},
+        {nn, 80, 136, 80, 1, 1.5f, 0},
+        {nn, 136, 264, 136, 1, -2, 0},
+        {nn, 136, 8, 200, -1.5f, 0, 0},
+        {nn, 24, 392, 16, 1, 0.5f, 0},
+        {nt, 136, 136, 72, 1, 0, 0, true},
+        {nt, 264, 264, 264, 1.5f, -0.5f, 0.25f, true},
+        {nt, 400, 400, 80, 1, 1, 0, true},
     };
     for (const Product& p : products)
-        for (NsType type : kTypes) check_product(p, type);
+        for (NsType type : kTypes)
+            for (Path path : kPaths) check_product(p, type, path);
 }
 
 #ifndef FIBER
@@ -193,10 +218,11 @@ TEST_CASE("ns_product against cuBLAS at the sizes of GPT-2") {
             CAPTURE(p.K);
             bool symmetric = p.kind == NsProduct::symmetric_nt;
             Operands x(p, type);
-            Floats got = decode(on_device(p, type, x, 0, kBatch), type);
+            std::vector<Floats> by_path;
+            for (Path path : kPaths) by_path.push_back(decode(on_device(p, type, x, 0, kBatch, path), type));
             auto by_cublas = [&](Floats A_values, Floats B_values) {
                 DeviceBuffer<unsigned char> A(encode(A_values, type)), B(encode(B_values, type));
-                DeviceBuffer<float> D(got.size());
+                DeviceBuffer<float> D(by_path[0].size());
                 cudaDataType_t data = type == NsType::bf16 ? CUDA_R_16BF : CUDA_R_16F;
                 float one = 1, zero = 0;
                 // Column-major: D^T (N, M) = op(B)^T A^T
@@ -211,15 +237,17 @@ TEST_CASE("ns_product against cuBLAS at the sizes of GPT-2") {
             for (float& a : x.A) a = std::fabs(a);
             for (float& b : x.B) b = std::fabs(b);
             Floats magnitude = by_cublas(x.A, x.B);
-            size_t outside = 0, asymmetric = 0;
-            for (size_t i = 0; i < got.size(); i++) {
-                double bound = 2 * product_bound(want[i], magnitude[i], p.K, type);
-                outside += !(std::fabs(double(got[i]) - want[i]) <= bound);
-                size_t matrix = i / (size_t(p.M) * p.N) * p.M * p.N, row = i / p.N % p.M, col = i % p.N;
-                if (symmetric) asymmetric += got[i] != got[matrix + col * p.M + row];
+            for (const Floats& got : by_path) {
+                size_t outside = 0, asymmetric = 0;
+                for (size_t i = 0; i < got.size(); i++) {
+                    double bound = 2 * product_bound(want[i], magnitude[i], p.K, type);
+                    outside += !(std::fabs(double(got[i]) - want[i]) <= bound);
+                    size_t matrix = i / (size_t(p.M) * p.N) * p.M * p.N, row = i / p.N % p.M, col = i % p.N;
+                    if (symmetric) asymmetric += got[i] != got[matrix + col * p.M + row];
+                }
+                CHECK(outside == 0);
+                CHECK(asymmetric == 0);
             }
-            CHECK(outside == 0);
-            CHECK(asymmetric == 0);
         }
     }
 }
