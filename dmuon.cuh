@@ -615,8 +615,16 @@ class Optimizer {
     }
 
     // Before the weights are used: those outside of the hidden matrices; the matrices of layer l.
-    void need_flat() { wait_for(gathering[0]); }
-    void need_layer(int l) { wait_for(gathering[plan.bucket_of(l)]); }
+    void need_flat() { need(0); }
+    void need_layer(int l) { need(plan.bucket_of(l)); }
+
+    // --profile: events before and after each wait for weights, two for a bucket; and how many have been recorded.
+    using Event = typename Backend::Event;
+    struct Stalls {
+        std::vector<Event> events;
+        size_t recorded = 0;
+    };
+    Stalls* stalls = nullptr;
 
     ~Optimizer() {
         for (std::optional<Ticket>& ticket : gathering)
@@ -665,6 +673,12 @@ class Optimizer {
         wait_for(gathering[b]);  // a step whose weights nobody needed
         if (!bucket.replicated)
             gathering[b] = std::optional<Ticket>(Backend::all_gather(params + bucket.begin, bucket.chunk));
+    }
+    void need(size_t b) {
+        if (!gathering[b]) return;
+        if (stalls) stalls->events[stalls->recorded++].record();
+        wait_for(gathering[b]);
+        if (stalls) stalls->events[stalls->recorded++].record();
     }
     static void wait_for(std::optional<Ticket>& ticket) {
         if (!ticket) return;

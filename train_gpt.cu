@@ -1069,7 +1069,8 @@ class Trainer {
         Event begin, optimizer_begin, end;  // of the step's work on the device
         std::vector<Event> marks;           // --profile: where phase phases[i] of the optimizer ends
         std::vector<Phase> phases;
-        Event read;  // `host` is filled
+        typename Optimizer<Backend>::Stalls stalls;  // --profile: where the model waited for weights of the step before
+        Event read;                                  // `host` is filled
         Stats* host;
         int64_t step = 0;  // 0: empty
         double lr = 0;
@@ -1096,7 +1097,9 @@ class Trainer {
         host_stopping = static_cast<double*>(Backend::alloc_host(2 * sizeof(double)));
         for (Slot& slot : slots) {
             slot.host = static_cast<Stats*>(Backend::alloc_host(sizeof(Stats)));
-            if (options.profile) slot.marks = std::vector<Event>(optimizer.phase_calls());
+            if (!options.profile) continue;
+            slot.marks = std::vector<Event>(optimizer.phase_calls());
+            slot.stalls.events = std::vector<Event>(2 * optimizer.plan.buckets.size());
         }
     }
 
@@ -1129,6 +1132,8 @@ class Trainer {
             Slot& slot = slots[step % 2];
             const size_t tokens = size_t(options.batch) * options.seq_len;
             slot.begin.record();
+            slot.stalls.recorded = 0;
+            if (options.profile) optimizer.stalls = &slot.stalls;
             Backend::zero(sums, 2 * sizeof(double));
             for (int m = 0; m < run.accumulation; m++, micro_steps++) {
                 // The host stays at most two micro-steps ahead; the device never waits for it.
@@ -1146,6 +1151,7 @@ class Trainer {
                 Backend::sum_losses(sums, model.losses, int(tokens));
                 model.backward(options.batch, options.seq_len, m > 0, m + 1 == run.accumulation);
             }
+            optimizer.stalls = nullptr;
             slot.optimizer_begin.record();
             host_stopping[step % 2] = stop_signal != 0;
             Backend::upload(&sums[1], &host_stopping[step % 2], sizeof(double));
@@ -1302,6 +1308,10 @@ class Trainer {
             for (int p = 0; p < phase_count; p++)
                 line.add(phase_names[p] + std::string("_ms"), phase_ms[p], "%.4f",
                          strprintf("%s %.3f", phase_names[p], phase_ms[p]));
+            double gather_ms = 0;  // what the model waited for weights: all else of the gathers is hidden
+            for (size_t i = 0; i < slot.stalls.recorded; i += 2)
+                gather_ms += Event::ms(slot.stalls.events[i], slot.stalls.events[i + 1]);
+            line.add("gather_ms", gather_ms, "%.4f", strprintf("gather %.3f", gather_ms));
         }
         if (skip) line.print_only("not finite: update skipped");
         return line;
