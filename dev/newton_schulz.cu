@@ -1,6 +1,7 @@
-// newton_schulz.cu: A = X X^T, the product that Newton-Schulz spends its time in, in six versions of one idea each. The
-// last one is the trainer's ns_product (../ns_kernels.cuh). Beside it stands cuBLAS; then whole Newton-Schulz
-// iterations are timed, over all hidden matrices of a GPT-2.
+// newton_schulz.cu: A = X X^T, the product that Newton-Schulz spends its time in, in seven versions of one idea each.
+// The last two are the trainer's: ns_product (../ns_kernels.cuh) for every GPU, and the one for Hopper
+// (../kernels/ns_hopper.cuh). Beside them stands cuBLAS; then whole Newton-Schulz iterations are timed, over all hidden
+// matrices of a GPT-2, by themselves and as a chain in one launch.
 //
 // The ladder runs on 48 matrices of (768, 768) in bf16, the squares of GPT-2 124M. Every version is judged by 2 m^2 n
 // operations per matrix, also those that use the symmetry and compute little more than half of them: what counts is the
@@ -82,6 +83,9 @@ __global__ void xxt_3(bf16* A, const bf16* X, int m, int n) {
 //    under way (cp.async) while the tensor cores work.
 // 5. The same kernel told of the symmetry: 21 of 36 tiles, mirrored.
 // 6. All 48 matrices in one launch: one 768 x 768 product has 21 tiles, an H100 has room for 264.
+// 7. Hopper's own instructions: some warps bring tiles (TMA), two warpgroups multiply them (wgmma, 128 x 256 a block),
+// others
+//    store and mirror; the block stays for all its tiles.
 
 // ---------------------------------------------------------------------------------------------------------------------
 
@@ -161,6 +165,12 @@ static bool ladder() {
     rung("6  batched: the trainer's", [=] {
         NsKernels::ns_product(A, X, X, nullptr, 1, 0, 0, batch, m, m, n, NsProduct::symmetric_nt, NsType::bf16);
     });
+    DeviceArray<int> counters(ns_chain_counters(batch));
+    if (hopper_kernels())
+        rung("7  wgmma, TMA, warps with different work", [&] {
+            NsKernels::NsChain one(batch, NsType::bf16, counters);
+            NsKernels::ns_product(A, X, X, nullptr, 1, 0, 0, batch, m, m, n, NsProduct::symmetric_nt, NsType::bf16);
+        });
     rung("   cuBLAS, one by one", one_by_one([=](bf16* A, const bf16* X, const bf16*) {
              cublas_product(A, X, X, 1, m, m, n, NsProduct::symmetric_nt);
          }));
@@ -195,8 +205,16 @@ static bool products() {
             std::string name = strprintf("%s %2d x (%d, %d, %d), %s", kind, c.batch, c.M, c.N, c.K, by);
             right &= print_rung(name.c_str(), ms, 2.0 * c.batch * c.M * c.N * c.K, "TFLOP/s", error, kLimit);
         };
-        rung("ours",
-             [&] { NsKernels::ns_product(D, A, B, nullptr, 1, 0, 0, c.batch, c.M, c.N, c.K, c.kind, NsType::bf16); });
+        DeviceArray<int> counters(ns_chain_counters(c.batch));
+        auto product = [&] {
+            NsKernels::ns_product(D, A, B, nullptr, 1, 0, 0, c.batch, c.M, c.N, c.K, c.kind, NsType::bf16);
+        };
+        rung("mma.sync", product);
+        if (hopper_kernels())
+            rung("wgmma", [&] {
+                NsKernels::NsChain one(c.batch, NsType::bf16, counters);
+                product();
+            });
         rung("cuBLAS", [&] { cublas_product(D, A, B, c.batch, c.M, c.N, c.K, c.kind); });
     }
     return right;
@@ -260,6 +278,8 @@ static void whole_iterations() {
         int layers, C;
     };
     for (Model model : {Model{"124M", 12, 768}, Model{"350M", 24, 1024}}) {
+        printf("%s\n",
+               portable_kernels || !hopper_kernels() ? "mma.sync" : "wgmma, each chain of products in one launch");
         HiddenMatrices matrices(model.layers, model.C);
         struct Part {
             std::string name;
@@ -292,6 +312,10 @@ int main() {
         bool right = ladder();
         right &= products();
         whole_iterations();
+        if (hopper_kernels()) {
+            portable_kernels = true;
+            whole_iterations();
+        }
         return right;
     });
 }

@@ -4,14 +4,16 @@
 #   tests      builds, and runs the whole suite on the GPU; with several GPUs also the tests of ranks on them
 #   kernels_bf16, kernels_fp32   of these the kernels and the golden run alone, in one precision
 #   ladders    the ladders of dev/
-#   sanitize   compute-sanitizer over the kernel tests, at reduced sizes: memcheck, racecheck, initcheck
+#   sanitize   compute-sanitizer over the kernel tests, at reduced sizes: memcheck, racecheck, initcheck,
+#              synccheck
 #   demo       what scripts/demo.sh does on a GPU, with the text that it has fetched before or can fetch
 #   train      124M (GPT-2 small) for --steps steps [600] on the GPT-2 shards in --data, with adamw, muon and dmuon
 #   train_pytorch   the same in PyTorch, with AdamW and Muon
-#   bench      124M and 350M, T=1024, random tokens: step and optimizer time with adamw, muon and dmuon on 1..all GPUs, and
-#              PyTorch where it is installed
+#   bench      124M to 1558M, T=1024, random tokens: step and optimizer time with adamw and dmuon on one GPU, of 124M also
+#              with muon, of 124M and 350M also on all GPUs
+#   peers      the same sizes in PyTorch
 #   ranks      several GPUs: the same 100 steps of 124M, random tokens, on one GPU and on all, started both ways
-#   all        tests, sanitize, train, train_pytorch and bench, in this order
+#   all        tests, sanitize, train, train_pytorch, bench and peers, in this order
 # Writes dev/results/NAME.log [gpu_check]; train adds the curves, NAME.png and NAME_OPTIMIZER.jsonl. Each program gets --limit [1800] s.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,8 +23,8 @@ line="scripts/gpu_check.sh $*"
 parts=() data="" steps=600 name=gpu_check results=dev/results limit=1800
 while (($#)); do
     case $1 in
-        tests | kernels_bf16 | kernels_fp32 | ladders | sanitize | demo | train | train_pytorch | bench | ranks) parts+=("$1") ;;
-        all) parts=(tests sanitize train train_pytorch bench) ;;
+        tests | kernels_bf16 | kernels_fp32 | ladders | sanitize | demo | train | train_pytorch | bench | peers | ranks) parts+=("$1") ;;
+        all) parts=(tests sanitize train train_pytorch bench peers) ;;
         --data | --steps | --name | --results | --limit)
             [[ ${2:-} ]] || fail "$1 needs a value"
             declare "${1#--}=$2"
@@ -83,11 +85,11 @@ ladders() {
     for ladder in dev/*.cu; do part "$ladder" "build/$(basename "$ladder" .cu)"; done
 }
 
-sanitize() { # the six runs side by side
+sanitize() { # the runs side by side
     local runs=() run tool precision pid status log_of=build/log/sanitize
     part "build of the tests" make build/test_cuda_bf16 build/test_cuda_fp32
     mkdir -p build/log
-    for tool in memcheck racecheck initcheck; do
+    for tool in memcheck racecheck initcheck synccheck; do
         for precision in bf16 fp32; do
             TEST_SMALL=1 OMP_NUM_THREADS=2 timeout --kill-after=10 "$limit" compute-sanitizer --tool "$tool" --error-exitcode 1 \
                 "build/test_cuda_$precision" --test-case-exclude='golden*,*cuBLAS*,*sizes of a GPU,*2^32*' \
@@ -141,27 +143,34 @@ random_tokens() {
 open(sys.argv[1], "wb").write(struct.pack("<256i", 20240520, 1, n, *[0] * 253) + b)' "$random/train_000.bin"
 }
 
+rows=(d12:4 d12:64 d24:16 d36:8 d48:16) # model:sequences of a GPU in a micro-step
+
 bench() {
-    local optimizer model gpus runs=()
+    local optimizer row gpus runs=()
     random_tokens
-    for model in d12 d24; do
-        local batch=32
-        [[ $model == d12 ]] || batch=16
+    for row in "${rows[@]}"; do
         for gpus in $(seq "$(nvidia-smi -L | wc -l)"); do
+            ((gpus == 1)) || [[ $row == d12:64 || $row == d24:16 ]] || continue
             for optimizer in adamw muon dmuon; do
-                local run=build/gpu_check_bench/${model}_${gpus}gpu_$optimizer
+                [[ $optimizer != muon || $row == d12:64 ]] || continue
+                local run=build/gpu_check_bench/${row/:/_}_${gpus}gpu_$optimizer
                 rm -rf "$run"
-                part "$model, $gpus GPU, $optimizer" ./train_gpt --model $model --batch $batch \
-                    --train "$random/train_*.bin" --optimizer "$optimizer" --steps 30 --profile --gpus "$gpus" --out "$run"
+                part "${row/:/, B=}, $gpus GPU, $optimizer" ./train_gpt --model "${row%:*}" --batch "${row#*:}" \
+                    --train "$random/train_*.bin" --optimizer "$optimizer" --steps 24 --profile --gpus "$gpus" --out "$run"
                 rm -f "$run/"*.ckpt
                 runs+=("$run")
             done
         done
-        if have_torch; then
-            part "$model, PyTorch" python3 dev/peer_pytorch.py --model $model --batch $batch
-        fi
     done
     part "medians" python3 scripts/compare.py "${runs[@]}" --png build/gpu_check_bench.png
+}
+
+peers() {
+    have_torch || { echo "peers: left out, python3 has no torch" | tee -a "$log"; return; }
+    local row
+    for row in "${rows[@]}"; do
+        part "${row/:/, B=}, PyTorch" python3 dev/peer_pytorch.py --model "${row%:*}" --batch "${row#*:}"
+    done
 }
 
 ranks() {
