@@ -18,6 +18,7 @@
 #include "common.h"
 
 struct World;  // ranks.h
+class Ticket;  // comm.h
 
 template <class Function>
 using FunctionPointer = Function*;
@@ -45,6 +46,7 @@ constexpr bool is_backend() {
     OPERATION(stop, void());
     static_assert(std::is_same<decltype(Backend::kBackendName), const char* const>::value, "kBackendName");
     OPERATION(device_name, std::string());
+    OPERATION(kernels_name, std::string());  // which kernels attention and Newton-Schulz run on
     OPERATION(peak_flops, double());        // FLOP/s of dense products in `real`, 0 if unknown
     OPERATION(memory_available, size_t());  // bytes that this rank can still allocate
     OPERATION(synchronize, void());         // waits until the device has done all that was enqueued
@@ -66,15 +68,15 @@ constexpr bool is_backend() {
     constexpr FunctionPointer<float(const Event& a, const Event& b)> ms = &Event::ms;
     (void)ms;
 
-    // Collectives, over all ranks; every rank calls the same ones in the same order. Those called while a
-    // CollectiveGroup lives start together when it ends. While an EnqueueDeadline lives, enqueueing that blocks because
-    // a rank is lost ends the run.
-    OPERATION(reduce_scatter, void(float* chunks /*(ranks,chunk)*/, size_t chunk));  // row r of rank r = sum of rows r
-    OPERATION(all_gather, void(real* chunks /*(ranks,chunk)*/, size_t chunk));       // row r = row r of rank r
-    OPERATION(all_reduce, void(float* x /*(n)*/, size_t n));                         // x = sum, on all the same bits
-    OPERATION(all_reduce, void(double* x /*(n)*/, size_t n));
-    OPERATION(broadcast, void(void* x, size_t bytes, int root));
-    static_assert(std::is_default_constructible<typename Backend::CollectiveGroup>::value, "CollectiveGroup()");
+    // Collectives, over all ranks; every rank calls the same ones in the same order. They run beside what is enqueued
+    // after them, until wait(ticket). While an EnqueueDeadline lives, enqueueing that blocks because a rank is lost ends
+    // the run.
+    OPERATION(reduce_scatter, Ticket(float* chunks /*(ranks,chunk)*/, size_t chunk));  // row r of rank r = sum of rows r
+    OPERATION(all_gather, Ticket(real* chunks /*(ranks,chunk)*/, size_t chunk));       // row r = row r of rank r
+    OPERATION(all_reduce, Ticket(float* x /*(n)*/, size_t n));                         // x = sum, on all the same bits
+    OPERATION(all_reduce, Ticket(double* x /*(n)*/, size_t n));
+    OPERATION(broadcast, Ticket(void* x, size_t bytes, int root));
+    OPERATION(wait, void(Ticket ticket));
     static_assert(std::is_default_constructible<typename Backend::EnqueueDeadline>::value, "EnqueueDeadline()");
 
     // ---- The model, in the order of a forward pass
@@ -152,11 +154,12 @@ constexpr bool is_backend() {
     // AdamW's bias corrections 1 - beta1^t and 1 - beta2^t. Its t is the number of updates that were not skipped, which
     // only the device knows.
 
-    // sums[i] = the sum of squares of range i of x
-    OPERATION(sum_squares, void(double* sums /*(n)*/, const float* x, const Range* ranges /*(n)*/, int n));
-    // norm = sqrt(sum of sums); scale = 0 if that is not finite, else min(1, max_norm / norm), or 1 without a max_norm;
+    // of each block squares = g.g, or 0 where it does not count, and of Muon's dots = g.momentum, momentum.momentum
+    OPERATION(norm_sums, void(double* squares /*(n)*/, double* dots /*(n,2)*/, const float* grads,
+                              const float* momentum, const NormBlock* blocks /*(n)*/, int n));
+    // norm = sqrt(sum of squares); scale = 0 if that is not finite, else min(1, max_norm / norm), or 1 without a max_norm;
     // t += 1 and the corrections follow unless the scale is 0
-    OPERATION(clip_scale, void(float* clip /*(4)*/, int64_t* t /*(1)*/, const double* sums /*(n)*/, int n,
+    OPERATION(clip_scale, void(float* clip /*(4)*/, int64_t* t /*(1)*/, const double* squares /*(n)*/, int n,
                                float max_norm, double beta1, double beta2));
     // g = scale grads; m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2;
     // master = (1 - lr weight_decay) master - lr (m / clip[2]) / (sqrt(v / clip[3]) + eps); params = master
@@ -164,19 +167,20 @@ constexpr bool is_backend() {
                           const float* grads /*(n)*/, size_t n, float lr, float beta1, float beta2, float eps,
                           float weight_decay, const float* clip /*(4)*/));
     OPERATION(cast_params, void(real* params /*(n)*/, const float* master /*(n)*/, size_t n));
-    // g = scale grads; momentum = mu momentum + g; grads = momentum, or under Nesterov g + mu momentum
-    OPERATION(muon_momentum, void(float* grads /*(n)*/, float* momentum /*(n)*/, size_t n, float mu, bool nesterov,
-                                  const float* clip /*(4)*/));
 
-    // Newton-Schulz (dmuon.cuh) on `count` matrices of one shape (rows, cols), which lie where refs says. Iterates are
-    // of type `type` and lie down: m = min(rows, cols), n = max(rows, cols), transposed if rows > cols, padded with
-    // zeros to multiples of 8: (mp, np). The bits of a matrix do not depend on the matrices beside it.
+    // Newton-Schulz (dmuon.cuh) on `count` matrices that refs describes: lying down all are (m, n), m <= n. Iterates
+    // are of type `type` and padded with zeros to multiples of 8: (mp, np). The bits of a matrix do not depend on the
+    // matrices beside it. With g = scale grads and mu: momentum' = mu momentum + g, and what is orthogonalised is
+    // x = momentum', or under Nesterov g + mu momentum'.
 
-    // X = x / |x|_F; the squares are summed in double, the division comes before the rounding
-    OPERATION(ns_scratch_doubles, size_t(int count));
-    OPERATION(ns_normalize, void(void* X /*(count,mp,np)*/, double* scratch /*(ns_scratch_doubles(count))*/,
-                                 const float* grads, const MatrixRef* refs /*(count)*/, int count, int rows, int cols,
-                                 NsType type));
+    // 1 / |x|, from the sums of its blocks; |x|^2 at least kLeastNormSquared of its positive terms; 0 where x is 0
+    OPERATION(muon_inverse_norms, void(float* inverse_norms /*(count)*/, const double* squares /*(n)*/,
+                                       const double* dots /*(n,2)*/, const MatrixRef* refs /*(count)*/, int count,
+                                       float mu, bool nesterov, const float* clip /*(4)*/));
+    // momentum = momentum', X = x inverse_norm, rounded once
+    OPERATION(muon_momentum, void(void* X /*(count,mp,np)*/, float* momentum, const float* grads,
+                                  const MatrixRef* refs /*(count)*/, const float* inverse_norms /*(count)*/, int count,
+                                  int m, int n, float mu, bool nesterov, NsType type, const float* clip /*(4)*/));
     // The products that are called while an NsChain lives, all of the same `count` matrices, may run as one launch when
     // it ends. counters: ns_chain_counters(count).
     static_assert(std::is_constructible<typename Backend::NsChain, int /*count*/, NsType, int* /*counters*/>::value,
@@ -186,11 +190,10 @@ constexpr bool is_backend() {
     OPERATION(ns_product, void(void* D /*(count,M,N)*/, const void* A /*(count,M,K)*/, const void* B,
                                const void* C /*(count,M,N) or null*/, float alpha, float beta, float diag, int count,
                                int M, int N, int K, NsProduct kind, NsType type));
-    // master = decay master - step U, U standing up again if it was transposed; params = master
+    // master = decay master - lr ref.scale U, U standing up again where ref.tall; params = master
     OPERATION(muon_update, void(real* params, float* master, const void* U /*(count,mp,np)*/,
-                                const MatrixRef* refs /*(count)*/, int count, int rows, int cols,
-                                float decay /*1 - lr wd*/, float step /*lr scale*/, NsType type,
-                                const float* clip /*(4)*/));
+                                const MatrixRef* refs /*(count)*/, int count, int m, int n, float decay /*1 - lr wd*/,
+                                float lr, NsType type, const float* clip /*(4)*/));
     return true;
 }
 // clang-format on

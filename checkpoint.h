@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <charconv>
+#include <cinttypes>
 #include <cstring>
 #include <filesystem>
 #include <map>
@@ -272,7 +273,7 @@ class Checkpoint {
         }
         const uint64_t sums_bytes = tensors.size() * sizeof(uint64_t), expected = end + sums_bytes + sizeof(uint64_t);
         if (file_.bytes != expected) {
-            damaged(strprintf("it has %zu bytes, its table asks for %llu", file_.bytes, (unsigned long long)expected));
+            damaged(strprintf("it has %zu bytes, its table asks for %" PRIu64, file_.bytes, expected));
         }
         sums_.resize(tensors.size() + 1);
         memcpy(sums_.data(), file_.data + end, sums_bytes + sizeof(uint64_t));
@@ -292,8 +293,8 @@ class Checkpoint {
         }
         const uint64_t count = tensors[found->second].elements();
         if (count != elements) {
-            fail("checkpoint %s is of another model: its tensor %s has %llu elements, not %llu", path.c_str(),
-                 name.c_str(), (unsigned long long)count, (unsigned long long)elements);
+            fail("checkpoint %s is of another model: its tensor %s has %" PRIu64 " elements, not %" PRIu64,
+                 path.c_str(), name.c_str(), count, elements);
         }
         verify(found->second);
         return reinterpret_cast<const float*>(file_.data + sections_[found->second].begin);

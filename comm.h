@@ -1,10 +1,16 @@
-// comm.h: the collectives, how the ranks of a run exchange data: CpuComm, MPI on host memory; CudaComm, NCCL on
-// cuda_stream. The two have the same functions, and are part of the backends that the program is a template over. A
-// single process touches neither MPI nor NCCL. USE_MPI and USE_NCCL come from the Makefile.
+// comm.h: the collectives, how the ranks of a run exchange data: CpuComm, MPI on host memory; CudaComm, NCCL on a
+// stream of its own. The two have the same functions, and are part of the backends that the program is a template over.
+// A single process touches neither MPI nor NCCL. USE_MPI and USE_NCCL come from the Makefile.
+//
+// A collective starts when what was enqueued before it is done, and runs beside what is enqueued after it. It returns a
+// Ticket; whoever uses its data next hands the ticket to wait().
 #pragma once
 #include <algorithm>
 #include <cstring>
+#include <exception>
+#include <functional>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "ranks.h"
@@ -15,6 +21,32 @@
 #endif
 #endif
 
+// A collective under way. It is handed to wait() once: one that is dropped is data used too early, or never.
+class [[nodiscard]] Ticket {
+    void* event_;                 // of CudaComm: when it is done
+    std::function<void()> late_;  // of CpuComm::at_wait: what is left to do
+    bool held_ = true;
+
+  public:
+    explicit Ticket(void* event = nullptr, std::function<void()> late = nullptr)
+        : event_(event), late_(std::move(late)) {}
+    Ticket(Ticket&& other)
+        : event_(other.event_), late_(std::move(other.late_)), held_(std::exchange(other.held_, false)) {}
+    Ticket& operator=(Ticket&& other) {
+        std::swap(event_, other.event_), std::swap(late_, other.late_), std::swap(held_, other.held_);
+        return *this;
+    }
+    ~Ticket() {
+        if (held_ && std::uncaught_exceptions() == 0)
+            fail_ranks("internal: a collective was started and nothing waits for it", 1);
+    }
+    void* take() {
+        held_ = false;
+        if (late_) late_();
+        return event_;
+    }
+};
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Collectives on host memory. Sums are taken in rank order, ((x0 + x1) + x2) + ..., whichever rank takes them: so they
 // do not depend on who owns what, and all_reduce gives the bits of reduce_scatter followed by all_gather.
@@ -22,21 +54,39 @@
 struct CpuComm {
     static void start() {}
     static void stop() {}
-    struct CollectiveGroup {
-        CollectiveGroup() {}  // nothing to gain by waiting
-    };
     struct EnqueueDeadline {
         EnqueueDeadline() {}  // nothing is enqueued: every wait for a peer polls
     };
+    // Done when the call returns; or, to show what uses data before it has waited, only when its ticket is waited for.
+    static inline bool at_wait = false;
+
     // chunks is (ranks, chunk): row r of rank r becomes the sum of row r over the ranks.
-    static void reduce_scatter(float* chunks, size_t chunk) { reduce_parts(chunks, chunk * world.size, chunk); }
+    static Ticket reduce_scatter(float* chunks, size_t chunk) {
+        return start([=] { reduce_parts(chunks, chunk * world.size, chunk); });
+    }
     // chunks is (ranks, chunk): row r becomes that of rank r.
-    static void all_gather(float* chunks, size_t chunk) { gather_parts(chunks, chunk * world.size, chunk); }
-    static void all_reduce(float* x, size_t n) { reduce_then_gather(x, n); }
-    static void all_reduce(double* x, size_t n) { reduce_then_gather(x, n); }
-    static void broadcast(void* x, size_t bytes, int root) { broadcast_bytes(x, bytes, root); }
+    static Ticket all_gather(float* chunks, size_t chunk) {
+        return start([=] { gather_parts(chunks, chunk * world.size, chunk); });
+    }
+    static Ticket all_reduce(float* x, size_t n) {
+        return start([=] { reduce_then_gather(x, n); });
+    }
+    static Ticket all_reduce(double* x, size_t n) {
+        return start([=] { reduce_then_gather(x, n); });
+    }
+    static Ticket broadcast(void* x, size_t bytes, int root) {
+        return start([=] { broadcast_bytes(x, bytes, root); });
+    }
+    static void wait(Ticket ticket) { ticket.take(); }
 
   private:
+    template <class Work>
+    static Ticket start(Work work) {
+        if (at_wait) return Ticket(nullptr, work);
+        work();
+        return Ticket();
+    }
+
     static constexpr size_t kPiece = 1 << 20;  // elements per message: bounds the scratch to 4 or 8 MiB per rank
 
     // Part r of the n elements of x is [r*part, (r+1)*part), cut off at n: the last parts may be short or empty.
@@ -148,12 +198,14 @@ struct CpuComm {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Collectives on device memory, in the order of cuda_stream: nothing else orders them against the kernels.
+// Collectives on device memory, on a stream of their own, all of them in the order of the calls (which is the same on
+// every rank). It has the higher priority: what it does is little, and others wait for it.
 
 #ifdef __CUDACC__
 #ifdef USE_NCCL
 struct CudaComm {
     static inline ncclComm_t comm = nullptr;  // null for a single process
+    static inline cudaStream_t stream = nullptr;
 
     // After cudaSetDevice(world.local_rank).
     static void start() {
@@ -161,6 +213,9 @@ struct CudaComm {
         ncclUniqueId id = {};
         if (world.rank == 0) check(ncclGetUniqueId(&id), "ncclGetUniqueId");
         broadcast_host(&id, sizeof id);
+        int least = 0, greatest = 0;
+        CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+        CUDA_CHECK(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, greatest));
         Deadline deadline("all ranks to start (ncclCommInitRank)", startup_timeout());
         check(ncclCommInitRank(&comm, world.size, id, world.rank), "ncclCommInitRank");
         check_peers = [] {
@@ -178,6 +233,7 @@ struct CudaComm {
         check(ncclCommFinalize(comm), "ncclCommFinalize");
         check(ncclCommDestroy(comm), "ncclCommDestroy");
         comm = nullptr;
+        CUDA_CHECK(cudaStreamDestroy(stream));
     }
 
     // Behind a collective that hangs, the queue of the device fills up (with about a thousand launches), and the next
@@ -189,46 +245,63 @@ struct CudaComm {
         }
     };
 
-    // The collectives called while a CollectiveGroup lives start together when it ends, as one launch.
-    struct CollectiveGroup {
-        CollectiveGroup() {
-            if (comm) check(ncclGroupStart(), "ncclGroupStart");
-        }
-        ~CollectiveGroup() {
-            if (!comm) return;
-            Deadline deadline("a group of collectives");
-            check(ncclGroupEnd(), "ncclGroupEnd");
-        }
-    };
-
     // chunks is (ranks, chunk): row r of rank r becomes the sum of row r over the ranks.
-    static void reduce_scatter(float* chunks, size_t chunk) {
-        if (!comm) return;
-        Deadline deadline("reduce_scatter");  // queueing can block too: the first collective connects the ranks
-        check(ncclReduceScatter(chunks, chunks + world.rank * chunk, chunk, ncclFloat, ncclSum, comm, cuda_stream),
-              "ncclReduceScatter");
+    static Ticket reduce_scatter(float* chunks, size_t chunk) {
+        return start("reduce_scatter", [&] {
+            return ncclReduceScatter(chunks, chunks + world.rank * chunk, chunk, ncclFloat, ncclSum, comm, stream);
+        });
     }
     // chunks is (ranks, chunk): row r becomes that of rank r.
-    static void all_gather(real* chunks, size_t chunk) {
-        if (!comm) return;
-        Deadline deadline("all_gather");
-        check(ncclAllGather(chunks + world.rank * chunk, chunks, chunk * sizeof(real), ncclUint8, comm, cuda_stream),
-              "ncclAllGather");
+    static Ticket all_gather(real* chunks, size_t chunk) {
+        return start("all_gather", [&] {
+            return ncclAllGather(chunks + world.rank * chunk, chunks, chunk * sizeof(real), ncclUint8, comm, stream);
+        });
     }
-    static void all_reduce(float* x, size_t n) { sum(x, n, ncclFloat); }
-    static void all_reduce(double* x, size_t n) { sum(x, n, ncclDouble); }
-    static void broadcast(void* x, size_t bytes, int root) {
-        if (!comm) return;
-        Deadline deadline("broadcast");
-        check(ncclBroadcast(x, x, bytes, ncclUint8, root, comm, cuda_stream), "ncclBroadcast");
+    static Ticket all_reduce(float* x, size_t n) {
+        return start("all_reduce", [&] { return ncclAllReduce(x, x, n, ncclFloat, ncclSum, comm, stream); });
+    }
+    static Ticket all_reduce(double* x, size_t n) {
+        return start("all_reduce", [&] { return ncclAllReduce(x, x, n, ncclDouble, ncclSum, comm, stream); });
+    }
+    static Ticket broadcast(void* x, size_t bytes, int root) {
+        return start("broadcast", [&] { return ncclBroadcast(x, x, bytes, ncclUint8, root, comm, stream); });
+    }
+    // What is enqueued on cuda_stream from here on comes after the collective.
+    static void wait(Ticket ticket) {
+        cudaEvent_t done = static_cast<cudaEvent_t>(ticket.take());
+        if (!done) return;
+        CUDA_CHECK(cudaStreamWaitEvent(cuda_stream, done));
+        idle_events.push_back(done);
     }
 
   private:
-    static void sum(void* x, size_t n, ncclDataType_t type) {
-        if (!comm) return;
-        Deadline deadline("all_reduce");
-        check(ncclAllReduce(x, x, n, type, ncclSum, comm, cuda_stream), "ncclAllReduce");
+    static inline std::vector<cudaEvent_t> idle_events;
+
+    static cudaEvent_t new_event() {
+        cudaEvent_t event;
+        if (idle_events.empty()) {
+            CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+        } else {
+            event = idle_events.back();
+            idle_events.pop_back();
+        }
+        return event;
     }
+
+    template <class Collective>
+    static Ticket start(const char* what, Collective collective) {
+        if (!comm) return Ticket();
+        cudaEvent_t event = new_event();
+        CUDA_CHECK(cudaEventRecord(event, cuda_stream));  // what has been enqueued so far: the data
+        CUDA_CHECK(cudaStreamWaitEvent(stream, event));
+        {
+            Deadline deadline(what);  // queueing can block too: the first collective connects the ranks
+            check(collective(), what);
+        }
+        CUDA_CHECK(cudaEventRecord(event, stream));
+        return Ticket(event);
+    }
+
     // Ends the run on the spot: unwinding would free device memory, which waits for a collective that never finishes.
     static void check(ncclResult_t status, const char* what) {
         if (status == ncclSuccess || status == ncclInProgress) return;
@@ -245,17 +318,15 @@ struct CudaComm {
         if (world.size > 1) fail("several GPUs need NCCL: install it (apt install libnccl-dev) and run make again");
     }
     static void stop() {}
-    struct CollectiveGroup {
-        CollectiveGroup() {}
-    };
     struct EnqueueDeadline {
         EnqueueDeadline() {}
     };
-    static void reduce_scatter(float*, size_t) {}
-    static void all_gather(real*, size_t) {}
-    static void all_reduce(float*, size_t) {}
-    static void all_reduce(double*, size_t) {}
-    static void broadcast(void*, size_t, int) {}
+    static Ticket reduce_scatter(float*, size_t) { return Ticket(); }
+    static Ticket all_gather(real*, size_t) { return Ticket(); }
+    static Ticket all_reduce(float*, size_t) { return Ticket(); }
+    static Ticket all_reduce(double*, size_t) { return Ticket(); }
+    static Ticket broadcast(void*, size_t, int) { return Ticket(); }
+    static void wait(Ticket ticket) { ticket.take(); }
 };
 #endif
 #endif

@@ -131,9 +131,26 @@ enum class NsProduct { symmetric_nt, nn };
 constexpr int kNsChainProducts = 36;  // at most
 constexpr size_t ns_chain_counters(int matrices) { return 1 + size_t(kNsChainProducts) * matrices; }
 
-// Where a (rows, cols) matrix, or a tile of one, lies: element offsets into the arenas of parameters and gradients,
-// which share their layout, and into the owner's fp32 state; and the row stride ld in all of them.
-struct MatrixRef {
-    size_t offset, state;
-    int ld;
+// A rectangle of the gradients: what one thread block (one thread of the CPU) sums for the norms, and of Muon's
+// matrices the momentum beside it.
+struct NormBlock {
+    size_t offset, state;  // of its first element, in the arenas and in the owner's fp32 state
+    int ld;                // row stride in both
+    int rows, cols;        // no rows: another rank's
+    bool muon;             // has momentum
+    bool counted;          // adds to the clip norm here: of a matrix that every rank has only rank 0's does
 };
+
+// A matrix, or a tile of one, for Newton-Schulz, which takes matrices lying down: (m, n) with m <= n.
+struct MatrixRef {
+    size_t offset, state;             // of its first element, in the arenas and in the owner's fp32 state
+    int ld;                           // row stride in both
+    bool tall = false;                // there it stands up: (n, m)
+    float scale = 1;                  // of its update
+    int first_block = 0, blocks = 0;  // the NormBlocks that it consists of
+};
+
+// |x|^2 of Muon's x = a g + b buf comes from sums of g and buf in double, see muon_inverse_norms. Where the two cancel,
+// it is taken for at least this share of a^2 g.g + b^2 buf.buf. There fp32 rounds x by up to 1.5e-7 of the root of that
+// sum, which is 1.5% of the smallest norm so allowed: |X| <= 1.015, and the polynomials have room for that.
+constexpr double kLeastNormSquared = 1e-10;

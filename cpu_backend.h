@@ -15,9 +15,11 @@
 //
 // Letters, shapes and what each operation computes: backend.h.
 #pragma once
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cfloat>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -26,6 +28,7 @@
 #include <fstream>
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #ifdef _OPENMP
@@ -51,10 +54,12 @@ struct CpuOps {
     // The ranks of one machine share its cores, unless OMP_NUM_THREADS says otherwise.
     static void start(int local_ranks) {
 #ifdef _OPENMP
+        const int cores = int(sysconf(_SC_NPROCESSORS_ONLN)), asked = omp_get_max_threads();
         if (!getenv("OMP_NUM_THREADS")) {
-            const int cores = int(sysconf(_SC_NPROCESSORS_ONLN));
             const int allowed = omp_get_num_procs();  // fewer where a launcher bound this rank to some cores
             omp_set_num_threads(std::max(1, std::min(allowed, cores / local_ranks)));
+        } else if (asked > std::max(64, 4 * cores)) {
+            usage_fail("OMP_NUM_THREADS asks for %d threads on %d cores: lower it", asked, cores);
         }
 #else
         (void)local_ranks;
@@ -63,6 +68,7 @@ struct CpuOps {
         // Threads inside the BLAS would fight with ours, and cut a product differently for each thread count.
         if (openblas_set_num_threads) openblas_set_num_threads(1);
 #endif
+        if (process_memory_left() == 0) fail("out of memory: a limit of this process (ulimit -v, -d) leaves none");
     }
 
     static std::string device_name() {
@@ -77,22 +83,79 @@ struct CpuOps {
         return name;
     }
 
+    static std::string kernels_name() { return "plain C++"; }
     static double peak_flops() { return 0; }  // unknown: utilisation is then printed as n/a
 
-    // Bytes that can still be allocated without swapping; SIZE_MAX where the system does not say.
-    static size_t memory_available() {
-        std::ifstream meminfo("/proc/meminfo");
-        std::string key, unit;
-        for (size_t kib; meminfo >> key >> kib && std::getline(meminfo, unit);) {
-            if (key == "MemAvailable:") return kib * 1024;
-        }
+    // The number after `key` in a file of lines like "MemAvailable: 1234 kB", times `unit`; SIZE_MAX if it has none.
+    static size_t value_in(const std::string& path, const std::string& key, size_t unit) {
+        std::ifstream file(path);
+        for (std::string line; std::getline(file, line);)
+            if (line.compare(0, key.size(), key) == 0) return strtoull(line.c_str() + key.size(), nullptr, 10) * unit;
         return SIZE_MAX;
+    }
+
+    // Bytes left to the processes of a control group (a container, a Slurm job) under its limit and those of the groups
+    // around it; SIZE_MAX without one. What files occupy of the page cache can be had.
+    // groups: /proc/self/cgroup, with lines "4:memory:/group" (version 1) or "0::/group" (2); root: /sys/fs/cgroup
+    static size_t group_memory_left(const std::string& groups, const std::string& root) {
+        size_t least = SIZE_MAX;
+        std::ifstream file(groups);
+        for (std::string line; std::getline(file, line);) {
+            const bool first = line.find(":memory:/") != std::string::npos, second = line.compare(0, 4, "0::/") == 0;
+            if (!first && !second) continue;
+            std::string group = line.substr(line.find('/'));
+            for (;; group.resize(group.rfind('/'))) {
+                const std::string directory = root + (first ? "/memory" : "") + group + "/";
+                size_t limit, used;
+                if (std::ifstream(directory + (first ? "memory.limit_in_bytes" : "memory.max")) >> limit &&
+                    std::ifstream(directory + (first ? "memory.usage_in_bytes" : "memory.current")) >> used) {
+                    for (const char* key : {"inactive_file", "active_file"}) {
+                        const size_t cache =
+                            value_in(directory + "memory.stat", (first ? "total_" : "") + std::string(key), 1);
+                        if (cache != SIZE_MAX) used -= std::min(used, cache);
+                    }
+                    least = std::min(least, limit - std::min(limit, used));
+                }
+                if (group.empty()) break;
+            }
+        }
+        return least;
+    }
+
+    // Bytes that this process may still allocate under its own limits (ulimit -v, -d); SIZE_MAX without one. OpenBLAS
+    // takes 128 MiB for each thread that multiplies, at its first product, and asks for ever if it cannot have them: so
+    // these are kept free, and a bit more for stacks.
+    static size_t process_memory_left() {
+        size_t least = SIZE_MAX;
+        const std::pair<int, const char*> limits[] = {{RLIMIT_AS, "VmSize:"}, {RLIMIT_DATA, "VmData:"}};
+        for (const auto& [limit, used_name] : limits) {
+            rlimit set;
+            if (getrlimit(limit, &set) != 0 || set.rlim_cur == RLIM_INFINITY) continue;
+            size_t used = value_in("/proc/self/status", used_name, 1024);
+#ifdef HAVE_CBLAS
+            int threads = 1;
+#ifdef _OPENMP
+            threads = omp_get_max_threads();
+#endif
+            if (openblas_set_num_threads) used += threads * (size_t(144) << 20);
+#endif
+            least = std::min(least, set.rlim_cur - std::min<size_t>(set.rlim_cur, used));
+        }
+        return least;
+    }
+
+    // Bytes that the machine can still give without swapping, to all processes together; SIZE_MAX where it does not
+    // say.
+    static size_t machine_memory_left() {
+        return std::min(value_in("/proc/meminfo", "MemAvailable:", 1024),
+                        group_memory_left("/proc/self/cgroup", "/sys/fs/cgroup"));
     }
 
     // Linux hands out more memory than it has and kills the process later: ask first, so that we can say it in words.
     static void* alloc(size_t bytes, const char* what) {
         const size_t rounded = round_up<size_t>(std::max<size_t>(bytes, 1), 256);
-        void* memory = rounded <= memory_available() ? std::aligned_alloc(256, rounded) : nullptr;
+        const bool fits = rounded <= std::min(machine_memory_left(), process_memory_left());
+        void* memory = fits ? std::aligned_alloc(256, rounded) : nullptr;
         if (!memory) {
             fail("out of memory: %s needs %.1f MiB of host memory; choose a smaller --batch or a smaller model", what,
                  double(bytes) / (1 << 20));
@@ -573,21 +636,32 @@ struct CpuOps {
     // ----------------------------------------------------------------------------------------------------------------
     // The optimizer
 
-    // sums[i] = sum of squares of range i, each by one thread, whatever its place in the arena.
-    static void sum_squares(double* sums /*(n)*/, const float* x, const Range* ranges /*(n)*/, int n) {
+    // squares = g.g and, of Muon's, dots = g.momentum, momentum.momentum; each block by one thread.
+    static void norm_sums(double* squares /*(n)*/, double* dots /*(n,2)*/, const float* grads, const float* momentum,
+                          const NormBlock* blocks /*(n)*/, int n) {
 #pragma omp parallel for schedule(dynamic)
         for (int i = 0; i < n; i++) {
-            const float* begin = x + ranges[i].begin;
-            sums[i] = sum<double>(ranges[i].count, [&](size_t j) { return double(begin[j]) * double(begin[j]); });
+            const NormBlock& block = blocks[i];
+            double gg = 0, gb = 0, bb = 0;
+            for (int r = 0; r < block.rows; r++) {
+                const float *g = grads + block.offset + size_t(r) * block.ld,
+                            *buf = momentum + block.state + size_t(r) * block.ld;
+                gg += sum<double>(block.cols, [&](size_t c) { return double(g[c]) * double(g[c]); });
+                if (!block.muon) continue;
+                gb += sum<double>(block.cols, [&](size_t c) { return double(g[c]) * double(buf[c]); });
+                bb += sum<double>(block.cols, [&](size_t c) { return double(buf[c]) * double(buf[c]); });
+            }
+            squares[i] = block.counted ? gg : 0.0;
+            dots[2 * i] = gb, dots[2 * i + 1] = bb;
         }
     }
 
     // clip = {scale, norm, 1 - beta1^t, 1 - beta2^t}. scale 0 says that the norm is not finite: the updates below then
     // change nothing, and t does not count this step.
-    static void clip_scale(float* clip /*(4)*/, int64_t* t /*(1)*/, const double* sums /*(n)*/, int n, float max_norm,
-                           double beta1, double beta2) {
+    static void clip_scale(float* clip /*(4)*/, int64_t* t /*(1)*/, const double* squares /*(n)*/, int n,
+                           float max_norm, double beta1, double beta2) {
         double total = 0;
-        for (int i = 0; i < n; i++) total += sums[i];
+        for (int i = 0; i < n; i++) total += squares[i];
         const float norm = float(std::sqrt(total));
         clip[0] = !std::isfinite(norm) ? 0.0f : max_norm > 0 && norm > max_norm ? max_norm / norm : 1.0f;
         clip[1] = norm;
@@ -613,18 +687,6 @@ struct CpuOps {
     }
 
     static void cast_params(real* params, const float* master, size_t n) { memmove(params, master, n * sizeof(float)); }
-
-    // Muon's input to Newton-Schulz takes the gradient's place.
-    static void muon_momentum(float* grads, float* momentum, size_t n, float mu, bool nesterov, const float* clip) {
-        const float scale = clip[0];
-        if (scale == 0) return;
-#pragma omp parallel for simd
-        for (size_t i = 0; i < n; i++) {
-            const float g = grads[i] * scale;
-            momentum[i] = mu * momentum[i] + g;
-            grads[i] = nesterov ? g + mu * momentum[i] : momentum[i];
-        }
-    }
 
     // The iterate of Newton-Schulz is stored in 16 bits, like the GPU's: every product rounds its result to nearest,
     // ties to even. bf16 is the upper half of an fp32; rounding may carry into the exponent, rightly.
@@ -674,36 +736,47 @@ struct CpuOps {
         if (type == NsType::fp32) static_cast<float*>(x)[i] = value;
     }
 
-    // X = x / ||x||_F, lying down (transposed if rows > cols) and padded with zeros to multiples of 8. The squares are
-    // summed in double and the division happens before the cast: gradients of 1e-20 or 1e+10 come out the same.
-    static size_t ns_scratch_doubles(int count) { return size_t(count) * kSlices; }
-    static void ns_normalize(void* X /*(count,mp,np)*/, double* scratch /*(count,kSlices)*/, const float* grads,
-                             const MatrixRef* refs /*(count)*/, int count, int rows, int cols, NsType type) {
-        const bool transposed = rows > cols;
-        const int m = std::min(rows, cols), n = std::max(rows, cols), mp = round_up(m, 8), np = round_up(n, 8);
-#pragma omp parallel for collapse(2)
-        for (int b = 0; b < count; b++) {
-            for (int slice = 0; slice < kSlices; slice++) {
-                double squares = 0;
-                for (int r = slice_begin(rows, slice); r < slice_begin(rows, slice + 1); r++) {
-                    const float* x = grads + refs[b].offset + size_t(r) * refs[b].ld;
-                    squares += sum<double>(cols, [&](size_t c) { return double(x[c]) * double(x[c]); });
-                }
-                scratch[size_t(b) * kSlices + slice] = squares;
-            }
+    // 1 / |x| of each matrix. x = a g + b momentum, so |x|^2 follows from the three sums of its blocks.
+    static void muon_inverse_norms(float* inverse_norms /*(count)*/, const double* squares, const double* dots,
+                                   const MatrixRef* refs /*(count)*/, int count, float mu, bool nesterov,
+                                   const float* clip) {
+        const double a = nesterov ? (1.0 + mu) * clip[0] : clip[0], b = nesterov ? double(mu) * mu : mu;
+        for (int i = 0; i < count; i++) {
+            double gg = 0, gb = 0, bb = 0;
+            for (int block = refs[i].first_block; block < refs[i].first_block + refs[i].blocks; block++)
+                gg += squares[block], gb += dots[2 * block], bb += dots[2 * block + 1];
+            const double positive = a * a * gg + b * b * bb;
+            const double squared = std::max(positive + 2 * a * b * gb, kLeastNormSquared * positive);
+            inverse_norms[i] = squared > 0 ? float(std::min(1 / std::sqrt(squared), double(FLT_MAX))) : 0.0f;
         }
+    }
+
+    // Of the matrix that `ref` describes: the element that (i, j) of the iterate is, from its first one.
+    static size_t element(const MatrixRef& ref, int i, int j) {
+        return ref.tall ? size_t(j) * ref.ld + i : size_t(i) * ref.ld + j;
+    }
+
+    // momentum = mu momentum + g, X = x / |x|, lying down and padded with zeros. The division happens before the
+    // rounding: gradients of 1e-20 or 1e+10 come out the same.
+    static void muon_momentum(void* X /*(count,mp,np)*/, float* momentum, const float* grads,
+                              const MatrixRef* refs /*(count)*/, const float* inverse_norms /*(count)*/, int count,
+                              int m, int n, float mu, bool nesterov, NsType type, const float* clip) {
+        const float scale = clip[0];
+        if (scale == 0) return;
+        const int mp = round_up(m, 8), np = round_up(n, 8);
 #pragma omp parallel for collapse(2)
         for (int b = 0; b < count; b++) {
             for (int i = 0; i < mp; i++) {
-                double squares = 0;
-                for (int slice = 0; slice < kSlices; slice++) squares += scratch[size_t(b) * kSlices + slice];
-                const double inverse = 1.0 / (std::sqrt(squares) + 1e-30);
-                const float* x = grads + refs[b].offset;
-                const size_t ld = refs[b].ld, row = (size_t(b) * mp + i) * np;
                 for (int j = 0; j < np; j++) {
-                    const bool inside = i < m && j < n;
-                    const float g = inside ? transposed ? x[j * ld + i] : x[i * ld + j] : 0.0f;
-                    store(X, row + j, float(g * inverse), type);
+                    float x = 0;
+                    if (i < m && j < n) {
+                        const size_t at = element(refs[b], i, j);
+                        const float g = grads[refs[b].offset + at] * scale;
+                        float& buf = momentum[refs[b].state + at];
+                        buf = mu * buf + g;
+                        x = (nesterov ? g + mu * buf : buf) * inverse_norms[b];
+                    }
+                    store(X, (size_t(b) * mp + i) * np + j, x, type);
                 }
             }
         }
@@ -768,22 +841,21 @@ struct CpuOps {
         }
     }
 
-    // master = master * decay - step * U (standing up again if it was transposed), and the parameters follow.
+    // master = master * decay - lr * scale * U (standing up again where ref.tall), and the parameters follow.
     static void muon_update(real* params, float* master, const void* U /*(count,mp,np)*/,
-                            const MatrixRef* refs /*(count)*/, int count, int rows, int cols, float decay /*1-lr*wd*/,
-                            float step /*lr*scale*/, NsType type, const float* clip) {
+                            const MatrixRef* refs /*(count)*/, int count, int m, int n, float decay /*1-lr*wd*/,
+                            float lr, NsType type, const float* clip) {
         if (clip[0] == 0) return;
-        const bool transposed = rows > cols;
-        const size_t mp = round_up(std::min(rows, cols), 8), np = round_up(std::max(rows, cols), 8);
+        const int mp = round_up(m, 8), np = round_up(n, 8);
 #pragma omp parallel for collapse(2)
         for (int b = 0; b < count; b++) {
-            for (int r = 0; r < rows; r++) {
-                float* w = master + refs[b].state + size_t(r) * refs[b].ld;
-                real* p = params + refs[b].offset + size_t(r) * refs[b].ld;
-                for (int c = 0; c < cols; c++) {
-                    const size_t at = size_t(b) * mp * np + (transposed ? c * np + r : r * np + c);
-                    w[c] = w[c] * decay - step * load(U, at, type);
-                    p[c] = w[c];
+            for (int i = 0; i < m; i++) {
+                const float step = lr * refs[b].scale;
+                for (int j = 0; j < n; j++) {
+                    const size_t at = element(refs[b], i, j);
+                    float& w = master[refs[b].state + at];
+                    w = w * decay - step * load(U, (size_t(b) * mp + i) * np + j, type);
+                    params[refs[b].offset + at] = w;
                 }
             }
         }
@@ -793,7 +865,9 @@ struct CpuOps {
 // The backend: the operations above, and the collectives of comm.h.
 struct Cpu : CpuOps, CpuComm {
     static constexpr const char* kBackendName = "cpu fp32";
-    static size_t memory_available() { return CpuOps::memory_available() / world.local_size; }  // a rank's share
+    static size_t memory_available() {  // a rank's share, and what it may take of it
+        return std::min(machine_memory_left() / world.local_size, process_memory_left());
+    }
     static void start(const World& r) {
         CpuOps::start(r.local_size);
         CpuComm::start();

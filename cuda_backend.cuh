@@ -81,6 +81,9 @@ struct CudaRuntime {
         return device_properties;
     }
     static std::string device_name() { return properties().name; }
+    static std::string kernels_name() {
+        return sizeof(real) == 4 ? "exact, fp32" : hopper_kernels() ? "wgmma and TMA" : "mma.sync";
+    }
 
     // Dense peak of the tensor cores in FLOP/s (vendors' datasheets, bf16 with fp32 accumulation); 0 if unknown. In the
     // fp32 build no tensor core runs, so no utilisation is reported.

@@ -9,6 +9,7 @@
 #include <glob.h>
 
 #include <algorithm>
+#include <cinttypes>
 #include <climits>
 #include <condition_variable>
 #include <cstring>
@@ -59,8 +60,8 @@ struct Shard {
         if (count == 0) broken("holds no tokens");
         const uint64_t expected = kHeaderBytes + count * sizeof(uint16_t);
         if (file.bytes != expected) {
-            broken(strprintf("has %zu bytes, but its header promises %llu tokens, which makes %llu bytes", file.bytes,
-                             (unsigned long long)count, (unsigned long long)expected));
+            broken(strprintf("has %zu bytes, but its header promises %" PRIu64 " tokens, which makes %" PRIu64 " bytes",
+                             file.bytes, count, expected));
         }
     }
 };
@@ -113,35 +114,15 @@ class Shards {
             windows_ += windows_in(shards_.back());
         }
         if (windows_ == 0) {
-            fail("'%s' has too few tokens (%llu in %zu files) for one sequence of %d + 1: lower --seq_len or add text",
-                 pattern.c_str(), (unsigned long long)tokens_, paths_.size(), seq_len);
+            fail("'%s' has too few tokens (%" PRIu64
+                 " in %zu files) for one sequence of %d + 1: lower --seq_len or add text",
+                 pattern.c_str(), tokens_, paths_.size(), seq_len);
         }
     }
 
     uint64_t tokens() const { return tokens_; }
     uint64_t windows() const { return windows_; }  // also the samples of an epoch
     const std::vector<std::string>& paths() const { return paths_; }
-
-    // A digest of all headers and of 16 places of each shard's content: tells other data of the same size without
-    // reading it all.
-    std::string digest() const {
-        uint64_t hash = 0;
-        auto add = [&](const void* data, size_t bytes) {
-            for (size_t at = 0; at < bytes; at += sizeof(uint64_t)) {
-                uint64_t word = 0;
-                memcpy(&word, static_cast<const char*>(data) + at, std::min(sizeof word, bytes - at));
-                hash = mix(hash + word + 1);
-            }
-        };
-        constexpr uint64_t kPlaces = 16, kTokens = 64;
-        for (const Shard& shard : shards_) {
-            add(shard.file.data, Shard::kHeaderBytes);
-            const uint64_t length = std::min(kTokens, shard.count);
-            for (uint64_t place = 0; place < kPlaces; place++)
-                add(shard.tokens + (shard.count - length) * place / (kPlaces - 1), length * sizeof(uint16_t));
-        }
-        return strprintf("%016llx", (unsigned long long)hash);
-    }
 
     // A window (seq_len + 1) as a model reads it: inputs (seq_len), and targets (seq_len), moved on by one token. A
     // token outside the vocabulary would read outside the embedding. The file may change under us at any time, so what
@@ -158,12 +139,13 @@ class Shards {
             uint64_t where = 0;
             while (inputs[where] < vocab && targets[where] < vocab) where++;
             const bool target = inputs[where] < vocab;
+            const uint64_t position = uint64_t(window - shard.tokens) + where + target;
             fail(
                 "token shard %s has token %d at position %llu, outside the vocabulary of %d: was it made with another "
                 "tokenizer, or overwritten? Give --vocab, or make it again with scripts/data.py",
-                shard.file.path.c_str(), target ? targets[where] : inputs[where],
-                (unsigned long long)(uint64_t(window - shard.tokens) + where + target), vocab);
+                shard.file.path.c_str(), target ? targets[where] : inputs[where], (unsigned long long)position, vocab);
         }
+        fail("internal: a window of no shard");
     }
 
     // Sample g: windows in an order that is new in each epoch. Shards are shuffled, and windows within a shard, so that
@@ -186,7 +168,7 @@ class Shards {
             if (i < windows_in(shard)) return window(shard, i);
             i -= windows_in(shard);
         }
-        fail("internal: window %llu of %llu", (unsigned long long)g, (unsigned long long)windows_);
+        fail("internal: window %" PRIu64 " of %" PRIu64, g, windows_);
     }
 
   private:
@@ -359,7 +341,7 @@ struct Tokenizer {
         if (at != content.size()) broken(strprintf("has %zu bytes after its last token", content.size() - at));
         uint64_t hash = 0;
         for (char c : content) hash = mix(hash + uint8_t(c) + 1);
-        identity = strprintf("%016llx", (unsigned long long)hash);
+        identity = strprintf("%016" PRIx64, hash);
     }
 
     const std::string& decode(int token) const {

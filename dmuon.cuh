@@ -24,7 +24,9 @@
 #include <cmath>
 #include <map>
 #include <numeric>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "comm.h"
@@ -41,7 +43,7 @@
 //     arena    all parameters (real), or all their gradients (float), at the same offsets
 //     bucket   a run of the arenas that one collective moves
 //     chunk    one rank's share of a bucket; all chunks of a bucket are equal
-//     range    a run of the arenas whose squares are summed together
+//     block    a rectangle of a tensor whose squares are summed together
 //     state    what a rank keeps in fp32 of the pieces it owns: master weights and moments, its chunk of every bucket
 //              one after the other
 //     tile     a rectangle of a matrix: what --muon_tile orthogonalises by itself; of a product, what one thread block
@@ -49,14 +51,20 @@
 //     slice    a run of rows whose sum one thread block (one thread of the CPU) takes
 //     batch    the sequences of one micro-step; matrices that go through Newton-Schulz together are a ShapeGroup
 //
-//     arena   | flat bucket: AdamW's tensors       | bucket: layers 0..b-1  | bucket: layers b..2b-1 | ...
+//     arena   | flat bucket: embeddings, vectors   | bucket: layers 0..b-1  | bucket: layers b..2b-1 | ...
 //     chunks  | rank 0 | rank 1 | ... | rank N-1   | 0 | 1 | ...    | N-1   | 0 | 1 | ...    | N-1   | ...
-//     pieces  | tensors, cut where a chunk ends    | whole matrices: Q | K | V | ...  (dmuon only)
+//     pieces  | tensors, cut where a chunk ends    | whole matrices: Q | K | V | ...
 //
 // so one in-place reduce_scatter of a bucket brings every gradient to its owner and one in-place all_gather brings the
-// new weights back. The flat bucket is ZeRO-1 (arXiv 1910.02054): AdamW is elementwise and may be cut anywhere. Under
-// `adamw` everything is in the flat bucket. Under `muon` (the vanilla baseline) the matrices are replicated: one bucket
-// whose gradients are all-reduced and which every rank updates in full.
+// new weights back. The flat bucket is ZeRO-1 (arXiv 1910.02054): AdamW is elementwise and may be cut anywhere; under
+// `adamw` the buckets of the layers are such too. Under `muon` (the vanilla baseline) they are replicated: their
+// gradients are all-reduced and every rank updates them in full.
+//
+// Collectives run beside the model. A bucket of layers starts to its owners as soon as the backward has passed its
+// lowest layer, and the next forward waits for its weights only where it comes to its first. The flat bucket is
+// complete last: the token embedding is also the head, whose gradient is ready first, but its own part only when the
+// backward ends. So its reduction is waited for; and its weights, which the next forward needs first, are updated
+// first, so that they travel while the matrices go through Newton-Schulz.
 //
 // Equal chunks are as large as the fullest rank's. With balanced owners that costs nothing; with more ranks than
 // matrices a chunk is still a whole matrix, so memory and traffic grow with the ranks (--print_plan says by how much):
@@ -104,13 +112,14 @@ struct Piece {
 struct Bucket {
     size_t begin, chunk;  // elements; a reduced bucket is `ranks` chunks, a replicated one a single chunk
     bool replicated;
+    int layer;               // its lowest; -1: the flat one
     size_t state_begin = 0;  // where the state of a rank's chunk lies in that rank's state
 };
 
-// The clip norm is summed tensor by tensor, over ranges of at most this many elements, cut at positions that depend on
-// the tensors alone: the same gradients give the same norm, bit for bit, whatever the ranks and owners. Chunks of the
-// flat bucket are whole ranges.
-constexpr size_t kNormRange = 16384;
+// The clip norm is summed tensor by tensor, over blocks of at most this many elements, cut at positions that depend on
+// the tensors and on --muon_qkv and --muon_tile alone: the same gradients give the same norm, bit for bit, whatever the
+// ranks and owners. Chunks of the flat bucket are whole blocks.
+constexpr size_t kNormBlock = 16384;
 
 // Calls f(row, col, rows, cols) for every tile of a matrix that is orthogonalised by itself: the whole, its heads under
 // --muon_qkv heads, and T x T tiles of these under --muon_tile T (Hierarchical Muon, arXiv 2606.27216).
@@ -132,8 +141,7 @@ struct Plan {
     std::vector<TensorSpec> tensors;
     std::vector<Piece> pieces;    // in tensor order
     std::vector<Bucket> buckets;  // buckets[0] is the flat one
-    size_t flat = 0;              // elements of the flat bucket before its padding
-    size_t decay_end = 0;         // of these, the tensors with weight decay come first and end here
+    size_t decay_end = 0;         // of the flat bucket, the tensors with weight decay come first and end here
     size_t arena = 0;             // elements of each arena
     size_t state_elements = 0;    // of one rank, each moment by itself
     int layers_per_bucket = 0;
@@ -142,8 +150,7 @@ struct Plan {
     Plan(std::vector<TensorSpec> specs, const Options& options, int ranks_)
         : method(method_of(options)), ranks(ranks_), tensors(std::move(specs)) {
         place_flat();
-        if (method == Method::muon) place_replicated(options);
-        if (method == Method::dmuon) place_owned(options);
+        place_layers(options);
         std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) {
             return std::make_pair(a.tensor, a.begin) < std::make_pair(b.tensor, b.begin);
         });
@@ -173,6 +180,18 @@ struct Plan {
         fail("internal: element %zu is not in a chunk of rank %d", offset, rank);
     }
 
+    // The bucket with the matrices of a layer.
+    size_t bucket_of(int layer) const { return 1 + layer / layers_per_bucket; }
+
+    // Elements of a rank's state that are AdamW's, which come first.
+    size_t adamw_state() const { return method == Method::adamw ? state_elements : buckets[0].chunk; }
+
+    size_t adamw_elements() const {
+        size_t sum = 0;
+        for (int t = 0; t < int(tensors.size()); t++) sum += is_muon(t) ? 0 : tensors[t].size();
+        return sum;
+    }
+
     bool is_muon(int tensor) const { return method != Method::adamw && tensors[tensor].hidden(); }
 
     // The offset of the element `begin` of a tensor, where a piece starts.
@@ -184,27 +203,35 @@ struct Plan {
     }
 
   private:
-    // AdamW's tensors one after the other, those with weight decay first, cut where chunks end.
+    // The tensors that are no hidden matrices one after the other, those with weight decay first.
     void place_flat() {
-        std::vector<int> order;
-        for (bool decay : {true, false})
+        std::vector<Piece> members;
+        size_t flat = 0;
+        for (bool decay : {true, false}) {
             for (int t = 0; t < int(tensors.size()); t++)
-                if (tensors[t].decays() == decay && !is_muon(t)) order.push_back(t);
-        size_t total = 0;
-        std::vector<size_t> starts;
-        for (int t : order) {
-            starts.push_back(total);
-            total += round_up<size_t>(tensors[t].size(), 64);  // 128-byte aligned tensors
-            if (tensors[t].decays()) decay_end = total;
+                if (tensors[t].decays() == decay && !tensors[t].hidden()) add_whole(members, t, flat, 64);
+            if (decay) decay_end = flat;
         }
-        flat = total;
-        size_t chunk = round_up(ceil_div<size_t>(total, ranks), kNormRange);
-        buckets.push_back({0, chunk, false});
-        for (size_t i = 0; i < order.size(); i++)
-            for (size_t begin = 0, size = tensors[order[i]].size(); begin < size;) {
-                size_t offset = starts[i] + begin;
-                size_t count = std::min(size - begin, (offset / chunk + 1) * chunk - offset);
-                pieces.push_back({order[i], begin, count, 1, int(count), int(offset / chunk), offset});
+        place_cut(members, 0, flat, -1);
+    }
+
+    // A tensor at `end`, which moves on; starts are multiples of `alignment` elements.
+    void add_whole(std::vector<Piece>& members, int tensor, size_t& end, size_t alignment) const {
+        const TensorSpec& spec = tensors[tensor];
+        members.push_back({tensor, 0, spec.size(), spec.rows, spec.cols, -1, end});
+        end += round_up(spec.size(), alignment);
+    }
+
+    // A bucket of tensors whose offsets in it are given, cut where chunks end. Chunks are whole ranges of the norm.
+    void place_cut(const std::vector<Piece>& members, size_t bucket_begin, size_t elements, int layer) {
+        const size_t chunk = round_up(ceil_div<size_t>(elements, ranks), kNormBlock);
+        buckets.push_back({bucket_begin, chunk, false, layer});
+        for (const Piece& whole : members)
+            for (size_t begin = 0; begin < whole.count;) {
+                const size_t offset = whole.offset + begin;
+                const size_t count = std::min(whole.count - begin, (offset / chunk + 1) * chunk - offset);
+                pieces.push_back(
+                    {whole.tensor, begin, count, 1, int(count), int(offset / chunk), bucket_begin + offset});
                 begin += count;
             }
     }
@@ -222,49 +249,54 @@ struct Plan {
         return all;
     }
 
-    void place_replicated(const Options& options) {
-        size_t begin = buckets[0].chunk * ranks, at = begin;
-        for (Piece piece : matrices(options)) {
-            piece.offset = at;
-            at += round_up<size_t>(piece.count, 64);
-            pieces.push_back(piece);
-        }
-        buckets.push_back({begin, at - begin, true});
-    }
-
-    // Owners first, then buckets: the fewest layers per bucket that leave every bucket balanced, else one bucket for
-    // all.
-    void place_owned(const Options& options) {
+    // Owners first, then buckets of whole layers. dmuon: the fewest layers that leave every bucket balanced, else all
+    // in one bucket. Else one layer, or, where nothing is sent, all.
+    void place_layers(const Options& options) {
         std::vector<Piece> all = matrices(options);
-        if (options.owner == "lpt") assign_lpt(all, options);
-        else assign_round_robin(all);
-        int layers = 0;
-        for (const Piece& piece : all) layers = std::max(layers, tensors[piece.tensor].layer + 1);
+        if (method == Method::dmuon && options.owner == "lpt") assign_lpt(all, options);
+        else if (method == Method::dmuon) assign_round_robin(all);
+        int layers = 1;
+        for (const TensorSpec& tensor : tensors) layers = std::max(layers, tensor.layer + 1);
         layers_per_bucket = layers;
-        for (int b = 1; b < layers; b++)
-            if (layers % b == 0 && balanced(all, b)) {
+        for (int b = ranks > 1 || method == Method::dmuon ? 1 : layers; b < layers; b++)
+            if (layers % b == 0 && (method != Method::dmuon || balanced(all, b))) {
                 layers_per_bucket = b;
                 break;
             }
         size_t begin = buckets[0].chunk * ranks;
         for (int first = 0; first < layers; first += layers_per_bucket) {
-            std::vector<size_t> used(ranks, 0);
-            auto in_bucket = [&](const Piece& piece) {
-                int layer = tensors[piece.tensor].layer;
-                return layer >= first && layer < first + layers_per_bucket;
+            auto in_bucket = [&](int tensor) {
+                const int layer = tensors[tensor].layer;
+                return tensors[tensor].hidden() && layer >= first && layer < first + layers_per_bucket;
             };
-            for (const Piece& piece : all)
-                if (in_bucket(piece)) used[piece.owner] += round_up<size_t>(piece.count, 64);
-            size_t chunk = *std::max_element(used.begin(), used.end());
-            std::fill(used.begin(), used.end(), 0);
-            for (Piece piece : all) {
-                if (!in_bucket(piece)) continue;
-                piece.offset = begin + piece.owner * chunk + used[piece.owner];
-                used[piece.owner] += round_up<size_t>(piece.count, 64);
-                pieces.push_back(piece);
+            if (method == Method::adamw) {
+                std::vector<Piece> members;
+                size_t elements = 0;
+                for (int t = 0; t < int(tensors.size()); t++)  // aligned, so that ranges lie in a tensor as ever
+                    if (in_bucket(t)) add_whole(members, t, elements, kNormBlock);
+                place_cut(members, begin, elements, first);
+                begin += buckets.back().chunk * ranks;
+                continue;
             }
-            buckets.push_back({begin, chunk, false});
-            begin += chunk * ranks;
+            // Each owner's matrices one after the other; of replicated ones nobody is the owner, and all go one after
+            // the other.
+            const bool replicated = method == Method::muon;
+            std::vector<size_t> used(ranks, 0);
+            auto place = [&](bool for_good, size_t chunk) {
+                for (Piece piece : all) {
+                    if (!in_bucket(piece.tensor)) continue;
+                    const int place_of = std::max(piece.owner, 0);
+                    piece.offset = begin + place_of * chunk + used[place_of];
+                    used[place_of] += round_up<size_t>(piece.count, 64);
+                    if (for_good) pieces.push_back(piece);
+                }
+                return std::exchange(used, std::vector<size_t>(ranks, 0));
+            };
+            const std::vector<size_t> needed = place(false, 0);
+            const size_t chunk = *std::max_element(needed.begin(), needed.end());
+            place(true, chunk);
+            buckets.push_back({begin, chunk, replicated, first});
+            begin += chunk * (replicated ? 1 : ranks);
         }
     }
 
@@ -473,8 +505,8 @@ inline double muon_scale(const std::string& name, int rows, int cols) {
 }
 
 // The phases of a step, for --profile.
-enum Phase { phase_reduce, phase_clip, phase_momentum, phase_ns, phase_update, phase_adamw, phase_gather, phase_count };
-inline const char* phase_names[phase_count] = {"reduce", "clip", "momentum", "ns", "update", "adamw", "gather"};
+enum Phase { phase_reduce, phase_clip, phase_adamw, phase_momentum, phase_ns, phase_update, phase_count };
+inline const char* phase_names[phase_count] = {"reduce", "clip", "adamw", "momentum", "ns", "update"};
 
 template <class Backend>
 class Optimizer {
@@ -487,7 +519,7 @@ class Optimizer {
     float* grads;                // (arena), the accumulator over micro-steps
     float* master;               // (state_elements) fp32 weights
     float* moment1;              // (state_elements) AdamW's m, Muon's momentum
-    float* moment2;              // (chunk of the flat bucket) AdamW's v
+    float* moment2;              // (adamw_state) AdamW's v
     float* clip;                 // (4) scale, norm, 1 - beta1^t, 1 - beta2^t
     int64_t* updates;            // (1) t: steps that were not skipped
     int64_t orthogonalised = 0;  // matrices (or tiles) this rank has put through Newton-Schulz
@@ -498,19 +530,20 @@ class Optimizer {
         grads = allocate<float>(plan.arena, "gradients");
         master = allocate<float>(plan.state_elements, "master weights");
         moment1 = allocate<float>(plan.state_elements, "first moments");
-        moment2 = allocate<float>(plan.buckets[0].chunk, "second moments");
+        moment2 = allocate<float>(plan.adamw_state(), "second moments");
         clip = allocate<float>(4, "the clip scale");
         updates = allocate<int64_t>(1, "the count of updates");
-        make_norm_ranges();
-        make_groups();
+        reducing.resize(plan.buckets.size());
+        gathering.resize(plan.buckets.size());
+        make_tables();
     }
 
     static size_t bytes(const Plan& plan) {
         return plan.arena * (sizeof(real) + sizeof(float)) + plan.state_elements * 2 * sizeof(float) +
-               plan.buckets[0].chunk * sizeof(float);
+               plan.adamw_state() * sizeof(float);
     }
     size_t workspace_bytes() const { return ns_bytes; }
-    size_t phase_calls() const { return 5 + 2 * groups.size(); }  // of phase_done in a step
+    size_t phase_calls() const { return 4 + 3 * groups.size(); }  // of phase_done in a step
 
     // One step with the gradients in `grads` (sums over this rank's micro-steps, already divided by the tokens of the
     // whole step). `phase_done(p)` is called when work of phase p has been enqueued. Nothing here waits for the
@@ -522,74 +555,88 @@ class Optimizer {
     // momentum. A norm that is not finite makes the scale 0, and scale 0 skips the whole update.
     template <class PhaseDone>
     void step(float lr, float muon_lr, PhaseDone phase_done) {
-        reduce();
+        for (size_t b = 0; b < plan.buckets.size(); b++) start_reduce(b);
+        for (std::optional<Ticket>& ticket : reducing) wait_for(ticket);
         phase_done(phase_reduce);
 
-        Backend::sum_squares(norm_sums, grads, norm_ranges, norm_count);
-        Backend::all_reduce(norm_sums, norm_count);  // of each range all ranks but one hold zero: exact in any order
-        Backend::clip_scale(clip, updates, norm_sums, norm_count, float(options.grad_clip), options.beta1,
-                            options.beta2);
+        const float mu = float(options.muon_momentum);
+        Backend::norm_sums(squares, dots, grads, moment1, norm_blocks, norm_count);
+        // Of each block all ranks but one hold zero: exact in any order.
+        Backend::wait(Backend::all_reduce(squares, norm_count));
+        Backend::clip_scale(clip, updates, squares, norm_count, float(options.grad_clip), options.beta1, options.beta2);
+        if (matrices > 0)
+            Backend::muon_inverse_norms(inverse_norms, squares, dots, refs, matrices, mu, options.nesterov, clip);
         phase_done(phase_clip);
 
-        for (size_t b = 1; b < plan.buckets.size(); b++) {
+        for (size_t b = 0; b < plan.buckets.size(); b++) {
             const Bucket& bucket = plan.buckets[b];
-            Backend::muon_momentum(grads + my_chunk(bucket), moment1 + bucket.state_begin, bucket.chunk,
-                                   float(options.muon_momentum), options.nesterov, clip);
+            if (b > 0 && plan.method != Method::adamw) break;
+            const size_t mine = my_chunk(bucket), end = mine + bucket.chunk;
+            // Of the flat bucket the tensors with weight decay come first, the matrices all have it.
+            const size_t border = b > 0 ? end : std::min(std::max(plan.decay_end, mine), end);
+            auto adamw = [&](size_t from, size_t to, double weight_decay) {
+                const size_t at = bucket.state_begin + (from - mine);
+                if (from < to)
+                    Backend::adamw(params + from, master + at, moment1 + at, moment2 + at, grads + from, to - from, lr,
+                                   float(options.beta1), float(options.beta2), kAdamWEpsilon, float(weight_decay),
+                                   clip);
+            };
+            adamw(mine, border, options.weight_decay);
+            adamw(border, end, 0.0);
+            start_gather(b);
         }
-        phase_done(phase_momentum);
+        phase_done(phase_adamw);
 
+        const float wd = float(options.muon_weight_decay >= 0 ? options.muon_weight_decay : options.weight_decay);
         for (const ShapeGroup& group : groups) {
-            auto [m, n] = std::minmax({group.rows, group.cols});
+            auto [first, count, m, n] = group;
             NsConfig config = ns_config(options, m, n);
             int mp = round_up(m, 8), np = round_up(n, 8);  // zero padding stays zero under the iteration
-            NsWorkspace w(ns_memory, group.count, mp, np, config.type);
-            Backend::ns_normalize(w.X, ns_scratch, grads, group.refs, group.count, group.rows, group.cols, config.type);
-            newton_schulz<Backend>(w, group.count, mp, np, config);
+            NsWorkspace w(ns_memory, count, mp, np, config.type);
+            Backend::muon_momentum(w.X, moment1, grads, refs + first, inverse_norms + first, count, m, n, mu,
+                                   options.nesterov, config.type, clip);
+            phase_done(phase_momentum);
+            newton_schulz<Backend>(w, count, mp, np, config);
             phase_done(phase_ns);
-            float wd = float(options.muon_weight_decay >= 0 ? options.muon_weight_decay : options.weight_decay);
-            Backend::muon_update(
-                params, master, w.X, group.refs, group.count, group.rows, group.cols, 1.0f - muon_lr * wd,
-                muon_lr * float(muon_scale(options.muon_scale, group.rows, group.cols)), config.type, clip);
-            orthogonalised += group.count;
+            Backend::muon_update(params, master, w.X, refs + first, count, m, n, 1.0f - muon_lr * wd, muon_lr,
+                                 config.type, clip);
+            orthogonalised += count;
             phase_done(phase_update);
         }
 
-        size_t mine = my_chunk(plan.buckets[0]), end = mine + plan.buckets[0].chunk;
-        size_t border = std::min(std::max(plan.decay_end, mine), end);  // tensors with weight decay lie before it
-        auto adamw = [&](size_t from, size_t to, double weight_decay) {
-            if (from < to)
-                Backend::adamw(params + from, master + (from - mine), moment1 + (from - mine), moment2 + (from - mine),
-                               grads + from, to - from, lr, float(options.beta1), float(options.beta2), kAdamWEpsilon,
-                               float(weight_decay), clip);
-        };
-        adamw(mine, border, options.weight_decay);
-        adamw(border, end, 0.0);
-        phase_done(phase_adamw);
-
-        gather();
-        phase_done(phase_gather);
+        for (size_t b = 1; b < plan.buckets.size() && plan.method == Method::dmuon; b++) start_gather(b);
     }
 
-    // Every rank gets the sum over ranks of its chunk's gradients, of a replicated bucket all of it.
-    void reduce() {
-        typename Backend::CollectiveGroup one_launch;
-        for (const Bucket& bucket : plan.buckets)
-            if (bucket.replicated) Backend::all_reduce(grads + bucket.begin, bucket.chunk);
-            else Backend::reduce_scatter(grads + bucket.begin, bucket.chunk);
+    // The gradients of layer l are complete on this rank; layers come from the last to the first. What is not started
+    // here step() starts.
+    void layer_is_complete(int l) {
+        const size_t b = plan.bucket_of(l);
+        if (l == plan.buckets[b].layer) start_reduce(b);
     }
 
-    // Every rank gets every chunk's weights.
-    void gather() {
-        typename Backend::CollectiveGroup one_launch;
-        for (const Bucket& bucket : plan.buckets)
-            if (!bucket.replicated) Backend::all_gather(params + bucket.begin, bucket.chunk);
+    // Before the weights are used: those outside of the hidden matrices; the matrices of layer l.
+    void need_flat() { need(0); }
+    void need_layer(int l) { need(plan.bucket_of(l)); }
+
+    // --profile: events before and after each wait for weights, two for a bucket; and how many have been recorded.
+    using Event = typename Backend::Event;
+    struct Stalls {
+        std::vector<Event> events;
+        size_t recorded = 0;
+    };
+    Stalls* stalls = nullptr;
+
+    ~Optimizer() {
+        for (std::optional<Ticket>& ticket : gathering)
+            if (ticket) ticket->take();
     }
 
     // The weights of the model from the masters: after initialisation and after a checkpoint was read.
     void publish() {
         for (const Bucket& bucket : plan.buckets)
             Backend::cast_params(params + my_chunk(bucket), master + bucket.state_begin, bucket.chunk);
-        gather();
+        for (size_t b = 0; b < plan.buckets.size(); b++) start_gather(b);
+        for (std::optional<Ticket>& ticket : gathering) wait_for(ticket);
     }
 
     // The pieces of a tensor as a checkpoint needs them, in element order.
@@ -611,19 +658,50 @@ class Optimizer {
     }
 
   private:
-    // Matrices (or tiles) of one shape that this rank puts through Newton-Schulz in one go.
+    // By bucket, what is under way.
+    std::vector<std::optional<Ticket>> reducing, gathering;
+
+    void start_reduce(size_t b) {
+        const Bucket& bucket = plan.buckets[b];
+        float* begin = grads + bucket.begin;
+        if (reducing[b]) return;
+        reducing[b] = std::optional<Ticket>(bucket.replicated ? Backend::all_reduce(begin, bucket.chunk)
+                                                              : Backend::reduce_scatter(begin, bucket.chunk));
+    }
+    void start_gather(size_t b) {
+        const Bucket& bucket = plan.buckets[b];
+        wait_for(gathering[b]);  // a step whose weights nobody needed
+        if (!bucket.replicated)
+            gathering[b] = std::optional<Ticket>(Backend::all_gather(params + bucket.begin, bucket.chunk));
+    }
+    void need(size_t b) {
+        if (!gathering[b]) return;
+        if (stalls) stalls->events[stalls->recorded++].record();
+        wait_for(gathering[b]);
+        if (stalls) stalls->events[stalls->recorded++].record();
+    }
+    static void wait_for(std::optional<Ticket>& ticket) {
+        if (!ticket) return;
+        Backend::wait(std::move(*ticket));
+        ticket.reset();
+    }
+
+    // Matrices (or tiles) that this rank puts through Newton-Schulz in one go: lying down they have one shape.
     struct ShapeGroup {
-        int rows, cols, count;
-        MatrixRef* refs;  // (count), device
+        int first, count;  // in refs
+        int m, n;
     };
     std::vector<ShapeGroup> groups;
     void* ns_memory = nullptr;
-    double* ns_scratch = nullptr;
     size_t ns_bytes = 0;
+    int matrices = 0;                // of this rank
+    MatrixRef* refs = nullptr;       // (matrices), device, group after group
+    float* inverse_norms = nullptr;  // (matrices), device
 
-    int norm_count = 0;            // ranges of the whole model
-    double* norm_sums = nullptr;   // (norm_count), device
-    Range* norm_ranges = nullptr;  // (norm_count), device; empty where another rank owns the range
+    int norm_count = 0;                // blocks of the whole model
+    NormBlock* norm_blocks = nullptr;  // (norm_count), device; without rows where another rank has them
+    double* squares = nullptr;         // (norm_count), device: of the gradient
+    double* dots = nullptr;            // (norm_count,2), device: gradient times momentum, momentum times itself
 
     template <class T>
     static T* allocate(size_t count, const char* what) {
@@ -641,57 +719,84 @@ class Optimizer {
         return device;
     }
 
-    // In tensor order. Of AdamW's tensors a rank has what lies between two multiples of kNormRange in the flat bucket;
-    // a matrix it has whole, wherever that lies.
-    void make_norm_ranges() {
-        std::vector<Range> ranges;
+    // Blocks in tensor order, and this rank's matrices by shape, each of which knows its blocks.
+    void make_tables() {
+        std::vector<NormBlock> blocks;
+        std::map<std::tuple<int, int, int>, std::vector<MatrixRef>> by_shape;  // (number under --muon_batch one, m, n)
+        int number = 0;
         for (const Piece& piece : plan.pieces) {
-            const bool here = std::max(piece.owner, 0) == world.rank;
-            for (size_t at = 0; at < piece.count;) {
-                const size_t position = plan.is_muon(piece.tensor) ? at : piece.offset + at;
-                const size_t count = std::min(kNormRange - position % kNormRange, piece.count - at);
-                ranges.push_back({piece.offset + at, here ? count : 0});
-                at += count;
+            const bool here = piece.owner < 0 || piece.owner == world.rank,
+                       counted = std::max(piece.owner, 0) == world.rank;
+            if (!plan.is_muon(piece.tensor)) {
+                add_flat_blocks(blocks, piece, here);
+                continue;
             }
-        }
-        norm_count = int(ranges.size());
-        norm_sums = allocate<double>(norm_count, "sums of squares");
-        norm_ranges = device_table(ranges, "ranges of the norm");
-    }
-
-    // dmuon puts all its matrices of one shape into one group (as many at a time as the workspace holds); vanilla muon
-    // takes one matrix after the other.
-    void make_groups() {
-        constexpr size_t kWorkspaceLimit = size_t(1) << 30;
-        std::map<std::tuple<int, int, int>, std::vector<MatrixRef>>
-            by_shape;  // (sequence number under muon, rows, cols)
-        int sequence = 0;
-        for (const Piece& piece : plan.pieces) {
-            if (!plan.is_muon(piece.tensor) || (piece.owner >= 0 && piece.owner != world.rank)) continue;
-            if (plan.method == Method::muon) sequence++;
-            const size_t state_offset = plan.state_offset(piece.offset, world.rank);
+            if (options.muon_batch == "one") number++;
+            const size_t state_offset = here ? plan.state_offset(piece.offset, world.rank) : 0;
             for_each_tile(piece, plan.tensors[piece.tensor], options, [&](int row, int col, int rows, int cols) {
-                size_t at = size_t(row) * piece.cols + col;
-                by_shape[{sequence, rows, cols}].push_back({piece.offset + at, state_offset + at, piece.cols});
+                const size_t at = size_t(row) * piece.cols + col;
+                const int first_block = int(blocks.size());
+                add_tile_blocks(blocks, {piece.offset + at, state_offset + at, piece.cols, rows, cols, true, counted},
+                                here);
+                if (!here) return;
+                auto [m, n] = std::minmax({rows, cols});
+                const float scale = float(muon_scale(options.muon_scale, rows, cols));
+                by_shape[{number, m, n}].push_back({piece.offset + at, state_offset + at, piece.cols, rows > cols,
+                                                    scale, first_block, int(blocks.size()) - first_block});
             });
         }
-        size_t scratch = 0;
-        for (auto& [key, refs] : by_shape) {
-            auto [unused, rows, cols] = key;
-            auto [m, n] = std::minmax({rows, cols});
-            NsType type = ns_config(options, m, n).type;
-            size_t each = NsWorkspace::bytes(1, round_up(m, 8), round_up(n, 8), type);
-            size_t most = std::max<size_t>(1, std::min<size_t>(kWorkspaceLimit / each, 65535));
-            for (size_t first = 0; first < refs.size(); first += most) {
-                const size_t count = std::min(most, refs.size() - first);
-                const std::vector<MatrixRef> members(refs.begin() + first, refs.begin() + first + count);
-                groups.push_back({rows, cols, int(count), device_table(members, "matrix table")});
-                ns_bytes = std::max(ns_bytes, count * each);
-                scratch = std::max(scratch, Backend::ns_scratch_doubles(int(count)));
-            }
+        norm_count = int(blocks.size());
+        norm_blocks = device_table(blocks, "blocks of the norm");
+        squares = allocate<double>(norm_count, "sums of squares");
+        dots = allocate<double>(2 * size_t(norm_count), "sums of squares");
+        make_groups(by_shape);
+    }
+
+    // Of AdamW's tensors a rank has what lies between two multiples of kNormBlock in the flat bucket.
+    static void add_flat_blocks(std::vector<NormBlock>& blocks, const Piece& piece, bool here) {
+        for (size_t at = 0; at < piece.count;) {
+            const size_t offset = piece.offset + at,
+                         count = std::min(kNormBlock - offset % kNormBlock, piece.count - at);
+            blocks.push_back({offset, 0, int(count), here ? 1 : 0, int(count), false, here});
+            at += count;
         }
+    }
+
+    // A matrix, or tile, in blocks of whole rows, or of equal parts of a row that is too long.
+    static void add_tile_blocks(std::vector<NormBlock>& blocks, const NormBlock& tile, bool here) {
+        const int most = int(kNormBlock);
+        const int width = tile.cols <= most ? tile.cols : round_up(ceil_div(tile.cols, ceil_div(tile.cols, most)), 8);
+        const int height = ceil_div(tile.rows, ceil_div(tile.rows, most / width));
+        for (int r = 0; r < tile.rows; r += height)
+            for (int c = 0; c < tile.cols; c += width) {
+                NormBlock block = tile;
+                block.offset += size_t(r) * tile.ld + c;
+                block.state += size_t(r) * tile.ld + c;
+                block.rows = here ? std::min(height, tile.rows - r) : 0;
+                block.cols = std::min(width, tile.cols - c);
+                blocks.push_back(block);
+            }
+    }
+
+    // As many of one shape at a time as the workspace holds.
+    void make_groups(const std::map<std::tuple<int, int, int>, std::vector<MatrixRef>>& by_shape) {
+        constexpr size_t kWorkspaceLimit = size_t(1) << 30;
+        std::vector<MatrixRef> all;
+        for (auto& [key, members] : by_shape) {
+            auto [number, m, n] = key;
+            const size_t each = NsWorkspace::bytes(1, round_up(m, 8), round_up(n, 8), ns_config(options, m, n).type);
+            const int most = int(std::max<size_t>(1, std::min<size_t>(kWorkspaceLimit / each, 65535)));
+            for (int first = 0; first < int(members.size()); first += most) {
+                const int count = std::min(most, int(members.size()) - first);
+                groups.push_back({int(all.size()) + first, count, m, n});
+                ns_bytes = std::max(ns_bytes, count * each);
+            }
+            all.insert(all.end(), members.begin(), members.end());
+        }
+        matrices = int(all.size());
+        refs = device_table(all, "matrix table");
+        inverse_norms = allocate<float>(matrices, "norms of matrices");
         ns_memory = Backend::alloc(ns_bytes, "the Newton-Schulz workspace");
-        ns_scratch = allocate<double>(scratch, "Newton-Schulz norms");
     }
 };
 
@@ -730,7 +835,8 @@ inline void print_plan(const Plan& plan, const Options& options, size_t element,
     if (plan.method == Method::dmuon)
         fprintf(out, ", owners by %s, %d layer%s per bucket", options.owner.c_str(), plan.layers_per_bucket,
                 plan.layers_per_bucket == 1 ? "" : "s");
-    fprintf(out, "\nAdamW, ZeRO-1: %.1f M elements, %.1f M per rank\n", plan.flat / 1e6, plan.buckets[0].chunk / 1e6);
+    fprintf(out, "\nAdamW, ZeRO-1: %.1f M elements, %.1f M per rank\n", plan.adamw_elements() / 1e6,
+            plan.adamw_state() / 1e6);
     double flops_max = 0, flops_sum = 0, bytes_max = 0, bytes_sum = 0;
     if (plan.method != Method::adamw) {
         fprintf(out, "%5s %9s %12s %12s %12s  %s\n", "rank", "matrices", "NS GFLOP", "weights MiB", "state MiB",
@@ -738,7 +844,7 @@ inline void print_plan(const Plan& plan, const Options& options, size_t element,
         for (int r = 0; r < plan.ranks; r++) {
             const Load& load = loads[r];
             double bytes = double(load.elements) * element;
-            size_t state = 2 * sizeof(float) * load.elements + 3 * sizeof(float) * plan.buckets[0].chunk;
+            size_t state = 2 * sizeof(float) * load.elements + 3 * sizeof(float) * plan.adamw_state();
             fprintf(out, "%5d %9d %12.3f %12.2f %12.2f %s\n", r, load.matrices, load.flops / 1e9, bytes / 1048576,
                     state / 1048576.0, load.names.c_str());
             flops_max = std::max(flops_max, load.flops), bytes_max = std::max(bytes_max, bytes);
@@ -752,15 +858,18 @@ inline void print_plan(const Plan& plan, const Options& options, size_t element,
     fprintf(out,
             "allocated on every rank: weights and gradients %.1f MiB (%.1f%% of it padding), fp32 state %.1f MiB\n",
             plan.arena * (element + sizeof(float)) / 1048576.0, 100 * (1 - needed / plan.arena),
-            (2 * plan.state_elements + plan.buckets[0].chunk) * sizeof(float) / 1048576.0);
+            (2 * plan.state_elements + plan.adamw_state()) * sizeof(float) / 1048576.0);
     // Each rank sends and receives (N-1)/N of every bucket, once as fp32 gradients and once as weights; an all-reduce
     // of the replicated matrices moves their gradients twice and gathers nothing.
     double share = double(plan.ranks - 1) / plan.ranks, traffic = 0;
     for (const Bucket& bucket : plan.buckets)
         traffic += bucket.replicated ? 2 * share * bucket.chunk * sizeof(float)
                                      : share * bucket.chunk * plan.ranks * (sizeof(float) + element);
-    double touched =
-        plan.buckets[0].chunk * (7.0 * sizeof(float) + element) + bytes_max / element * (8.0 * sizeof(float) + element);
+    // AdamW: norm 1 float, update 4 in and 3 out. Muon: norm 2, momentum 2 in and 1 out, update 1 and 1, and X written
+    // and read.
+    const double of_x = 2.0 * ns_type_bytes(ns_config(options, 1, 1).type);
+    double touched = plan.adamw_state() * (8.0 * sizeof(float) + element) +
+                     bytes_max / element * (7.0 * sizeof(float) + of_x + element);
     fprintf(out, "traffic per rank and step: %.1f MiB\n", traffic / 1048576);
     fprintf(out,
             "predicted: Newton-Schulz %.3f ms (at %.0f TFLOP/s), elementwise %.3f ms (at %.1f TB/s), communication "

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cctype>
 #include <charconv>
+#include <cinttypes>
 #include <climits>
 #include <cstdlib>
 #include <cstring>
@@ -46,6 +47,7 @@ struct Options {
     double muon_weight_decay = -1;
     std::string muon_scale = "moonlight", muon_qkv = "split";
     int muon_tile = 0;
+    std::string muon_batch = "shape";
     std::string ns = "standard", ns_coefficients = "polar_express";
     int ns_steps = 5;
     std::string ns_dtype = "bf16", owner = "round_robin";
@@ -61,6 +63,7 @@ struct Options {
     bool switch_optimizer = false;
     std::string device = "auto";
     int gpus = 0;
+    std::string kernels = "auto";
     bool recompute = false, profile = false, tune = true;
     double rank_timeout = 300;
     bool help = false, version = false;
@@ -126,7 +129,7 @@ inline const std::vector<Flag>& flag_table() {
         {"optimizer", "beta2", &O::beta2, "X", "AdamW: decay of the mean of its square", 0, below_one},
         {"optimizer", "grad_clip", &O::grad_clip, "X",
          "the gradient of all parameters together is scaled down to this norm, before AdamW and before Muon's "
-         "momentum; 0: off",
+         "momentum; at least 1e-6; 0: off",
          0, 1e9},
         {"optimizer", "seed", &O::seed, "N", "of initial weights, order of the data, sampling", 0, many},
 
@@ -140,7 +143,12 @@ inline const std::vector<Flag>& flag_table() {
         {"muon", "muon_qkv", &O::muon_qkv, "split|fused|heads",
          "how attention's (3C, C) matrix is orthogonalised: Q, K and V apart, as one, or each head apart"},
         {"muon", "muon_tile", &O::muon_tile, "T",
-         "orthogonalise T x T tiles, each by itself (Hierarchical Muon); 0: whole matrices", 0, 65536},
+         "orthogonalise T x T tiles, each by itself (Hierarchical Muon), T at least 64 and a multiple of 8; 0: whole "
+         "matrices",
+         0, 65536},
+        {"muon", "muon_batch", &O::muon_batch, "shape|one",
+         "which matrices go through Newton-Schulz together: all of a shape, or each by itself, as the paper's baseline "
+         "(slow)"},
         {"muon", "ns", &O::ns, "standard|gram|auto",
          "Newton-Schulz on the matrix; on its small Gram matrix, fewer FLOPs if one side is longer, best in fp16 (in "
          "bf16 nearly low-rank matrices can blow up); auto: gram where one side is at least four times the other and "
@@ -158,7 +166,7 @@ inline const std::vector<Flag>& flag_table() {
          "length of an evaluation: the first of --val, in whole sequences, divided among the ranks; at most all of it",
          1, many},
         {"run", "sample_every", &O::sample_every, "STEPS", "write a sample of text so often; 0: never", 0, many},
-        {"run", "sample_tokens", &O::sample_tokens, "N", "length of a sample", 1, 1e9},
+        {"run", "sample_tokens", &O::sample_tokens, "N", "length of a sample", 1, 1e5},
         {"run", "temperature", &O::temperature, "X", "of sampling; 0: always the likeliest token", 0, 100},
         {"run", "out", &O::out, "DIR", "where log.jsonl and checkpoints go; without it nothing is written"},
         {"run", "save_every", &O::save_every, "STEPS", "save a checkpoint so often; 0: only at the end", 0, many},
@@ -169,6 +177,9 @@ inline const std::vector<Flag>& flag_table() {
         {"run", "gpus", &O::gpus, "N", "start N processes on this machine, one a GPU; 0: just this one", 0, 1024},
         {"run", "recompute", &O::recompute, on_off,
          "compute GELU and LayerNorm again in the backward pass: less memory, more time"},
+        {"run", "kernels", &O::kernels, "auto|portable",
+         "on a GPU: auto takes the kernels written for it (Hopper: wgmma and TMA) where there are such; portable those "
+         "for every GPU since sm_80"},
         {"run", "tune", &O::tune, on_off,
          "on a GPU take the fastest algorithm for each product: timed at the first start and kept in "
          "~/.cache/train_gpt; "
@@ -197,7 +208,7 @@ inline std::string flag_value(const Flag& flag, const Options& options) {
 // Whether a flag decides what a step does to the weights: a checkpoint keeps its value, and a resume says where the
 // new run differs.
 inline bool shapes_run(const Flag& flag) {
-    static const std::set<std::string> others = {"optimizer", "seed", "owner", "print_plan", "ranks"};
+    static const std::set<std::string> others = {"optimizer", "seed", "muon_batch", "owner", "print_plan", "ranks"};
     const std::string group = flag.group, name = flag.name;
     return name == "steps" || ((group == "optimizer" || group == "muon") && others.count(name) == 0);
 }
@@ -289,7 +300,7 @@ inline void set_flag(Options& options, const Flag& flag, const std::string& text
                 const bool read = error != std::errc::invalid_argument && stop == end;
                 if (!read) usage_fail("--%s '%s' is not a whole number", name, begin);
                 check_range(error == std::errc() && double(number) >= flag.min && double(number) <= flag.max);
-                value = (T)number;
+                value = T(number);
             }
         },
         flag.member);
@@ -356,25 +367,30 @@ inline void check_contradictions(const Options& o, const std::set<std::string>& 
     if (length_known && micro_batch > INT_MAX)
         usage_fail("--batch %d x --seq_len %d is too much: lower one", o.batch, o.seq_len);
     if (length_known && o.total_batch % micro_batch) {
-        usage_fail("--total_batch %lld is not a multiple of --batch %d x --seq_len %d = %lld: the next one is %lld",
-                   (long long)o.total_batch, o.batch, o.seq_len, (long long)micro_batch,
-                   (long long)round_up(o.total_batch, micro_batch));
+        usage_fail("--total_batch %" PRId64 " is not a multiple of --batch %d x --seq_len %d = %" PRId64
+                   ": the next one is %" PRId64,
+                   o.total_batch, o.batch, o.seq_len, micro_batch, round_up(o.total_batch, micro_batch));
     }
     if (o.warmup > o.steps) {
-        usage_fail("--warmup %lld is longer than --steps %lld", (long long)o.warmup, (long long)o.steps);
+        usage_fail("--warmup %" PRId64 " is longer than --steps %" PRId64, o.warmup, o.steps);
     }
     only_with("decay_frac", o.schedule == "wsd", "--schedule wsd");
     const bool falls = o.schedule == "wsd" ? o.decay_frac > 0 : o.schedule != "constant";
     only_with("final_lr_frac", falls, "a --schedule that falls");
     if (o.schedule == "wsd" && double(o.warmup) > double(o.steps) - o.decay_frac * double(o.steps) + 1e-6) {
-        usage_fail("--warmup %lld reaches into the last --decay_frac %g of --steps %lld", (long long)o.warmup,
-                   o.decay_frac, (long long)o.steps);
+        usage_fail("--warmup %" PRId64 " reaches into the last --decay_frac %g of --steps %" PRId64, o.warmup,
+                   o.decay_frac, o.steps);
+    }
+
+    // The scale of the largest gradient that fp32 holds, 1e-6 / 3e38, is still no zero: zero means skipped.
+    if (o.grad_clip > 0 && o.grad_clip < 1e-6) {
+        usage_fail("--grad_clip %g is too small: at least 1e-6, or 0 to switch it off", o.grad_clip);
     }
 
     // muon
     if (!o.print_plan) {  // a plan may be printed for any of them
         for (const char* name : {"muon_lr", "muon_momentum", "nesterov", "muon_weight_decay", "muon_scale", "muon_qkv",
-                                 "muon_tile", "ns", "ns_coefficients", "ns_steps", "ns_dtype"}) {
+                                 "muon_tile", "muon_batch", "ns", "ns_coefficients", "ns_steps", "ns_dtype"}) {
             only_with(name, o.optimizer != "adamw", "--optimizer muon or dmuon");
         }
         only_with("owner", o.optimizer == "dmuon", "--optimizer dmuon");
@@ -383,6 +399,13 @@ inline void check_contradictions(const Options& o, const std::set<std::string>& 
     if (o.muon_weight_decay < 0 && o.muon_weight_decay != -1) {
         usage_fail("--muon_weight_decay %g is out of range: 0 to 10, or -1", o.muon_weight_decay);
     }
+    // On a GPU products are computed in blocks of 128 x 128: smaller tiles are mostly padding, and their table grows
+    // with 1 / T^2.
+    if (o.muon_tile > 0 && o.muon_tile < 64) {
+        usage_fail("--muon_tile %d is too small: at least 64, or 0 for whole matrices", o.muon_tile);
+    }
+    if (o.muon_tile % 8)
+        usage_fail("--muon_tile %d is not a multiple of 8: the next one is %d", o.muon_tile, round_up(o.muon_tile, 8));
     if (o.ns_coefficients != "keller" && o.ns_steps > 5) {
         usage_fail("--ns_steps %d contradicts --ns_coefficients %s: it has 5", o.ns_steps, o.ns_coefficients.c_str());
     }

@@ -16,9 +16,10 @@
 // A A symmetric.
 //
 // What to read in which order: product_kernel (tensor cores, bf16 and fp16), product_fp32_kernel (the exact build),
-// norm_parts_kernel and normalize_kernel (gradient -> X), muon_update_kernel (X -> weights), then the launchers in
-// struct NsKernels. How product_kernel came to be, one idea at a time: dev/newton_schulz.cu.
+// muon_inverse_norms_kernel and muon_momentum_kernel (gradient -> X), muon_update_kernel (X -> weights), then the
+// launchers in struct NsKernels. How product_kernel came to be, one idea at a time: dev/newton_schulz.cu.
 #pragma once
+#include <cfloat>
 #include <memory>
 #include <utility>
 
@@ -297,103 +298,215 @@ __global__ void __launch_bounds__(256)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Gradient -> X: X = x / ||x||_F, transposed if x is taller than wide, zero-padded to multiples of 8, cast. The
-// division comes before the cast, and the squares are summed in double: a gradient of 1e-20 has a square that fp32 does
-// not know. Sums run in a fixed order, which depends on rows and cols alone.
+// Around Newton-Schulz: gradient and momentum -> X, and X -> weights, each in one pass over memory.
+//
+// With the clip scale s, Muon's x is mu (mu buf + s g) + s g under Nesterov, else mu buf + s g: in either case
+// x = a g + b buf, so |x|^2 = a^2 g.g + 2ab g.buf + b^2 buf.buf. The three sums are taken in double (a gradient of
+// 1e-20 has a square that fp32 does not know) in the pass that the clip norm needs anyway, before s is known; so the
+// pass that forms x can divide by |x| at once, before it rounds to 16 bits.
 
-constexpr int kNormParts = 64;  // partial sums of a matrix, one block each
-constexpr int kNormThreads = 256;
+constexpr int kInverseNormThreads = 128;
 
-// parts (batch, kNormParts). Grid: batch * kNormParts blocks.
-__global__ void __launch_bounds__(kNormThreads)
-    norm_parts_kernel(double* parts, const float* grads, const MatrixRef* refs, int rows, int cols) {
-    MatrixRef ref = refs[blockIdx.x / kNormParts];
-    const float* x = grads + ref.offset;
-    unsigned count = unsigned(rows) * cols, share = (count + kNormParts - 1) / kNormParts;
-    unsigned begin = blockIdx.x % kNormParts * share, end = begin + share < count ? begin + share : count;
-    double sum = 0.0;
-    UNROLL_BY(4)
-    for (unsigned i = begin + threadIdx.x; i < end; i += kNormThreads) {
-        double value = x[size_t(i / cols) * ref.ld + i % cols];
-        sum += value * value;
+// inverse_norms = 1 / |x|, by a warp for each matrix, in an order that its own blocks alone decide.
+__global__ void __launch_bounds__(kInverseNormThreads)
+    muon_inverse_norms_kernel(float* inverse_norms /*(count)*/, const double* squares, const double* dots,
+                              const MatrixRef* refs /*(count)*/, int count, float mu, bool nesterov,
+                              const float* clip) {
+    const int matrix = (blockIdx.x * kInverseNormThreads + threadIdx.x) / kWarpSize, lane = threadIdx.x % kWarpSize;
+    if (matrix >= count) return;
+    const MatrixRef ref = refs[matrix];
+    double gg = 0, gb = 0, bb = 0;
+    for (int i = ref.first_block + lane; i < ref.first_block + ref.blocks; i += kWarpSize) {
+        gg += squares[i];
+        gb += dots[2 * size_t(i)];
+        bb += dots[2 * size_t(i) + 1];
     }
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) parts[blockIdx.x] = sum;
+    gg = warp_sum(gg), gb = warp_sum(gb), bb = warp_sum(bb);
+    if (lane != 0) return;
+    const double a = nesterov ? (1.0 + mu) * clip[0] : clip[0], b = nesterov ? double(mu) * mu : mu;
+    const double positive = a * a * gg + b * b * bb;
+    const double squared = fmax(positive + 2 * a * b * gb, kLeastNormSquared * positive);
+    inverse_norms[matrix] = squared > 0 ? float(fmin(1 / sqrt(squared), double(FLT_MAX))) : 0.0f;
 }
 
-// The two kernels that move a matrix between its own orientation and X's do it by (64, 64) tiles through shared memory,
-// so that both sides are read and written along rows. The tile is kept in the orientation of the gradient and the
-// master.
+// A thread block of the two kernels below moves 4096 elements of a matrix between its own place and X, a quad per
+// thread at a time. Of a matrix that lies down it takes consecutive elements of X; of one that stands up a (64, 64)
+// tile, which goes through shared memory, so that both sides are read and written along rows.
 constexpr int kMoveTile = 64;
 constexpr int kMoveThreads = 256;
+constexpr int kTileQuads = kMoveTile / kQuad;                      // across a tile
+constexpr int kMoveQuads = kMoveTile * kTileQuads / kMoveThreads;  // of each thread
+using MoveTile = float[kMoveTile][kMoveTile + 1];                  // + 1 against bank conflicts
 
-// X (batch, mp, np). Grid: batch * tiles blocks, one per tile of X.
+// X, for matrices (m, n): padded to multiples of 8, and how many thread blocks a matrix takes.
+struct PaddedShape {
+    int mp, np, tiles;
+    __host__ __device__ PaddedShape(int m, int n)
+        : mp((m + 7) / 8 * 8),
+          np((n + 7) / 8 * 8),
+          tiles((mp + kMoveTile - 1) / kMoveTile * ((np + kMoveTile - 1) / kMoveTile)) {}
+};
+
+class MatrixMove {
+  public:
+    const MatrixRef ref;
+    const PaddedShape shape;
+    const size_t x;  // where the matrix begins in X
+
+    __device__ MatrixMove(const MatrixRef* refs, int m, int n)
+        : ref(refs[blockIdx.x / PaddedShape(m, n).tiles]),
+          shape(m, n),
+          x(size_t(blockIdx.x / shape.tiles) * shape.mp * shape.np),
+          rows(ref.tall ? n : m),
+          cols(ref.tall ? m : n),
+          aligned((ref.offset | ref.state | ref.ld | cols) % kQuad == 0) {
+        const unsigned tile = blockIdx.x % shape.tiles, across = (shape.np + kMoveTile - 1) / kMoveTile;
+        m0 = tile / across * kMoveTile;
+        n0 = tile % across * kMoveTile;
+        first_quad = tile * (kMoveTile * kTileQuads);
+    }
+
+    // The i-th quad of this thread in the matrix; in X at the same row and column if the matrix lies down.
+    struct Place {
+        int row, col;
+        int count;  // of its elements that are the matrix's; the others are padding
+    };
+    __device__ Place place(int i) const {
+        unsigned q = i * kMoveThreads + threadIdx.x;
+        Place place;
+        if (ref.tall) {
+            place.row = n0 + q / kTileQuads;
+            place.col = m0 + q % kTileQuads * kQuad;
+        } else {
+            q += first_quad;
+            place.row = q / (shape.np / kQuad);
+            place.col = q % (shape.np / kQuad) * kQuad;
+        }
+        place.count = place.row >= rows || place.col >= cols ? 0 : cols - place.col < kQuad ? cols - place.col : kQuad;
+        return place;
+    }
+    __device__ Quad<float> load(const float* from, Place at) const {
+        from += size_t(at.row) * ref.ld + at.col;
+        if (aligned && at.count > 0) return Quad<float>::load_once(from);
+        Quad<float> quad = {};
+        for (int k = 0; k < at.count; k++) quad[k] = from[k];
+        return quad;
+    }
+    __device__ void store_once(float* to, Place at, const Quad<float>& quad) const {
+        to += size_t(at.row) * ref.ld + at.col;
+        if (aligned && at.count > 0) return quad.store_once(to);
+        for (int k = 0; k < at.count; k++) to[k] = quad[k];
+    }
+    __device__ void store(real* to, Place at, const Quad<real>& quad) const {
+        to += size_t(at.row) * ref.ld + at.col;
+        if (aligned && at.count > 0) return quad.store(to);
+        for (int k = 0; k < at.count; k++) to[k] = quad[k];
+    }
+    // Its element in the tile, which is kept in the matrix's own orientation.
+    __device__ float& in_tile(MoveTile& tile, Place at, int k) const { return tile[at.row - n0][at.col - m0 + k]; }
+
+    // The i-th quad of this thread in X, of a matrix that stands up, and its element in the tile.
+    struct PlaceInX {
+        int m, n;
+        bool inside;
+    };
+    __device__ PlaceInX place_in_x(int i) const {
+        const unsigned q = i * kMoveThreads + threadIdx.x;
+        const int m = m0 + q / kTileQuads, n = n0 + q % kTileQuads * kQuad;
+        return {m, n, m < shape.mp && n < shape.np};
+    }
+    __device__ float& in_tile(MoveTile& tile, PlaceInX at, int k) const { return tile[at.n - n0 + k][at.m - m0]; }
+
+  private:
+    const int rows, cols;  // of the matrix where it is
+    const bool aligned;
+    int m0, n0;  // of the tile of X
+    unsigned first_quad;
+};
+
+// buf = mu buf + s g, X = (s g + mu buf) / |x| (under Nesterov, else buf / |x|). Grid: count * tiles blocks.
 template <typename T>
 __global__ void __launch_bounds__(kMoveThreads)
-    normalize_kernel(T* X, const double* parts, const float* grads, const MatrixRef* refs, int rows, int cols, int mp,
-                     int np, int tiles) {
-    __shared__ float tile[kMoveTile][kMoveTile + 1];
-    __shared__ double inverse_norm;
-    int across = (np + kMoveTile - 1) / kMoveTile, tile_number = blockIdx.x % tiles;
-    int m0 = tile_number / across * kMoveTile, n0 = tile_number % across * kMoveTile;
-    size_t matrix = blockIdx.x / tiles;
-    bool tall = rows > cols;
-    MatrixRef ref = refs[matrix];
-
-    if (threadIdx.x < 32) {
-        const double* part = parts + matrix * kNormParts;
-        double sum = warp_sum(part[threadIdx.x] + part[threadIdx.x + 32]);
-        if (threadIdx.x == 0) inverse_norm = 1.0 / (sqrt(sum) + 1e-30);
+    muon_momentum_kernel(T* X /*(count,mp,np)*/, float* momentum, const float* grads, const MatrixRef* refs /*(count)*/,
+                         const float* inverse_norms /*(count)*/, int m, int n, float mu, bool nesterov,
+                         const float* clip) {
+    __shared__ MoveTile tile;
+    const float scale = clip[0];
+    if (scale == 0.0f) return;  // the gradients were not finite: X is never used
+    const MatrixMove move(refs, m, n);
+    const float inverse_norm = inverse_norms[blockIdx.x / move.shape.tiles];
+    momentum += move.ref.state;
+    grads += move.ref.offset;
+    X += move.x;
+    Quad<float> g[kMoveQuads], buf[kMoveQuads];
+    UNROLL
+    for (int i = 0; i < kMoveQuads; i++) {
+        g[i] = move.load(grads, move.place(i));
+        buf[i] = move.load(momentum, move.place(i));
     }
-    __syncthreads();
-
-    int row0 = tall ? n0 : m0, col0 = tall ? m0 : n0;
-    for (int i = threadIdx.x; i < kMoveTile * kMoveTile; i += kMoveThreads) {
-        int row = i / kMoveTile, col = i % kMoveTile;
-        bool inside = row0 + row < rows && col0 + col < cols;
-        const float* x = grads + ref.offset + size_t(row0 + row) * ref.ld + col0 + col;
-        tile[row][col] = inside ? float(*x * inverse_norm) : 0.0f;
+    UNROLL
+    for (int i = 0; i < kMoveQuads; i++) {
+        const auto at = move.place(i);
+        Quad<T> rounded;
+        for (int k = 0; k < kQuad; k++) {
+            const float clipped = g[i][k] * scale;
+            buf[i][k] = mu * buf[i][k] + clipped;
+            const float x = (nesterov ? clipped + mu * buf[i][k] : buf[i][k]) * inverse_norm;
+            if (move.ref.tall) move.in_tile(tile, at, k) = x;
+            rounded[k] = from_float<T>(x);
+        }
+        move.store_once(momentum, at, buf[i]);
+        if (!move.ref.tall && at.row < move.shape.mp) rounded.store(X + size_t(at.row) * move.shape.np + at.col);
     }
+    if (!move.ref.tall) return;
     __syncthreads();
-    X += matrix * mp * np;
-    for (int i = threadIdx.x; i < kMoveTile * kMoveTile / 2; i += kMoveThreads) {
-        int m = i / (kMoveTile / 2), n = i % (kMoveTile / 2) * 2;
-        if (m0 + m >= mp || n0 + n >= np) continue;
-        float first = tall ? tile[n][m] : tile[m][n], second = tall ? tile[n + 1][m] : tile[m][n + 1];
-        *reinterpret_cast<Pair<T>*>(&X[size_t(m0 + m) * np + n0 + n]) = {from_float<T>(first), from_float<T>(second)};
+    UNROLL
+    for (int i = 0; i < kMoveQuads; i++) {
+        const auto at = move.place_in_x(i);
+        Quad<T> rounded;
+        for (int k = 0; k < kQuad; k++) rounded[k] = from_float<T>(move.in_tile(tile, at, k));
+        if (at.inside) rounded.store(X + size_t(at.m) * move.shape.np + at.n);
     }
 }
 
-// X -> weights: master = master * decay - step * U, params = master rounded. U (batch, mp, np). Grid as above.
+// master = decay master - step U, params = master rounded. Grid as above.
 template <typename T>
 __global__ void __launch_bounds__(kMoveThreads)
-    muon_update_kernel(real* params, float* master, const T* U, const MatrixRef* refs, int rows, int cols, int mp,
-                       int np, int tiles, float decay, float step, const float* clip) {
-    __shared__ float tile[kMoveTile][kMoveTile + 1];
-    if (clip[0] == 0.0f) return;  // the gradients were not finite: no update
-    int across = (np + kMoveTile - 1) / kMoveTile, tile_number = blockIdx.x % tiles;
-    int m0 = tile_number / across * kMoveTile, n0 = tile_number % across * kMoveTile;
-    size_t matrix = blockIdx.x / tiles;
-    bool tall = rows > cols;
-    MatrixRef ref = refs[matrix];
-
-    U += matrix * mp * np;
-    for (int i = threadIdx.x; i < kMoveTile * kMoveTile / 2; i += kMoveThreads) {
-        int m = i / (kMoveTile / 2), n = i % (kMoveTile / 2) * 2;
-        if (m0 + m >= mp || n0 + n >= np) continue;
-        Pair<T> u = *reinterpret_cast<const Pair<T>*>(&U[size_t(m0 + m) * np + n0 + n]);
-        (tall ? tile[n][m] : tile[m][n]) = to_float(u.x);
-        (tall ? tile[n + 1][m] : tile[m][n + 1]) = to_float(u.y);
+    muon_update_kernel(real* params, float* master, const T* U /*(count,mp,np)*/, const MatrixRef* refs /*(count)*/,
+                       int m, int n, float decay, float lr, const float* clip) {
+    __shared__ MoveTile tile;
+    if (clip[0] == 0.0f) return;
+    const MatrixMove move(refs, m, n);
+    const float step = lr * move.ref.scale;
+    params += move.ref.offset;
+    master += move.ref.state;
+    U += move.x;
+    Quad<float> w[kMoveQuads];
+    Quad<T> u[kMoveQuads] = {};
+    UNROLL
+    for (int i = 0; i < kMoveQuads; i++) {
+        const auto at = move.place(i);
+        const auto in_x = move.place_in_x(i);
+        w[i] = move.load(master, at);
+        if (move.ref.tall && in_x.inside) u[i] = Quad<T>::load_once(U + size_t(in_x.m) * move.shape.np + in_x.n);
+        if (!move.ref.tall && at.count > 0) u[i] = Quad<T>::load_once(U + size_t(at.row) * move.shape.np + at.col);
     }
-    __syncthreads();
-    int row0 = tall ? n0 : m0, col0 = tall ? m0 : n0;
-    for (int i = threadIdx.x; i < kMoveTile * kMoveTile; i += kMoveThreads) {
-        int row = i / kMoveTile, col = i % kMoveTile;
-        if (row0 + row >= rows || col0 + col >= cols) continue;
-        size_t offset = size_t(row0 + row) * ref.ld + col0 + col;
-        float value = master[ref.state + offset] * decay - step * tile[row][col];
-        master[ref.state + offset] = value;
-        params[ref.offset + offset] = from_float<real>(value);
+    if (move.ref.tall) {
+        UNROLL
+        for (int i = 0; i < kMoveQuads; i++)
+            for (int k = 0; k < kQuad; k++) move.in_tile(tile, move.place_in_x(i), k) = to_float(u[i][k]);
+        __syncthreads();
+    }
+    UNROLL
+    for (int i = 0; i < kMoveQuads; i++) {
+        const auto at = move.place(i);
+        Quad<real> rounded;
+        for (int k = 0; k < kQuad; k++) {
+            w[i][k] = w[i][k] * decay - step * (move.ref.tall ? move.in_tile(tile, at, k) : to_float(u[i][k]));
+            rounded[k] = from_float<real>(w[i][k]);
+        }
+        move.store_once(master, at, w[i]);
+        move.store(params, at, rounded);
     }
 }
 
@@ -434,30 +547,34 @@ struct NsKernels {
         });
     }
 
-    // X (batch, mp, np) = (type)(x / ||x||_F) of each (rows, cols) matrix x of grads, transposed if it is taller than
-    // wide, so that m = min(rows, cols), n = max(rows, cols); mp and np are those rounded up to multiples of 8, the
-    // padding is zero.
-    static void ns_normalize(void* X, double* scratch /*ns_scratch_doubles(batch)*/, const float* grads,
-                             const MatrixRef* refs, int batch, int rows, int cols, NsType type) {
-        LAUNCH(norm_parts_kernel, batch * kNormParts, kNormThreads, 0, scratch, grads, refs, rows, cols);
-        Shape s(rows, cols);
+    // 1 / |x| of each of the rank's matrices, from the sums of its blocks (norm_sums); 0 where x is 0.
+    static void muon_inverse_norms(float* inverse_norms /*(count)*/, const double* squares, const double* dots,
+                                   const MatrixRef* refs /*(count)*/, int count, float mu, bool nesterov,
+                                   const float* clip) {
+        LAUNCH(muon_inverse_norms_kernel, ceil_div(count * kWarpSize, kInverseNormThreads), kInverseNormThreads, 0,
+               inverse_norms, squares, dots, refs, count, mu, nesterov, clip);
+    }
+
+    // momentum = mu momentum + s g, and X (count, mp, np) = (type)(x / |x|), lying down, mp and np are m and n rounded
+    // up to multiples of 8, the padding is zero. Nothing is written if clip[0] is 0.
+    static void muon_momentum(void* X, float* momentum, const float* grads, const MatrixRef* refs,
+                              const float* inverse_norms, int count, int m, int n, float mu, bool nesterov, NsType type,
+                              const float* clip) {
         with_type(type, [&](auto zero) {
             using T = decltype(zero);
-            LAUNCH((normalize_kernel<T>), batch * s.tiles, kMoveThreads, 0, static_cast<T*>(X), scratch, grads, refs,
-                   rows, cols, s.mp, s.np, s.tiles);
+            LAUNCH((muon_momentum_kernel<T>), count * PaddedShape(m, n).tiles, kMoveThreads, 0, static_cast<T*>(X),
+                   momentum, grads, refs, inverse_norms, m, n, mu, nesterov, clip);
         });
     }
-    static size_t ns_scratch_doubles(int batch) { return size_t(batch) * kNormParts; }
 
-    // master = master * decay - step * U for each matrix, U (batch, mp, np) as ns_normalize lays it out; params =
-    // master rounded. Nothing is written if clip[0] is 0.
-    static void muon_update(real* params, float* master, const void* U, const MatrixRef* refs, int batch, int rows,
-                            int cols, float decay, float step, NsType type, const float* clip) {
-        Shape s(rows, cols);
+    // master = master * decay - lr * ref.scale * U for each matrix, U (count, mp, np) as muon_momentum lays X out;
+    // params = master rounded. Nothing is written if clip[0] is 0.
+    static void muon_update(real* params, float* master, const void* U, const MatrixRef* refs, int count, int m, int n,
+                            float decay, float lr, NsType type, const float* clip) {
         with_type(type, [&](auto zero) {
             using T = decltype(zero);
-            LAUNCH((muon_update_kernel<T>), batch * s.tiles, kMoveThreads, 0, params, master, static_cast<const T*>(U),
-                   refs, rows, cols, s.mp, s.np, s.tiles, decay, step, clip);
+            LAUNCH((muon_update_kernel<T>), count * PaddedShape(m, n).tiles, kMoveThreads, 0, params, master,
+                   static_cast<const T*>(U), refs, m, n, decay, lr, clip);
         });
     }
 
@@ -465,14 +582,6 @@ struct NsKernels {
 #ifndef FIBER
     static inline HopperRecorder* chain = nullptr;
 #endif
-    struct Shape {  // of X, for matrices of (rows, cols)
-        int mp, np, tiles;
-        Shape(int rows, int cols)
-            : mp(round_up(rows < cols ? rows : cols, 8)),
-              np(round_up(rows < cols ? cols : rows, 8)),
-              tiles(ceil_div(mp, kMoveTile) * ceil_div(np, kMoveTile)) {}
-    };
-
     // Calls body with a value of the C++ type that `type` names.
     template <typename Body>
     static void with_type(NsType type, Body body) {

@@ -124,7 +124,8 @@ inline int turn_to_speak() { return std::min(2 * world.rank, 10); }  // seconds
 
 // Prints the reason as one line and ends the run.
 [[noreturn]] inline void fail_ranks(const char* message, int code) {
-    alarm(0);  // of a Deadline: the reason is known
+    alarm(0);                  // of a Deadline: the reason is known
+    signal(SIGTERM, SIG_DFL);  // with which mpirun ends the others when one has spoken: noted, it would end nothing
     sleep_seconds(turn_to_speak());
     if (world.size > 1) fprintf(stderr, "train_gpt: rank %d: %s\n", world.rank, message);
     else fprintf(stderr, "train_gpt: %s\n", message);

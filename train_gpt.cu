@@ -3,7 +3,7 @@
 //
 //   1. Model config   sizes, the table of parameter tensors
 //   2. Model          activations, forward, backward; written once over the backend
-//   3. Trainer        data, schedule, evaluation, sampling, checkpoints, log, the training loop
+//   3. Trainer        schedule; Run: data, sizes, what to go on from; checkpoints, evaluation, samples, log; the loop
 //   4. main
 //
 // Every operation of the model is a static function of the backend: struct Cuda (hand-written kernels) or struct Cpu
@@ -49,6 +49,7 @@
 #include <functional>
 #include <limits>
 #include <set>
+#include <system_error>
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 1. Model config
@@ -204,14 +205,14 @@ class Model {
   public:
     const ModelConfig config;
     const bool recompute;
-    const Tensors<real> params;
     const Tensors<float> grads;
 
-    Model(const ModelConfig& config_, bool recompute_, Optimizer<Backend>& optimizer)
+    Model(const ModelConfig& config_, bool recompute_, Optimizer<Backend>& optimizer_)
         : config(config_),
           recompute(recompute_),
-          params(optimizer.params, optimizer.plan, config_),
-          grads(optimizer.grads, optimizer.plan, config_),
+          grads(optimizer_.grads, optimizer_.plan, config_),
+          optimizer(optimizer_),
+          params(optimizer_.params, optimizer_.plan, config_),
           acts(config_.layers) {}
 
     // Device memory of the activations for B sequences per micro-step.
@@ -232,12 +233,14 @@ class Model {
     // tokens (B,T) -> lnf (B,T,C)
     void forward(const int* tokens, int B, int T) {
         const int C = config.channels, N = B * T, H = config.heads, L = config.layers;
+        optimizer.need_flat();
         Backend::embedding_forward(encoded, tokens, params.wte, params.wpe, B, T, C);
         Backend::layernorm_forward(acts[0].ln1, acts[0].ln1_mean, acts[0].ln1_rstd, encoded, params.layers[0].ln1w,
                                    params.layers[0].ln1b, N, C);
         for (int l = 0; l < L; l++) {
             const auto& w = params.layers[l];
             Activations& a = acts[l];
+            optimizer.need_layer(l);
             pack_qkv(l);
             Backend::matmul_forward(a.qkv, 3 * C, a.ln1, qkvw(l), w.qkvb, N, C, 3 * C);
             Backend::attention_forward(a.att, a.lse, a.qkv, B, T, C, H);
@@ -272,8 +275,9 @@ class Model {
     }
 
     // dlogits -> gradients; with accumulate they are added to what is there, else (a step's first micro-step) they take
-    // its place: the products overwrite, and only what is summed over rows has to start at zero
-    void backward(int B, int T, bool accumulate) {
+    // its place: the products overwrite, and only what is summed over rows has to start at zero. complete: it is the
+    // last micro-step, after which the gradients may start to their owners, layer by layer.
+    void backward(int B, int T, bool accumulate, bool complete) {
         const int C = config.channels, N = B * T, H = config.heads, L = config.layers, Vp = config.padded_vocab();
         if (!accumulate) {
             Backend::zero(grads.wpe, size_t(config.seq_len) * C * sizeof(float));
@@ -322,6 +326,7 @@ class Model {
             Backend::layernorm_backward(dresidual, dw.ln1w, dw.ln1b, l > 0 ? grads.layers[l - 1].fcprojb : nullptr,
                                         dresidual, scratch_c, residual_in(l), w.ln1w, a.ln1_mean, a.ln1_rstd, N, C,
                                         partials);
+            if (complete) optimizer.layer_is_complete(l);
         }
         Backend::embedding_backward(grads.wte, grads.wpe, dresidual, inputs, order, B, T, C);
     }
@@ -340,6 +345,8 @@ class Model {
         real* residual3;             // (N,C) the residual stream after the MLP
         real* qkvw;                  // (3C,C) the weights of Q, K and V together, where the parameters have them apart
     };
+    Optimizer<Backend>& optimizer;
+    const Tensors<real> params;  // after need_flat, need_layer
     std::vector<Activations> acts;
     real* encoded;                 // (N,C)
     float *lnf_mean, *lnf_rstd;    // (N)
@@ -491,12 +498,13 @@ struct Run {
     const Options options;
     const std::unique_ptr<Shards> train, val;    // val: null without --val
     const std::unique_ptr<Tokenizer> tokenizer;  // null: none lies beside the shards
+    const std::string train_digest;              // names, sizes, and a sample of the content of the shards
     std::unique_ptr<Checkpoint> source;          // of the first weights; null: initial_values
     const ModelConfig config;
     const int64_t total_batch;    // tokens per optimizer step, over all ranks
     const int accumulation;       // micro-steps per optimizer step
     const uint64_t eval_windows;  // sequences in an evaluation, over all ranks
-    bool resumed = false;         // `source` gives the optimizer's state too, and the step to go on from
+    std::string resumed_from;     // the path of `source` if it gives the optimizer's state and the step too
     int64_t first_step = 0;       // steps done before this process started
 
     explicit Run(const Options& given)
@@ -504,6 +512,7 @@ struct Run {
           train(new Shards(options.train, options.seq_len)),
           val(options.val.empty() ? nullptr : new Shards(options.val, options.seq_len)),
           tokenizer(find_tokenizer()),
+          train_digest(digest(describe("train", train.get()))),
           config(agreed_config()),
           total_batch(find_total_batch()),
           accumulation(int(total_batch / (int64_t(options.batch) * options.seq_len * world.size))),
@@ -518,10 +527,9 @@ struct Run {
             check_model(*source);
         }
         if (!options.out.empty()) prepare_directory();
-        const std::string checkpoint = find_resume();
-        if (checkpoint.empty()) return;
-        source.reset(new Checkpoint(checkpoint));
-        resumed = true;
+        resumed_from = find_resume();
+        if (resumed_from.empty()) return;
+        source.reset(new Checkpoint(resumed_from));
         check_model(*source);
         check_same_run(*source);
         first_step = meta_number(*source, "step");
@@ -545,7 +553,7 @@ struct Run {
                      {"seed", std::to_string(options.seed)},
                      {"total_batch", std::to_string(total_batch)},
                      {"train_windows", std::to_string(train->windows())},
-                     {"train_digest", train->digest()},
+                     {"train_digest", train_digest},
                      {"tokenizer", tokenizer ? tokenizer->identity : ""}};
         for (const Flag& flag : flag_table())
             if (shapes_run(flag)) meta[std::string("flag.") + flag.name] = flag_value(flag, options);
@@ -573,12 +581,20 @@ struct Run {
         return found;
     }
 
+    // A line for each shard.
+    static std::string describe(const char* name, const Shards* shards) {
+        std::string lines;
+        for (size_t i = 0; shards && i < shards->paths().size(); i++)
+            lines += strprintf("%s shard %s\n", name, describe_file(shards->paths()[i]).c_str());
+        return lines;
+    }
+    static std::string digest(const std::string& text) {
+        return strprintf("%016" PRIx64, Checksum::of(text.data(), text.size()));
+    }
+
     // All ranks have found the same data, tokenizer and model.
     ModelConfig agreed_config() const {
-        std::string facts;
-        for (const auto& [name, shards] : {std::pair{"train", train.get()}, std::pair{"val", val.get()}})
-            for (size_t i = 0; shards && i < shards->paths().size(); i++)
-                facts += strprintf("%s shard %s\n", name, describe_file(shards->paths()[i]).c_str());
+        std::string facts = describe("train", train.get()) + describe("val", val.get());
         facts += strprintf("tokenizer %s\n", tokenizer ? tokenizer->identity.c_str() : "none");
         if (is_checkpoint(options.model)) facts += "--model " + describe_file(options.model);
         require_same(facts);
@@ -655,7 +671,7 @@ struct Run {
     // read other windows.
     void check_model(const Checkpoint& checkpoint) const {
         const ModelConfig other = checkpoint_config(checkpoint);
-        const bool shorter = !resumed && config.seq_len < other.seq_len;
+        const bool shorter = resumed_from.empty() && config.seq_len < other.seq_len;
         const struct {
             const char* name;
             int here, there;
@@ -692,9 +708,9 @@ struct Run {
             fail("checkpoint %s was made with --optimizer %s, this run has %s: pass --switch_optimizer to change it",
                  path, optimizer_there.c_str(), options.optimizer.c_str());
 
-        const std::string digest = meta_text(checkpoint, "train_digest");
+        const std::string digest_there = meta_text(checkpoint, "train_digest");
         if (meta_number(checkpoint, "train_windows") != int64_t(train->windows()) ||
-            (!digest.empty() && digest != train->digest()))
+            (!digest_there.empty() && digest_there != train_digest))
             say("note: the training data have changed since %s\n", path);
         for (const Flag& flag : flag_table()) {
             const auto there = checkpoint.meta.find(std::string("flag.") + flag.name);
@@ -753,7 +769,8 @@ class RunState {
     // muon and dmuon keep the same state; between adamw and these, or from weights alone, it starts afresh.
     void load(const Checkpoint& checkpoint) {
         const bool was_adamw = Run::meta_text(checkpoint, "optimizer") == "adamw",
-                   is_adamw = optimizer.plan.method == Method::adamw, with_state = run.resumed && was_adamw == is_adamw;
+                   is_adamw = optimizer.plan.method == Method::adamw,
+                   with_state = !run.resumed_from.empty() && was_adamw == is_adamw;
         for (int t = 0; t < int(optimizer.plan.tensors.size()); t++) {
             const TensorSpec& spec = optimizer.plan.tensors[t];
             for (const Kind& kind : kinds_of(t)) {
@@ -820,7 +837,8 @@ class RunState {
                         const size_t count = std::min({kStagingFloats, part.count - at, stored - part.begin - at});
                         if (world.rank == part.owner)
                             Backend::copy(staging, kind.arena + part.state + at, count * sizeof(float));
-                        if (part.owner != 0) Backend::broadcast(staging, count * sizeof(float), part.owner);
+                        if (part.owner != 0)
+                            Backend::wait(Backend::broadcast(staging, count * sizeof(float), part.owner));
                         if (writer) Backend::download(staging_host, staging, count * sizeof(float));
                         finish<Backend>("a checkpoint");
                         while_others_wait([&] { writer->append(staging_host, count * sizeof(float)); });
@@ -867,7 +885,7 @@ class Evaluator {
             Backend::sum_losses(sum, model.losses, B * T);
         }
         double total = 0;
-        Backend::all_reduce(sum, 1);
+        Backend::wait(Backend::all_reduce(sum, 1));
         Backend::download(&total, sum, sizeof total);
         finish<Backend>("an evaluation");
         return total / (double(run.eval_windows) * T);
@@ -982,6 +1000,7 @@ class StepLog {
         std::string kept;
         bool cuts = false;
         std::ifstream lines(old);
+        if (!lines && errno != ENOENT) fail("cannot read %s: %s", old.c_str(), strerror(errno));
         int64_t step;
         for (std::string line; std::getline(lines, line);) {
             const bool stays =
@@ -989,6 +1008,7 @@ class StepLog {
             if (stays) kept += line + "\n";
             else cuts = true;
         }
+        if (lines.bad()) fail("cannot read all of %s", old.c_str());
         file = fopen(temporary.c_str(), "we");
         if (!file || fwrite(kept.data(), 1, kept.size(), file) != kept.size() || fflush(file) != 0) give_up();
         // Its time becomes now, the moment from which checkpoints are no longer its own.
@@ -1002,7 +1022,7 @@ class StepLog {
     explicit StepLog(const Run& run)
         : path(run.options.out.empty() || world.rank != 0 ? "" : run.options.out + "/log.jsonl"),
           before(run.options.out + "/log.before.jsonl"),
-          resumed_from(run.resumed ? run.source->path : ""),
+          resumed_from(run.resumed_from),
           resumed_step(run.first_step) {}
 
     void write(const std::string& line) {
@@ -1031,7 +1051,7 @@ template <class Backend>
 class Trainer {
     using Event = typename Backend::Event;
 
-    const Run& run;
+    Run& run;
     const Options& options;
     Optimizer<Backend> optimizer;
     Model<Backend> model;
@@ -1049,7 +1069,8 @@ class Trainer {
         Event begin, optimizer_begin, end;  // of the step's work on the device
         std::vector<Event> marks;           // --profile: where phase phases[i] of the optimizer ends
         std::vector<Phase> phases;
-        Event read;  // `host` is filled
+        typename Optimizer<Backend>::Stalls stalls;  // --profile: where the model waited for weights of the step before
+        Event read;                                  // `host` is filled
         Stats* host;
         int64_t step = 0;  // 0: empty
         double lr = 0;
@@ -1062,7 +1083,7 @@ class Trainer {
     double mean_ms = 0;
 
   public:
-    explicit Trainer(const Run& run_)
+    explicit Trainer(Run& run_)
         : run(run_),
           options(run_.options),
           optimizer(tensor_specs(run_.config), options),
@@ -1076,13 +1097,16 @@ class Trainer {
         host_stopping = static_cast<double*>(Backend::alloc_host(2 * sizeof(double)));
         for (Slot& slot : slots) {
             slot.host = static_cast<Stats*>(Backend::alloc_host(sizeof(Stats)));
-            if (options.profile) slot.marks = std::vector<Event>(optimizer.phase_calls());
+            if (!options.profile) continue;
+            slot.marks = std::vector<Event>(optimizer.phase_calls());
+            slot.stalls.events = std::vector<Event>(2 * optimizer.plan.buckets.size());
         }
     }
 
     // Returns the exit code: 0, or 128 + the signal that asked it to stop before its last step.
     int train() {
         state.start();
+        run.source.reset();  // --keep may remove the file: its room on the disk must not be held
         print_table();
         if (run.first_step >= options.steps) {
             say("the run is at step %" PRId64 " of %" PRId64
@@ -1097,7 +1121,7 @@ class Trainer {
             Backend::tune([&] {
                 model.forward(model.inputs, options.batch, options.seq_len);
                 model.loss(options.batch, options.seq_len, 1.0f / float(run.total_batch), true);
-                model.backward(options.batch, options.seq_len, false);
+                model.backward(options.batch, options.seq_len, false, false);
             });
             finish<Backend>("the products to be timed");
         }
@@ -1108,6 +1132,8 @@ class Trainer {
             Slot& slot = slots[step % 2];
             const size_t tokens = size_t(options.batch) * options.seq_len;
             slot.begin.record();
+            slot.stalls.recorded = 0;
+            if (options.profile) optimizer.stalls = &slot.stalls;
             Backend::zero(sums, 2 * sizeof(double));
             for (int m = 0; m < run.accumulation; m++, micro_steps++) {
                 // The host stays at most two micro-steps ahead; the device never waits for it.
@@ -1123,9 +1149,14 @@ class Trainer {
                 // and ranks give the gradient.
                 model.loss(options.batch, options.seq_len, 1.0f / float(run.total_batch), true);
                 Backend::sum_losses(sums, model.losses, int(tokens));
-                model.backward(options.batch, options.seq_len, m > 0);
+                model.backward(options.batch, options.seq_len, m > 0, m + 1 == run.accumulation);
             }
+            optimizer.stalls = nullptr;
             slot.optimizer_begin.record();
+            host_stopping[step % 2] = stop_signal != 0;
+            Backend::upload(&sums[1], &host_stopping[step % 2], sizeof(double));
+            Ticket summed =
+                Backend::all_reduce(sums, 2);  // before the collectives of the optimizer, which go on after it
             const double share = schedule(options, step),
                          muon_peak = options.muon_lr > 0 ? options.muon_lr : 2 * options.lr;
             slot.lr = options.lr * share;
@@ -1136,9 +1167,7 @@ class Trainer {
                 slot.phases.push_back(phase);
             });
             slot.end.record();
-            host_stopping[step % 2] = stop_signal != 0;
-            Backend::upload(&sums[1], &host_stopping[step % 2], sizeof(double));
-            Backend::all_reduce(sums, 2);
+            Backend::wait(std::move(summed));
             Backend::download(&slot.host->loss, sums, 2 * sizeof(double));
             Backend::download(slot.host->clip, optimizer.clip, 2 * sizeof(float));
             slot.read.record();
@@ -1186,6 +1215,7 @@ class Trainer {
         const size_t fixed = Optimizer<Backend>::bytes(optimizer.plan) + optimizer.workspace_bytes();
         const ModelConfig& config = run.config;
         row("device", std::string(Backend::device_name()) + " (" + Backend::kBackendName + ")");
+        row("kernels", Backend::kernels_name());
         row("ranks", std::to_string(world.size) + (world.launcher == Launcher::mpi    ? " (MPI)"
                                                    : world.launcher == Launcher::self ? " (--gpus)"
                                                                                       : ""));
@@ -1278,6 +1308,10 @@ class Trainer {
             for (int p = 0; p < phase_count; p++)
                 line.add(phase_names[p] + std::string("_ms"), phase_ms[p], "%.4f",
                          strprintf("%s %.3f", phase_names[p], phase_ms[p]));
+            double gather_ms = 0;  // what the model waited for weights: all else of the gathers is hidden
+            for (size_t i = 0; i < slot.stalls.recorded; i += 2)
+                gather_ms += Event::ms(slot.stalls.events[i], slot.stalls.events[i + 1]);
+            line.add("gather_ms", gather_ms, "%.4f", strprintf("gather %.3f", gather_ms));
         }
         if (skip) line.print_only("not finite: update skipped");
         return line;
@@ -1327,7 +1361,7 @@ inline std::string program_and_flags(const Options& options) {
 
 template <class Backend>
 int train(const Options& options) {
-    const Run run(options);
+    Run run(options);
     Backend::start(world);
     const int exit_code = Trainer<Backend>(run).train();
     Backend::stop();
@@ -1388,6 +1422,7 @@ int main(int argc, char** argv) {
         if (cuda != first_rank)
             fail("rank 0 uses a %s and this rank a %s: give every machine a GPU that works, or pass --device cpu",
                  first_rank ? "GPU" : "CPU", cuda ? "GPU" : "CPU");
+        portable_kernels = options.kernels == "portable";
         const int exit_code = cuda ? train<Cuda>(options) : train<Cpu>(options);
 #else
         use_cuda(options);
@@ -1399,6 +1434,8 @@ int main(int argc, char** argv) {
         fail_ranks(error.what(), error.exit_code);
     } catch (const std::bad_alloc&) {
         fail_ranks("out of host memory: choose a smaller --batch or a smaller model", 1);
+    } catch (const std::system_error& error) {
+        fail_ranks(strprintf("cannot start a thread: %s: is there a limit (ulimit -u, -v)?", error.what()).c_str(), 1);
     } catch (const std::exception& error) {
         fail_ranks(strprintf("unexpected: %s", error.what()).c_str(), 1);
     }

@@ -202,56 +202,58 @@ static bool products() {
     return right;
 }
 
-// All hidden matrices of a GPT-2 with split Q, K, V: four squares (C, C) and two rectangles (4C, C), (C, 4C) per layer.
+// All hidden matrices of a GPT-2 with split Q, K, V: four squares (C, C) and two rectangles (4C, C), (C, 4C) per layer,
+// which go through together.
 struct HiddenMatrices {
     struct Shape {
-        int count, rows, cols;
+        int count, m, n;
         DeviceArray<MatrixRef> refs;
+        DeviceArray<float> inverse_norms;
         DeviceArray<char> memory;
-        DeviceArray<double> scratch;
-        int m() const { return std::min(rows, cols); }
-        int n() const { return std::max(rows, cols); }
-        Shape(int count_, int rows_, int cols_, size_t offset)
+        Shape(int count_, int m_, int n_, size_t offset)
             : count(count_),
-              rows(rows_),
-              cols(cols_),
-              refs(make_refs(count_, rows_, cols_, offset)),
-              memory(NsWorkspace::bytes(count, m(), n(), NsType::bf16)),
-              scratch(NsKernels::ns_scratch_doubles(count)) {}
-        static std::vector<MatrixRef> make_refs(int count, int rows, int cols, size_t offset) {
+              m(m_),
+              n(n_),
+              refs(make_refs(count_, m_, n_, offset)),
+              inverse_norms(std::vector<float>(count_, 1.0f / std::sqrt(float(m_) * n_))),
+              memory(NsWorkspace::bytes(count_, m_, n_, NsType::bf16)) {}
+        static std::vector<MatrixRef> make_refs(int count, int m, int n, size_t offset) {
             std::vector<MatrixRef> all;
-            for (int i = 0; i < count; i++, offset += size_t(rows) * cols) all.push_back({offset, offset, cols});
+            for (int i = 0; i < count; i++, offset += size_t(m) * n) {
+                const bool tall = m < n && i % 2 == 0;
+                all.push_back({offset, offset, tall ? m : n, tall});
+            }
             return all;
         }
     };
-    Shape squares, tall, wide;
-    DeviceArray<float> grads, master, clip;
+    Shape squares, rectangles;
+    DeviceArray<float> grads, momentum, master, clip;
     DeviceArray<real> params;
     HiddenMatrices(int layers, size_t C)
         : squares(4 * layers, C, C, 0),
-          tall(layers, 4 * C, C, 4 * layers * C * C),
-          wide(layers, C, 4 * C, 8 * layers * C * C),
+          rectangles(2 * layers, C, 4 * C, 4 * layers * C * C),
           grads(normal(12 * layers * C * C, 1)),
+          momentum(normal(12 * layers * C * C, 3)),
           master(normal(12 * layers * C * C, 2)),
-          clip(std::vector<float>{1, 1}),
+          clip(std::vector<float>{1, 1, 0, 0}),
           params(12 * layers * C * C) {}
 
-    // What the optimizer does with those of some shapes, up to and including `last`.
-    enum Stage { normalize, iterate, update };
+    // What the optimizer does with those of some shapes, up to and including `last`. mu = 0: x is the gradient.
+    enum Stage { form, iterate, update };
     void run(const std::vector<Shape*>& shapes, Stage last, bool gram, NsType type) {
         for (Shape* s : shapes) {
-            NsWorkspace w(static_cast<char*>(s->memory), s->count, s->m(), s->n(), type);
-            NsKernels::ns_normalize(w.X, s->scratch, grads, s->refs, s->count, s->rows, s->cols, type);
-            if (last >= iterate)
-                newton_schulz<NsKernels>(w, s->count, s->m(), s->n(), {gram, "polar_express", 5, type});
+            NsWorkspace w(static_cast<char*>(s->memory), s->count, s->m, s->n, type);
+            NsKernels::muon_momentum(w.X, momentum, grads, s->refs, s->inverse_norms, s->count, s->m, s->n, 0, true,
+                                     type, clip);
+            if (last >= iterate) newton_schulz<NsKernels>(w, s->count, s->m, s->n, {gram, "polar_express", 5, type});
             if (last >= update)
-                NsKernels::muon_update(params, master, w.X, s->refs, s->count, s->rows, s->cols, 1, 1e-3f, type, clip);
+                NsKernels::muon_update(params, master, w.X, s->refs, s->count, s->m, s->n, 1, 1e-3f, type, clip);
         }
     }
 };
 
 static void whole_iterations() {
-    printf("\nFive steps over the hidden matrices: milliseconds\n%-42s %10s %14s %10s %16s\n", "", "normalize",
+    printf("\nFive steps over the hidden matrices: milliseconds\n%-42s %10s %14s %10s %16s\n", "", "momentum",
            "Newton-Schulz", "update", "TFLOP/s (NS)");
     struct Model {
         const char* name;
@@ -266,15 +268,13 @@ static void whole_iterations() {
         };
         const std::vector<Part> parts = {
             {strprintf("%d of %d x %d", 4 * model.layers, model.C, model.C), {&matrices.squares}, 4 * 4},
-            {strprintf("%d of %d x %d", 2 * model.layers, model.C, 4 * model.C),
-             {&matrices.tall, &matrices.wide},
-             2 * 13},
-            {"all", {&matrices.squares, &matrices.tall, &matrices.wide}, 4 * 4 + 2 * 13}};
+            {strprintf("%d of %d x %d", 2 * model.layers, model.C, 4 * model.C), {&matrices.rectangles}, 2 * 13},
+            {"all", {&matrices.squares, &matrices.rectangles}, 4 * 4 + 2 * 13}};
         for (const Part& part : parts) {
             for (NsType type : {NsType::bf16, NsType::fp16}) {
                 for (bool gram : {false, true}) {
                     float ms[3];
-                    for (auto stage : {HiddenMatrices::normalize, HiddenMatrices::iterate, HiddenMatrices::update})
+                    for (auto stage : {HiddenMatrices::form, HiddenMatrices::iterate, HiddenMatrices::update})
                         ms[stage] = median_ms([&](int) { matrices.run(part.shapes, stage, gram, type); });
                     double flops = 5.0 * part.flops * model.layers * std::pow(model.C, 3);
                     printf("%-5s %-19s %s %-8s %13.3f %14.3f %10.3f %16.1f\n", model.name, part.name.c_str(),

@@ -125,6 +125,11 @@ struct alignas(2 * sizeof(T)) Pair {
     T x, y;
 };
 
+// Four: the optimizer's, 16 bytes of each float array.
+constexpr int kQuad = 4;
+template <class T>
+using Quad = Pack<T, kQuad>;
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Sums and maxima over a warp or a block; every thread receives the same bits. The order of additions is fixed.
 

@@ -417,27 +417,49 @@ __global__ void add_partials_kernel(float* first /*(C) +=*/, float* second /*(C)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Optimizer. Four elements per thread: 16 bytes of each float array; the last few of n one by one.
+// Optimizer. Four elements per thread at a time; the last few of n one by one.
 
-constexpr int kQuad = 4;
-using FloatQuad = Pack<float, kQuad>;
-using RealQuad = Pack<real, kQuad>;
+constexpr int kNormThreads = 256;
 
-// sums[i] = sum of the squares of range i, in double: one block per range, which may begin anywhere.
-__global__ void sum_squares_kernel(double* sums, const float* __restrict__ x, const Range* __restrict__ ranges) {
-    Range range = ranges[blockIdx.x];
-    const float* values = x + range.begin;
-    size_t in_quads = range.begin % kQuad == 0 ? range.count / kQuad * kQuad : 0;
-    double sum = 0;
-    UNROLL_BY(4)
-    for (size_t i = threadIdx.x * kQuad; i < in_quads; i += blockDim.x * kQuad) {
-        FloatQuad v = FloatQuad::load(values + i);
-        for (int k = 0; k < kQuad; k++) sum += double(v[k]) * double(v[k]);
+// Of each block: squares = g.g, and of Muon's blocks dots = g.buf, buf.buf, in double.
+__global__ void __launch_bounds__(kNormThreads)
+    norm_sums_kernel(double* squares /*(n)*/, double* dots /*(n,2)*/, const float* __restrict__ grads,
+                     const float* __restrict__ momentum, const NormBlock* __restrict__ blocks /*(n)*/) {
+    const NormBlock block = blocks[blockIdx.x];
+    const float *g = grads + block.offset, *buf = momentum + block.state;
+    double sums[3] = {};  // g.g, g.buf, buf.buf
+    auto add = [&](float g_element, float buf_element) {
+        const double x = g_element, y = buf_element;
+        sums[0] += x * x;
+        sums[1] += x * y;
+        sums[2] += y * y;
+    };
+    const bool aligned = (block.offset | block.state | block.ld) % kQuad == 0;
+    const int quads = aligned ? block.cols / kQuad : 0;  // of a row
+    if (block.muon) {
+        UNROLL_BY(4)
+        for (int i = threadIdx.x; i < block.rows * quads; i += kNormThreads) {
+            const size_t at = size_t(i / quads) * block.ld + i % quads * kQuad;
+            const Quad<float> g4 = Quad<float>::load(g + at), buf4 = Quad<float>::load(buf + at);
+            for (int k = 0; k < kQuad; k++) add(g4[k], buf4[k]);
+        }
+    } else {
+        UNROLL_BY(4)
+        for (int i = threadIdx.x; i < block.rows * quads; i += kNormThreads) {
+            const Quad<float> g4 = Quad<float>::load(g + size_t(i / quads) * block.ld + i % quads * kQuad);
+            for (int k = 0; k < kQuad; k++) sums[0] += double(g4[k]) * double(g4[k]);
+        }
     }
-    for (size_t i = in_quads + threadIdx.x; i < range.count; i += blockDim.x)
-        sum += double(values[i]) * double(values[i]);
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+    const int rest = block.cols - quads * kQuad;  // of a row
+    for (int i = threadIdx.x; i < block.rows * rest; i += kNormThreads) {
+        const size_t at = size_t(i / rest) * block.ld + quads * kQuad + i % rest;
+        add(g[at], block.muon ? buf[at] : 0.0f);
+    }
+    block_sums(sums);
+    if (threadIdx.x != 0) return;
+    squares[blockIdx.x] = block.counted ? sums[0] : 0.0;
+    dots[2 * blockIdx.x] = sums[1];
+    dots[2 * blockIdx.x + 1] = sums[2];
 }
 
 // One block. clip[0] = 0 tells the update kernels below to leave everything as it is; t counts the steps in which they
@@ -475,9 +497,9 @@ __global__ void adamw_kernel(real* params, float* master, float* m, float* v, co
     size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * kQuad;
     if (scale == 0 || i >= n) return;
     if (i + kQuad <= n) {
-        FloatQuad w4 = FloatQuad::load(master + i), m4 = FloatQuad::load(m + i), v4 = FloatQuad::load(v + i);
-        FloatQuad g4 = FloatQuad::load(grads + i);
-        RealQuad p4;
+        Quad<float> w4 = Quad<float>::load(master + i), m4 = Quad<float>::load(m + i), v4 = Quad<float>::load(v + i);
+        Quad<float> g4 = Quad<float>::load(grads + i);
+        Quad<real> p4;
         for (int k = 0; k < kQuad; k++) {
             adamw_element(w4[k], m4[k], v4[k], g4[k] * scale, h, correction1, correction2);
             p4[k] = from_float<real>(w4[k]);
@@ -494,38 +516,11 @@ __global__ void adamw_kernel(real* params, float* master, float* m, float* v, co
     }
 }
 
-// momentum = mu*momentum + g; what Newton-Schulz shall orthogonalise takes the place of the gradient.
-__device__ inline void momentum_element(float& g, float& buf, float mu, bool nesterov) {
-    buf = mu * buf + g;
-    g = nesterov ? g + mu * buf : buf;
-}
-
-__global__ void muon_momentum_kernel(float* grads, float* momentum, size_t n, float mu, bool nesterov,
-                                     const float* __restrict__ clip) {
-    float scale = clip[0];
-    size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * kQuad;
-    if (scale == 0 || i >= n) return;
-    if (i + kQuad <= n) {
-        FloatQuad g = FloatQuad::load(grads + i), buf = FloatQuad::load(momentum + i);
-        for (int k = 0; k < kQuad; k++) {
-            g[k] *= scale;
-            momentum_element(g[k], buf[k], mu, nesterov);
-        }
-        g.store(grads + i);
-        buf.store(momentum + i);
-    } else {
-        for (; i < n; i++) {
-            grads[i] *= scale;
-            momentum_element(grads[i], momentum[i], mu, nesterov);
-        }
-    }
-}
-
 __global__ void cast_params_kernel(real* params, const float* master, size_t n) {
     size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * kQuad;
     if (i + kQuad <= n) {
-        FloatQuad w = FloatQuad::load(master + i);
-        RealQuad p;
+        Quad<float> w = Quad<float>::load(master + i);
+        Quad<real> p;
         for (int k = 0; k < kQuad; k++) p[k] = from_float<real>(w[k]);
         p.store(params + i);
     } else {
@@ -618,8 +613,9 @@ struct GptKernels {
                slices, OC);
     }
 
-    static void sum_squares(double* sums /*(n)*/, const float* x, const Range* ranges /*(n), device*/, int n) {
-        LAUNCH(sum_squares_kernel, n, 512, 0, sums, x, ranges);
+    static void norm_sums(double* squares /*(n)*/, double* dots /*(n,2)*/, const float* grads, const float* momentum,
+                          const NormBlock* blocks /*(n), device*/, int n) {
+        LAUNCH(norm_sums_kernel, n, kNormThreads, 0, squares, dots, grads, momentum, blocks);
     }
 
     static void clip_scale(float* clip /*(4)*/, int64_t* t /*(1)*/, const double* sums /*(n)*/, int n, float max_norm,
@@ -631,10 +627,6 @@ struct GptKernels {
                       float beta1, float beta2, float eps, float weight_decay, const float* clip /*(4)*/) {
         AdamW h{lr, beta1, beta2, eps, weight_decay};
         if (n > 0) LAUNCH(adamw_kernel, quad_blocks(n), kThreads, 0, params, master, m, v, grads, n, h, clip);
-    }
-
-    static void muon_momentum(float* grads, float* momentum, size_t n, float mu, bool nesterov, const float* clip) {
-        if (n > 0) LAUNCH(muon_momentum_kernel, quad_blocks(n), kThreads, 0, grads, momentum, n, mu, nesterov, clip);
     }
 
     static void cast_params(real* params, const float* master, size_t n) {
@@ -650,9 +642,9 @@ struct GptKernels {
     static unsigned pack_blocks(size_t n) {
         if (n == 0 || n % Pack<real>::size != 0)
             fail("%zu elements do not divide into packs; sizes must be multiples of 8", n);
-        return unsigned(ceil_div(n, size_t(kThreads * Pack<real>::size)));
+        return unsigned(ceil_div(n, size_t(kThreads) * Pack<real>::size));
     }
-    static unsigned quad_blocks(size_t n) { return unsigned(ceil_div(n, size_t(kThreads * kQuad))); }
+    static unsigned quad_blocks(size_t n) { return unsigned(ceil_div(n, size_t(kThreads) * kQuad)); }
 
     static void check_channels(int C) {
         if (C % 8 != 0 || C > kMaxChannels)

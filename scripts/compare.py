@@ -9,6 +9,7 @@ the last steps. Seconds are those of training steps; evaluation, samples and che
 """
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -23,29 +24,33 @@ class Run:
         self.name = Path(directory).resolve().name
         path = Path(directory) / "log.jsonl"
         try:
-            self.log = [json.loads(line) for line in path.read_text().splitlines()]
-            self.seconds = []  # of training, up to and including each line
-            for entry in self.log:
-                self.seconds.append((self.seconds[-1] if self.seconds else 0) + entry["step_ms"] / 1000)
-            self.steps = [entry["step"] for entry in self.log]
-            self.loss = smooth([entry["loss"] for entry in self.log])
+            lines = path.read_text(errors="replace").splitlines()
         except OSError as e:
             sys.exit(f"compare: {e}: not the --out of a run?")
-        except (ValueError, KeyError) as e:
-            sys.exit(f"compare: {path}: not a log of train_gpt ({e})")
-        if not self.log:
-            sys.exit(f"compare: {path} is empty: the run has no finished step yet")
-        self.val = [i for i, entry in enumerate(self.log) if entry.get("val_loss") is not None]
+        self.log = [entry for entry in map(step_entry, lines) if entry]
+        if len(self.log) < len(lines):  # the last one is torn where the machine went down
+            print(f"compare: {path}: left out {len(lines) - len(self.log)} of {len(lines)} lines: no steps of train_gpt", file=sys.stderr)
+        self.seconds = []  # of training, up to and including each line
+        for entry in self.log:
+            self.seconds.append((self.seconds[-1] if self.seconds else 0) + entry["step_ms"] / 1000)
+        self.steps = [entry["step"] for entry in self.log]
+        self.loss = smooth([entry["loss"] for entry in self.log])
+        self.val = [i for i, entry in enumerate(self.log) if number(entry.get("val_loss"))]
+        if all(math.isnan(loss) for loss in self.loss) and not self.val:
+            why = "no loss in it is a finite number" if self.log else "the run has no finished step yet"
+            print(f"compare: left out {path}: {why}", file=sys.stderr)
+            self.log = []
+            return
         # A step's usual time: the median, since the first steps warm up caches and libraries.
         self.step_ms = median([entry["step_ms"] for entry in self.log])
-        self.optimizer_ms = median([entry["optimizer_ms"] for entry in self.log if "optimizer_ms" in entry] or [0])
+        self.optimizer_ms = median([entry["optimizer_ms"] for entry in self.log if number(entry.get("optimizer_ms"))] or [0])
         self.tokens_per_s = median([entry["tokens_per_s"] for entry in self.log])
 
     def curve(self):
         """[(step, seconds, loss)]: validation loss, or smoothed training loss without one."""
         if self.val:
             return [(self.steps[i], self.seconds[i], self.log[i]["val_loss"]) for i in self.val]
-        return list(zip(self.steps, self.seconds, self.loss))
+        return [point for point in zip(self.steps, self.seconds, self.loss) if not math.isnan(point[2])]
 
     def final(self):
         return self.curve()[-1][2]
@@ -61,6 +66,21 @@ class Run:
                 part = (value0 - loss) / (value0 - value)
                 return step0 + part * (step - step0), seconds0 + part * (seconds - seconds0)
             previous = step, seconds, value
+        return None
+
+
+def number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def step_entry(line):
+    """A line of log.jsonl as a dictionary, None if it is no step. A loss that is not finite is null there."""
+    try:
+        entry = json.loads(line)
+        entry["loss"] = entry["loss"] if number(entry["loss"]) else None
+        good = all(number(entry[key]) and entry[key] > 0 for key in ("step", "step_ms", "tokens_per_s"))
+        return entry if good else None
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -126,9 +146,9 @@ def draw(runs, baseline, path):
     color = {run: COLORS[i % len(COLORS)] for i, run in enumerate(runs)}
 
     # The first tenth falls steeply and would press the rest together: the axis begins where the slowest run is after it.
-    points = [run.loss for run in runs] + [[p[2] for p in run.curve()] for run in runs]
-    low = min(min(p) for p in points)
-    high = max(run.loss[len(run.loss) // 10] for run in runs)
+    points = [loss for run in runs for loss in (*run.loss, *(p[2] for p in run.curve())) if not math.isnan(loss)]
+    low = min(points)
+    high = max([run.loss[len(run.loss) // 10] for run in runs if not math.isnan(run.loss[len(run.loss) // 10])] or points)
     margin = 0.05 * max(high - low, 1e-3)
 
     def coincides(run):
@@ -176,7 +196,10 @@ def draw(runs, baseline, path):
     ax.grid(axis="y", visible=False)
     ax.set_xlabel("milliseconds per step")
     ax.set_title("Step time (dark: optimizer)" if any(run.optimizer_ms for run in runs) else "Step time")
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except (ValueError, OSError) as e:
+        sys.exit(f"compare: cannot write the picture {path}: {e}")
     print(f"\npicture: {path}")
 
 
@@ -186,7 +209,9 @@ def main():
     parser.add_argument("--png", type=Path, help="where the picture goes [compare.png beside the first RUN]")
     args = parser.parse_args()
     drawable = packages.need("matplotlib", required=False)
-    runs = [Run(directory) for directory in args.runs]
+    runs = [run for run in map(Run, args.runs) if run.log]
+    if not runs:
+        sys.exit("compare: no run is left to compare")
     baseline = next((run for run in runs if "adamw" in run.name), runs[0])
     print_tables(runs, baseline)
     if not drawable:

@@ -16,8 +16,10 @@ length and its bytes. Every document is preceded by the end-of-text token: 50256
 import argparse
 import array
 import concurrent.futures
+import glob
 import gzip
 import hashlib
+import http.client
 import json
 import lzma
 import os
@@ -30,6 +32,7 @@ import sys
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import zlib
 from collections import deque
@@ -99,8 +102,8 @@ def download(url, path, sha256=None, tries=5):
             with urllib.request.urlopen(request, timeout=30) as reply:
                 if have and reply.status != 206:  # the server does not resume
                     have = 0
-                length = reply.headers.get("Content-Length")
-                total = have + int(length) if length else None
+                length = reply.headers.get("Content-Length", "")
+                total = have + int(length) if length.isdecimal() else None  # what is no number says nothing
                 progress = Progress(path.name, total)
                 with open(part, "ab" if have else "wb") as f:
                     start = have
@@ -118,8 +121,10 @@ def download(url, path, sha256=None, tries=5):
             elif e.code not in (408, 429) and e.code < 500:
                 raise Unreachable(f"{url}: {e}") from None
             reason = str(e)
-        except (OSError, urllib.error.URLError) as e:  # URLError is an OSError; the name is for the reader
-            reason = str(getattr(e, "reason", e))
+        except UnicodeError as e:  # a path or a redirection with characters that HTTP does not take
+            raise Unreachable(f"{url!r} is no address: {e}") from None
+        except (OSError, urllib.error.URLError, http.client.HTTPException) as e:  # URLError is an OSError
+            reason = str(getattr(e, "reason", e)) or type(e).__name__
             if not have and attempt == 1:  # twice without a byte: it is not the connection that is shaky
                 raise Unreachable(f"{url}: {reason}") from None
         if attempt + 1 < tries:
@@ -385,7 +390,7 @@ def text_shards(args, out, tokenizer):
         splits = {s: text_documents(download(TINYSTORIES % n, args.downloads / f"tinystories_{s}.txt"))
                   for s, n in (("val", "valid"), ("train", "train"))}
     elif re.match("https?://", where):
-        name = hashlib.sha256(where.encode()).hexdigest()[:8] + "_" + where.rsplit("/", 1)[-1]
+        name = hashlib.sha256(where.encode()).hexdigest()[:8] + "_" + urllib.parse.urlsplit(where).path.rsplit("/", 1)[-1]
         splits["train"] = text_documents(download(where, args.downloads / name))
     else:
         splits["train"] = directory_documents(where) if os.path.isdir(where) else text_documents(Path(where))
@@ -403,18 +408,20 @@ def text_shards(args, out, tokenizer):
     return files
 
 
-def fineweb_shards(args, out):
-    """Shards that exist as such. 100M tokens each, 200 MB."""
+def fineweb_shards(args, out, have):
+    """Shards that exist as such. 100M tokens each, 200 MB. have: names of those that are there already, and good."""
     files = []
     for split, index in [("val", 0)] + [("train", i) for i in range(1, args.shards + 1)]:
         path = out / f"{split}_{index:03d}.bin"
+        files.append(path.name)
+        if path.name in have:
+            continue
         download(FINEWEB % (split, index), path)
         with open(path, "rb") as f:
             magic, version, count = struct.unpack("<3i", f.read(12))
         if (magic, version, path.stat().st_size) != (20240520, 1, 1024 + 2 * count):
             path.unlink()
             raise Unreachable(f"{FINEWEB % (split, index)}: what came is not a whole shard")
-        files.append(path.name)
     return files
 
 
@@ -425,6 +432,35 @@ def fingerprint(where):
     for document in documents:
         digest.update(document + SEPARATOR)
     return digest.hexdigest()
+
+
+def read_manifest(path):
+    """{"settings": {...}, "files": {name: {"bytes": N, "sha256": ...}}}, or None: none, of a run that did not end, or of
+    another shape."""
+    try:
+        found = json.loads(path.read_text()) if path.is_file() else None
+        whole = isinstance(found["settings"], dict) and isinstance(found["files"], dict)
+        return found if whole and all(Path(name).name == name for name in found["files"]) else None
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def describe(path):
+    """What the manifest says about a file; None if there is no such file."""
+    if not path.is_file():
+        return None
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(BLOCK):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def remove_empty(directory):
+    try:
+        directory.rmdir()
+    except OSError:
+        pass
 
 
 def shard_tokens(path):
@@ -446,8 +482,20 @@ def parse_arguments():
     args = parser.parse_args()
     kind, _, where = args.dataset.partition(":")
     if kind == "text" and where:
-        if not re.match("https?://", where) and not os.path.exists(where):
-            parser.error(f"{where}: no such file or directory")
+        if not re.match("https?://", where):
+            if not os.path.exists(where):
+                parser.error(f"{where}: no such file or directory")
+            if not os.path.isfile(where) and not os.path.isdir(where):
+                parser.error(f"{where}: neither a file nor a directory")
+        else:
+            try:
+                parts = urllib.parse.urlsplit(where)
+                named = bool(parts.hostname) and (parts.port or True)
+                (parts.hostname or "").encode("idna"), where.encode()
+            except ValueError:  # a port that is no number, half an IPv6 address, characters that no name has
+                named = False
+            if not named or re.search(r"[\s\x00-\x1f]", where):
+                parser.error(f"{where!r} is no address")
     elif args.dataset not in DATASETS:
         parser.error(f"no dataset {args.dataset!r}: there are {', '.join(DATASETS)} and text:PATH")
     if kind == "fineweb10B" and args.tokenizer != "gpt2":
@@ -479,41 +527,53 @@ def main():
     if args.dataset.startswith("text:") and os.path.exists(args.dataset[5:]):
         settings["sha256"] = fingerprint(args.dataset[5:])
 
-    found = {}
-    if manifest.exists():
-        try:
-            found = json.loads(manifest.read_text())
-            found["settings"], found["files"]
-        except (ValueError, TypeError, KeyError):
-            found = {}  # of a run that did not end
-    elif any(out.glob("*.bin")):
+    found = read_manifest(manifest)
+    if found is None and any(out.glob("*.bin")) and not manifest.exists():
         fail(f"{out} holds shards that this script did not make: choose another --out")
-    if found.get("settings") == settings and all(
-            (out / name).exists() and (out / name).stat().st_size == size for name, size in found["files"].items()):
+    files = found["files"] if found else {}
+    good = [name for name, properties in files.items() if describe(out / name) == properties]
+    if found and found["settings"] == settings and len(good) == len(files):
         say(f"{out} is there already")
-        files = list(found["files"])
     else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomic(manifest, [b"{}"])
-        if found.get("settings", {}).get("dataset") != "fineweb10B" or args.dataset != "fineweb10B":
-            for stale in list(out.glob("train_*.bin")) + list(out.glob("val_*.bin")):  # of other settings
-                stale.unlink()
-        tokenizer = ByteTokenizer() if args.tokenizer == "byte" else Gpt2Tokenizer(args.downloads)
-        write_tokenizer(out, tokenizer)
+        # All is made beside what is there, which goes only when that is whole.
+        staging = out / f"new_{args.dataset.partition(':')[0]}"
+        if args.dataset != "fineweb10B":  # a download goes on where it stopped
+            shutil.rmtree(staging, ignore_errors=True)
+            good = []
+        elif found and found["settings"].get("dataset") != "fineweb10B":
+            good = []
+        staging.mkdir(parents=True, exist_ok=True)
         try:
-            files = fineweb_shards(args, out) if args.dataset == "fineweb10B" else text_shards(args, out, tokenizer)
-        except Unreachable as e:
+            tokenizer = ByteTokenizer() if args.tokenizer == "byte" else Gpt2Tokenizer(args.downloads)
+            write_tokenizer(staging, tokenizer)
+            names = fineweb_shards(args, staging, good) if args.dataset == "fineweb10B" else text_shards(args, staging, tokenizer)
+        except BaseException as e:
+            if args.dataset != "fineweb10B":
+                shutil.rmtree(staging, ignore_errors=True)
+                remove_empty(out)
+            if not isinstance(e, Unreachable):
+                raise
             say(str(e))
             others = [d for d in DATASETS if d != args.dataset and reachable(d, args.downloads)] + ["text:PATH"]
             fail(f"{args.dataset} can't be had here; these can: {', '.join(others)}")
-        sizes = {name: (out / name).stat().st_size for name in files + ["tokenizer.bin"]}
-        write_atomic(manifest, [json.dumps({"settings": settings, "files": sizes}, indent=1).encode()])
+        new = {name: describe(staging / name if (staging / name).exists() else out / name) for name in names + ["tokenizer.bin"]}
+        write_atomic(manifest, [b"{}"])
+        for stale in [*out.glob("train_*.bin"), *out.glob("val_*.bin")]:
+            if stale.name not in new:
+                stale.unlink()
+        for name in new:
+            if (staging / name).exists():
+                os.replace(staging / name, out / name)
+        shutil.rmtree(staging, ignore_errors=True)
+        write_atomic(manifest, [json.dumps({"settings": settings, "files": new}, indent=1).encode()])
+        files = new
 
     def total(split):
-        return sum(shard_tokens(out / name) for name in files if name.startswith(split))
+        return sum(shard_tokens(out / name) for name in files if name.startswith(split + "_"))
 
     say(f"{total('train'):,} tokens to train on, {total('val'):,} to validate on")
-    print(" ".join(f"--{split} {shlex.quote(f'{out}/{split}_*.bin')}" for split in ("train", "val") if total(split)))
+    place = glob.escape(str(out))  # the trainer expands what is in it
+    print(" ".join(f"--{split} {shlex.quote(f'{place}/{split}_*.bin')}" for split in ("train", "val") if total(split)))
 
 
 if __name__ == "__main__":

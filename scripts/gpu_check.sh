@@ -99,6 +99,7 @@ sanitize() { # the six runs side by side
         read -r tool precision pid <<< "$run"
         status=0
         wait "$pid" || status=$?
+        # shellcheck disable=SC2016 # the inner shell expands them
         part "$tool, $precision" bash -c 'cat "$1"; exit "$2"' - "${log_of}_${tool}_$precision.txt" $status
     done
 }
@@ -110,9 +111,9 @@ have_torch() { python3 -c 'import torch' 2> /dev/null; }
 gpt2=(--model d12 --batch 32 --seq_len 1024)
 
 train() {
-    local runs=build/gpu_check_train optimizer rate
-    rm -rf "$runs"
-    mkdir -p "$runs"
+    local at=build/gpu_check_train optimizer rate
+    rm -rf "$at"
+    mkdir -p "$at"
     for optimizer in adamw muon dmuon; do
         case $optimizer in # each with its own learning rate
             adamw) rate=(--lr 1.2e-3) ;;
@@ -120,11 +121,11 @@ train() {
         esac
         part "124M on $(basename "$data"), $optimizer" ./train_gpt "${gpt2[@]}" --train "$data/train_*.bin" --val "$data/val_*.bin" \
             --steps "$steps" --warmup 60 --schedule wsd --decay_frac 0.6 --final_lr_frac 0.02 --optimizer "$optimizer" "${rate[@]}" \
-            --eval_every 50 --eval_tokens 589824 --sample_every "$steps" --out "$runs/$optimizer"
-        rm -f "$runs/$optimizer/"*.ckpt
-        cp "$runs/$optimizer/log.jsonl" "$results/${name}_$optimizer.jsonl"
+            --eval_every 50 --eval_tokens 589824 --sample_every "$steps" --out "$at/$optimizer"
+        rm -f "$at/$optimizer/"*.ckpt
+        cp "$at/$optimizer/log.jsonl" "$results/${name}_$optimizer.jsonl"
     done
-    part "loss" python3 scripts/compare.py "$runs/"{adamw,muon,dmuon} --png "$results/$name.png"
+    part "loss" python3 scripts/compare.py "$at/"{adamw,muon,dmuon} --png "$results/$name.png"
 }
 
 train_pytorch() {

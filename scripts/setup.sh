@@ -57,27 +57,28 @@ install() { # Debian packages...
         give_up "apt-get could not install $listed"
 }
 
-# First what the probes themselves stand on, then what they do not find.
+# Each word of `make found` that we want, and the packages that bring it.
+libraries='blas libopenblas-dev
+mpi libopenmpi-dev openmpi-bin
+mpirun libopenmpi-dev openmpi-bin
+doctest doctest-dev'
+not_found() { # the lines of which make does not find the word
+    local found line
+    found=" $(make -s found) "
+    while IFS= read -r line; do [[ $found == *" ${line%% *} "* ]] || echo "$line"; done <<< "$libraries"
+}
+packages() { cut -d' ' -f2- | tr ' ' '\n' | sort -u; }
+
+# First what the probes themselves stand on (without it none can find anything), then what they do not find.
 missing=()
 compiles || missing+=(g++)
 has make || missing+=(make)
+((${#missing[@]} == 0)) || mapfile -t -O ${#missing[@]} missing < <(packages <<< "$libraries")
 has python3 || missing+=(python3)
 [[ ! -e /etc/debian_version || -e /etc/ssl/certs/ca-certificates.crt ]] || missing+=(ca-certificates) # for downloads
 ((${#missing[@]} == 0)) || install "${missing[@]}"
 
-missing_libraries() { # one line each: the word of `make found`, and the packages that bring it
-    local found word packages
-    found=" $(make -s found) "
-    while read -r word packages; do
-        [[ $found == *" $word "* ]] || echo "$word $packages"
-    done << 'LIST'
-blas libopenblas-dev
-mpi libopenmpi-dev openmpi-bin
-mpirun libopenmpi-dev openmpi-bin
-doctest doctest-dev
-LIST
-}
-mapfile -t missing < <(missing_libraries | cut -d' ' -f2- | tr ' ' '\n' | sort -u)
+mapfile -t missing < <(not_found | packages)
 if [[ $python ]]; then
     python3 -c 'import ensurepip, venv' 2> /dev/null || missing+=(python3-venv)
 fi
@@ -89,7 +90,7 @@ if [[ $lint ]]; then # clang-format's versions differ in what they call formatte
 fi
 if ((${#missing[@]})); then
     install "${missing[@]}"
-    still=$(missing_libraries | cut -d' ' -f1 | tr '\n' ' ')
+    still=$(not_found | cut -d' ' -f1 | tr '\n' ' ')
     [[ ! $still ]] || echo "setup: installed, but make still finds no: $still(make goes on without)" >&2
 fi
 

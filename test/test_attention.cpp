@@ -213,7 +213,7 @@ void test(int B, int T, int H, int hd, double amplitude = 1) {
     const size_t N = size_t(B) * T;
     Reals qkv = normal(N * 3 * C, 1), dout = normal(N * C, 2);
     for (size_t i = 0; i < qkv.size(); i++)
-        if (i % (3 * C) < size_t(2 * C)) qkv[i] = from_float<real>(float(to_float(qkv[i]) * amplitude));
+        if (i % (3 * C) < 2 * size_t(C)) qkv[i] = from_float<real>(float(to_float(qkv[i]) * amplitude));
     const Truth truth(qkv, dout, B, T, C, H);
     const bool ordinary = amplitude == 1;  // softmax that no single key takes all of
 

@@ -51,23 +51,23 @@ bool same_bits(const T* a, const T* b, size_t n) {
 template <class T>
 void check_all_reduce(size_t n) {
     std::vector<T> x = values<T>(world.rank, n), expected = sums_in_rank_order<T>(n);
-    CpuComm::all_reduce(x.data(), n);
+    CpuComm::wait(CpuComm::all_reduce(x.data(), n));
     expect(same_bits(x.data(), expected.data(), n), strprintf("all_reduce of %zu", n).c_str());
 }
 
 static void check_chunks(size_t chunk) {
     const size_t n = chunk * world.size, mine = chunk * world.rank;
     std::vector<float> x = values<float>(world.rank, n), expected = sums_in_rank_order<float>(n);
-    CpuComm::reduce_scatter(x.data(), chunk);
+    CpuComm::wait(CpuComm::reduce_scatter(x.data(), chunk));
     expect(same_bits(x.data() + mine, expected.data() + mine, chunk), "reduce_scatter: my row is the sum");
     const std::vector<float> before = values<float>(world.rank, n);
     expect(same_bits(x.data(), before.data(), mine), "reduce_scatter: the rows before mine are kept");
     expect(same_bits(x.data() + mine + chunk, before.data() + mine + chunk, n - mine - chunk),
            "reduce_scatter: the rows after mine are kept");
-    CpuComm::all_gather(x.data(), chunk);
+    CpuComm::wait(CpuComm::all_gather(x.data(), chunk));
     expect(same_bits(x.data(), expected.data(), n), "all_gather after reduce_scatter");
     std::vector<float> y = before;
-    CpuComm::all_reduce(y.data(), n);
+    CpuComm::wait(CpuComm::all_reduce(y.data(), n));
     expect(same_bits(x.data(), y.data(), n), "all_reduce has the bits of reduce_scatter + all_gather");
 }
 
@@ -87,7 +87,9 @@ static void check_collectives() {
         check_all_reduce<float>(n);
     for (size_t n : {1, 2, 7, 1003}) check_all_reduce<double>(n);
     for (int root = 0; root < world.size; root++)
-        for (size_t bytes : {0, 1, 13, 100000}) check_broadcast(bytes, root, CpuComm::broadcast);
+        for (size_t bytes : {0, 1, 13, 100000})
+            check_broadcast(bytes, root,
+                            [](void* x, size_t n, int of) { CpuComm::wait(CpuComm::broadcast(x, n, of)); });
 }
 
 static void check_broadcast_host() {
@@ -102,8 +104,9 @@ static void check_broadcast_host() {
 // Ten steps on gradients that do not depend on the number of ranks: of each element one rank holds all, the others
 // zero, so every order of addition is exact. The weights must not depend on it either, nor on owners, nor on muon or
 // dmuon. Returns a checksum of the weights of all steps.
-static uint64_t updated_weights(const char* method, const char* owner) {
+static uint64_t updated_weights(const char* method, const char* owner, const char* muon_batch = "shape") {
     Options options;
+    options.muon_batch = muon_batch;
     options.optimizer = method;
     options.owner = owner;
     std::vector<TensorSpec> specs = {{"wte.weight", TensorKind::token_embedding, 256, 24}};
@@ -134,7 +137,7 @@ static uint64_t updated_weights(const char* method, const char* owner) {
         expect(covered == specs[t].size(), "every element has an owner");
         if (optimizer.plan.is_muon(t)) total += double(covered);
     }
-    CpuComm::all_reduce(&held, 1);
+    CpuComm::wait(CpuComm::all_reduce(&held, 1));
     const int copies = plan.method == Method::muon ? world.size : 1;  // vanilla muon repeats everything on every rank
     expect(held == copies * total, "momentum over the ranks sums to the model's");
     optimizer.publish();
@@ -156,7 +159,10 @@ static uint64_t updated_weights(const char* method, const char* owner) {
                 const bool here = int(element % world.size) == world.rank;
                 if (here) optimizer.grads[piece.offset + i] = value<float>(0, element);
             }
+        for (int layer = 2; layer >= 0; layer--) optimizer.layer_is_complete(layer);
         optimizer.step(0.01f, 0.02f, [](Phase) {});
+        optimizer.need_flat();
+        for (int layer = 0; layer < 3; layer++) optimizer.need_layer(layer);
         add(optimizer.clip, 2);
         for (const Piece& piece : plan.pieces) add(optimizer.params + piece.offset, piece.count);
         uint64_t of_rank_0 = checksum;
@@ -164,17 +170,21 @@ static uint64_t updated_weights(const char* method, const char* owner) {
         expect(checksum == of_rank_0, "all ranks have the same weights after a step");
     }
     double orthogonalised = double(optimizer.orthogonalised);
-    CpuComm::all_reduce(&orthogonalised, 1);
+    CpuComm::wait(CpuComm::all_reduce(&orthogonalised, 1));
     const int expected = plan.method == Method::adamw ? 0 : matrices * steps * copies;
     expect(orthogonalised == expected, "Newton-Schulz once per matrix and step");
+    expect(plan.ns_matrices * steps == expected, "what the plan says of it");
     return checksum;
 }
 
-static void check_updates() {
+static void check_updates(bool at_wait) {
+    CpuComm::at_wait = at_wait;
     const uint64_t adamw = updated_weights("adamw", "round_robin"), muon = updated_weights("muon", "round_robin"),
-                   dmuon = updated_weights("dmuon", "round_robin"), lpt = updated_weights("dmuon", "lpt");
+                   dmuon = updated_weights("dmuon", "round_robin"), lpt = updated_weights("dmuon", "lpt"),
+                   one = updated_weights("muon", "round_robin", "one");
     expect(dmuon == muon, "dmuon has the bits of muon");
     expect(lpt == dmuon, "lpt has the bits of round_robin");
+    expect(one == muon, "matrices one after the other have the bits of all of a shape together");
     if (world.rank == 0) printf("weights %016llx %016llx\n", (unsigned long long)adamw, (unsigned long long)muon);
 }
 
@@ -182,7 +192,7 @@ static void check_updates() {
 static void keep_busy(int rounds) {
     for (int round = 0; round < rounds; round++) {
         double x = 1;
-        if (world.launcher == Launcher::mpi) CpuComm::all_reduce(&x, 1);
+        if (world.launcher == Launcher::mpi) CpuComm::wait(CpuComm::all_reduce(&x, 1));
         else broadcast_host(&x, sizeof x);
         sleep_seconds(0.001);
     }
@@ -201,7 +211,8 @@ static void work(const std::string& job) {
         if (world.rank == 0) printf("good on %d of %d local\n", world.size, world.local_size);
         return;
     }
-    if (job == "updates") return check_updates();
+    if (job == "updates") return check_updates(false);
+    if (job == "updates_at_wait") return check_updates(true);
     if (job == "same" || job == "other_fact" || job == "fewer_facts") {
         std::string facts = "build 1\n--batch 4\n--lr 0.1";
         if (chosen && job == "other_fact") facts = "build 1\n--batch 8\n--lr 0.1";
@@ -367,8 +378,8 @@ TEST_CASE("collectives on 1 to 5 processes under mpirun") {
 }
 
 TEST_CASE("the same gradients give the same weights on 1 to 5 ranks") {
-    auto weights = [](int n) {  // what the worker prints, without what mpirun may have to say about the machine
-        const Outcome o = mpirun(n, "updates");
+    auto weights = [](int n, const char* job = "updates") {  // without what mpirun may have to say about the machine
+        const Outcome o = mpirun(n, job);
         INFO(o.output);
         CHECK(o.code == 0);
         const size_t begin = o.output.find("weights ");
@@ -377,6 +388,8 @@ TEST_CASE("the same gradients give the same weights on 1 to 5 ranks") {
     };
     const std::string one = weights(1);
     for (int n = 2; n <= 5; n++) CHECK(weights(n) == one);
+    // However late a collective is, up to the wait for its ticket: nobody uses its data before.
+    for (int n : {1, 2, 3}) CHECK(weights(n, "updates_at_wait") == one);
 }
 
 TEST_CASE("mpirun: a stopped rank ends the run at the deadline, with one line") {

@@ -3,11 +3,17 @@
 
 Needs Python alone; the tests of GPT-2's tokens need tiktoken and its vocabulary, and are skipped without."""
 import contextlib
+import glob
 import gzip
 import http.server
 import importlib.util
 import io
+import json
 import lzma
+import os
+import re
+import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -21,6 +27,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "data.py"
 sys.path.insert(0, str(ROOT / "scripts"))
+import compare  # noqa: E402 (scripts/compare.py)
 import data  # noqa: E402 (scripts/data.py)
 
 TEXT = "".join(f"Line {i} of a text: \u201cna\u00efve\u201d\n\n" for i in range(20000)).encode()
@@ -128,6 +135,46 @@ class Data(unittest.TestCase):
         self.make(self.dir / "text.txt")
         self.assertEqual(decode(self.out), TEXT)
 
+    def test_good_shards_stay_until_others_are_whole(self):
+        self.make(self.dir / "text.txt")
+        before = {path.name: path.read_bytes() for path in self.out.iterdir()}
+        (self.dir / "empty.txt").write_bytes(b" \n")
+        (self.dir / "cut.xz").write_bytes(lzma.compress(TEXT)[:-500])
+        for source in ("empty.txt", "cut.xz"):
+            self.refused(1, "", f"text:{self.dir}/{source}", "--out", self.out)
+            self.assertEqual({path.name: path.read_bytes() for path in self.out.iterdir()}, before)
+        self.refused(1, "", f"text:{self.dir}/empty.txt", "--out", self.dir / "new")
+        self.assertFalse((self.dir / "new").exists())
+
+    def test_a_damaged_shard_is_made_again(self):
+        self.make(self.dir / "text.txt")
+        for name in ("train_000.bin", "val_000.bin", "tokenizer.bin"):
+            content = bytearray((self.out / name).read_bytes())
+            content[1500] ^= 1
+            (self.out / name).write_bytes(content)
+            self.assertNotIn("is there already", self.make(self.dir / "text.txt").stderr)
+            self.assertEqual(decode(self.out), TEXT)
+        self.assertIn("is there already", self.make(self.dir / "text.txt").stderr)
+
+    def test_manifests_of_another_shape(self):
+        self.make(self.dir / "text.txt")
+        good = (self.out / "manifest.json").read_text()
+        for text in ("", "[]", "7", "null", '{"settings": 1, "files": {}}', '{"settings": {}, "files": ["x"]}',
+                     '{"settings": {}, "files": {"../../x": {}}}', good.replace("{\n", "[", 1), good[:-3], "\xff"):
+            (self.out / "manifest.json").write_text(text, encoding="latin-1")
+            self.make(self.dir / "text.txt")
+            self.assertEqual(decode(self.out), TEXT)
+
+    def test_odd_places(self):
+        os.mkfifo(self.dir / "fifo")
+        self.refused(2, "neither a file nor a directory", f"text:{self.dir}/fifo", "--out", self.out)
+        self.out = self.dir / "a [b]*?"
+        printed = self.make(self.dir / "text.txt").stdout
+        for split, pattern in zip(("train", "val"), shlex.split(printed)[1::2]):
+            self.assertEqual(glob.glob(pattern), [f"{self.out}/{split}_000.bin"])
+        for address in ("http://[", "http://a b/c", "http://x:port/", "http://\u2603..example/x", "https://"):
+            self.refused(2, "is no address", f"text:{address}", "--out", self.dir / "url", "--downloads", self.dir)
+
     def test_errors_are_one_clear_line(self):
         self.refused(2, "no dataset 'shakespeare'", "shakespeare")
         self.refused(2, "no such file", "text:/nowhere/at/all")
@@ -193,6 +240,9 @@ class Download(unittest.TestCase):
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
                 start = 0
+                if test.raw:
+                    self.wfile.write(test.raw.pop(0))
+                    return
                 if test.ranges and "Range" in self.headers:
                     start = int(self.headers["Range"].split("=")[1].rstrip("-"))
                 test.requests.append((self.headers.get("Range"), start))
@@ -207,7 +257,7 @@ class Download(unittest.TestCase):
             def log_message(self, *_):
                 pass
 
-        self.requests, self.give, self.ranges = [], [], True
+        self.requests, self.give, self.ranges, self.raw = [], [], True, []
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         self.addCleanup(server.server_close)
@@ -268,10 +318,95 @@ class Download(unittest.TestCase):
         self.assertIn("404", self.stderr.getvalue())
         self.assertTrue(self.stderr.getvalue().endswith("can't be had here; these can: austen, text:PATH\n"))
 
+    def test_answers_that_are_no_proper_ones(self):
+        """A server that breaks the protocol: no traceback, and a later try gets it all."""
+        for answer in (b"nonsense\r\n\r\n", b"", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nab",
+                       b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nab",
+                       b"HTTP/1.1 999 Odd\r\n\r\n", b"HTTP/1.1 200\r\n" + b"x: y\r\n" * 200 + b"\r\n"):
+            self.raw = [answer] * 5
+            self.assertEqual(self.fetch(), 1, answer)
+            self.assertIn("can't be had here", self.stderr.getvalue().splitlines()[-1])
+            self.assertNotIn("Traceback", self.stderr.getvalue())
+        self.raw = []
+        shutil.rmtree(self.dir / "downloads")
+        self.assertEqual(self.fetch(), 0)
+        self.assertEqual(decode(self.dir / "out"), TEXT)
+
+    def test_a_length_that_is_no_number(self):
+        self.raw = [b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n" + TEXT]
+        self.assertEqual(self.fetch(), 0)
+        self.assertEqual(decode(self.dir / "out"), TEXT)
+
+    def test_the_query_of_an_address_is_no_suffix(self):
+        self.raw = [b"HTTP/1.1 200 OK\r\n\r\n" + gzip.compress(TEXT)]
+        self.assertEqual(self.fetch("text.gz?download=1"), 0)
+        self.assertEqual(decode(self.dir / "out"), TEXT)
+
     def test_a_wrong_checksum_is_refused(self):
         with contextlib.redirect_stderr(io.StringIO()), self.assertRaisesRegex(data.Unreachable, "not the expected content"):
             data.download(f"{self.url}/text.txt", self.dir / "x", sha256="0" * 64)
         self.assertEqual(list(self.dir.iterdir()), [])
+
+
+class Compare(unittest.TestCase):
+    """scripts/compare.py, on logs as they are found after a crash or in the wrong directory."""
+
+    def setUp(self):
+        self.temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(self.temporary.cleanup)
+        self.dir = Path(self.temporary.name)
+
+    def run_of(self, name, *lines):
+        (self.dir / name).mkdir()
+        (self.dir / name / "log.jsonl").write_bytes(b"".join(line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n"
+                                                             for line in lines))
+        return self.dir / name
+
+    @staticmethod
+    def steps(n, **changes):
+        return [{"step": i + 1, "loss": 5 - i / n, "step_ms": 2.0, "tokens_per_s": 9.0, **changes} for i in range(n)]
+
+    def compare(self, code, *arguments):
+        """(stdout, stderr). In this process, where nothing is installed: without matplotlib there is no picture."""
+        stdout, stderr, ended = io.StringIO(), io.StringIO(), 0
+        drawable = importlib.util.find_spec("matplotlib") is not None
+        with mock.patch.object(sys, "argv", ["compare.py", *map(str, arguments)]), contextlib.redirect_stdout(stdout), \
+                contextlib.redirect_stderr(stderr), mock.patch("packages.need", lambda *_, **__: drawable):
+            try:
+                compare.main()
+            except SystemExit as e:
+                ended = 1
+                stderr.write(str(e))
+        self.assertEqual(ended, code, stderr.getvalue())
+        return stdout.getvalue(), stderr.getvalue()
+
+    def test_lines_that_are_no_steps_are_left_out(self):
+        good = self.run_of("good", *self.steps(50))
+        torn = self.run_of("torn", *self.steps(50), b"", b'{"step": 51, "lo')
+        odd = self.run_of("odd", b"[]\n7\nnull\n\n{}\n\xff\xfe\n", *self.steps(50), {"step": 51, "loss": "x", "step_ms": "y"},
+                          {"step": 52, "loss": 1, "step_ms": 0, "tokens_per_s": 1}, b"[" * 100000 + b"\n")
+        stdout, stderr = self.compare(0, good, torn, odd, "--png", self.dir / "x.png")
+        self.assertIn(f"{torn}/log.jsonl: left out 1 of 51 lines", stderr)
+        self.assertIn(f"{odd}/log.jsonl: left out 9 of 59 lines", stderr)
+        self.assertEqual(len(re.findall(r"^(good|torn|odd) +50 +4\.02", stdout, re.M)), 3, stdout)
+
+    def test_runs_without_a_loss_are_left_out(self):
+        good = self.run_of("good", *self.steps(50))
+        null = self.run_of("null", *self.steps(50, loss=None))
+        empty = self.run_of("empty")
+        some = self.run_of("some", *self.steps(20, loss=None), *self.steps(20), *self.steps(30, loss=None))
+        stdout, stderr = self.compare(0, null, good, empty, some, "--png", self.dir / "x.png")
+        self.assertIn(f"left out {null}/log.jsonl: no loss in it is a finite number", stderr)
+        self.assertIn(f"left out {empty}/log.jsonl: the run has no finished step yet", stderr)
+        self.assertIn("some", stdout)
+        self.assertIn("no run is left", self.compare(1, null, empty)[1])
+
+    def test_a_picture_that_cannot_be_written(self):
+        if importlib.util.find_spec("matplotlib") is None:
+            self.skipTest("no matplotlib")
+        good = self.run_of("good", *self.steps(50))
+        for name in ("x.docx", "nowhere/x.png"):
+            self.assertIn("cannot write the picture", self.compare(1, good, "--png", self.dir / name)[1])
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ struct TinyGpt {
         load(windows);
         model.forward(model.inputs, B, T);
         model.loss(B, T, 1.0f / float(B * T * micro_steps), true);
-        model.backward(B, T, accumulate);
+        model.backward(B, T, accumulate, false);
         const std::vector<float> losses = to_host<Backend>(model.losses, B * T);
         return std::accumulate(losses.begin(), losses.end(), 0.0) / (B * T);
     }

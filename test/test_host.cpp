@@ -330,6 +330,12 @@ TEST_CASE("flags: contradictions name the flags") {
         {"--muon_scale keller", "--muon_scale|--optimizer"},
         {"--muon_qkv split", "--muon_qkv|--optimizer"},
         {"--muon_tile 64", "--muon_tile|--optimizer"},
+        {"--optimizer muon --muon_tile 1", "--muon_tile 1 is too small|64"},
+        {"--optimizer muon --muon_tile 63", "--muon_tile 63 is too small|64"},
+        {"--grad_clip 1e-46", "--grad_clip 1e-46 is too small|1e-6"},
+        {"--grad_clip 9.9e-7", "--grad_clip 9.9e-07 is too small|1e-6"},
+        {"--optimizer muon --muon_tile 60", "--muon_tile 60|multiple of 8|64"},
+        {"--muon_batch one", "--muon_batch|--optimizer"},
         {"--ns gram", "--ns |--optimizer"},
         {"--ns_coefficients you", "--ns_coefficients|--optimizer"},
         {"--ns_steps 3", "--ns_steps|--optimizer"},
@@ -368,6 +374,10 @@ TEST_CASE("flags: what is no contradiction") {
              "--schedule wsd --warmup 50 --steps 100 --decay_frac 0.5",
              "--optimizer muon --ns_coefficients keller --ns_steps 20",
              "--optimizer muon --muon_weight_decay -1",
+             "--optimizer muon --muon_tile 64",
+             "--grad_clip 1e-6",
+             "--grad_clip 0",
+             "--batch 3 --total_batch 3072",
              "--optimizer dmuon --owner lpt",
              "--print_plan --ranks 1000 --owner lpt --muon_qkv heads",  // of any optimizer
              "--resume some.ckpt",                                      // without --out nothing is written
@@ -378,7 +388,9 @@ TEST_CASE("flags: what is no contradiction") {
         CHECK(parse_error(words(args + std::string(" --train t"))) == "");
     }
     CHECK(parse_error({"--train", "t", "--model", dir / "some.ckpt"}) == "");  // a file that is there
-    CHECK(parse_error({"--print_plan", "--ranks", "8"}) == "");                // needs no data
+    CHECK(parse_error({"--train", "t", "--model", dir / "some.ckpt", "--total_batch", "96"}) ==
+          "");                                                   // its seq_len decides
+    CHECK(parse_error({"--print_plan", "--ranks", "8"}) == "");  // needs no data
     CHECK(find_preset("d12")->channels == 768);
     CHECK(find_preset("d13") == nullptr);
 }
@@ -567,30 +579,6 @@ TEST_CASE("loader: the windows in the order of the files") {
         }
     }
     CHECK(mentions(error_of([&] { data.shards->in_order(49); }), "internal: window 49 of 49"));
-}
-
-TEST_CASE("loader: a digest tells shards of the same size apart") {
-    TempDir dir;
-    std::vector<uint16_t> tokens(1000, 7);
-    auto digest = [&] {
-        write_shard(dir / "a.bin", tokens);
-        return Shards(dir / "*.bin", 10).digest();
-    };
-    const std::string before = digest();
-    CHECK(before.size() == 16);
-    CHECK(digest() == before);
-    for (size_t at : {size_t(0), size_t(500), size_t(999)}) {  // 16 x 64 tokens: here all of them are looked at
-        tokens[at] = 8;
-        CHECK(digest() != before);
-        tokens[at] = 7;
-    }
-    write_shard(dir / "b.bin", counting(3, 0));  // too short for a window, and yet other data
-    CHECK(digest() != before);
-    fs::remove(dir / "b.bin");
-    std::string content = read_file(dir / "a.bin");
-    content[1000] = 1;  // in the header
-    write_file(dir / "a.bin", content);
-    CHECK(Shards(dir / "*.bin", 10).digest() != before);
 }
 
 TEST_CASE("loader: malformed shards are refused by name") {

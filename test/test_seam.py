@@ -73,12 +73,13 @@ def test_each_operation_of_other_types_is_named():
 def test_small_differences_are_seen():
     differences = {
         "gelu_forward": "static void gelu_forward(real*, const real*, int);",  # int for size_t
-        "all_reduce": "static void all_reduce(float*, size_t);",  # the overload for double
-        "muon_momentum": "static void muon_momentum(float*, const float*, size_t, float, bool, const float*);",  # const
+        "all_reduce": "static Ticket all_reduce(float*, size_t);",  # the overload for double
+        "muon_momentum": "static void muon_momentum(void*, const float*, const float*, const MatrixRef*, const float*, int, int, int,"
+                         " float, bool, NsType, const float*);",  # const
         "device_name": "static const char* device_name();",
         "done": "struct Event : Cpu::Event { bool done(); };",  # not const
         "ms": "struct Event : Cpu::Event { static double ms(const Event&, const Event&); };",
-        "CollectiveGroup": "struct CollectiveGroup { CollectiveGroup(int); };",
+        "EnqueueDeadline": "struct EnqueueDeadline { EnqueueDeadline(int); };",
     }
     for name, text in differences.items():
         status, messages = compiled("struct Other : Cpu { %s };" % text)

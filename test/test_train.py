@@ -254,6 +254,18 @@ class Train(unittest.TestCase):
             self.assertIn("File too large", result.stderr)
             self.assertEqual(checkpoints(out), before)
 
+    def test_limited_memory(self):
+        """Under any limit of its address space it trains, or says in one line that it can't; it never waits for memory.
+        Far below that it may fail to be loaded at all, which is the linker's affair."""
+        for megabytes in range(150, 1500, 100):
+            limit = megabytes << 20
+            result = subprocess.run(command(*TINY, "--steps", 2), capture_output=True, text=True, timeout=60,
+                                    env=environment(OMP_NUM_THREADS="2"),
+                                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
+            self.assertIn(result.returncode, (0, 1), f"{megabytes} MiB: {result.stderr}")
+            self.assertEqual(len(result.stderr.splitlines()), result.returncode, f"{megabytes} MiB: {result.stderr}")
+        self.assertEqual(result.returncode, 0)
+
     def test_out_that_holds_a_run(self):
         out = work / "held"
         self.trained(*TINY, "--steps", 20, "--save_every", 10, "--out", out)
@@ -429,6 +441,7 @@ class Train(unittest.TestCase):
                              ("--total_batch", ["--total_batch", 100]), ("--ns_steps", ["--ns_steps", 3]),
                              ("--device", ["--gpus", 2]), ("--resume", ["--resume", "auto"])):
             self.refused(2, words, *TINY, *flags)
+        self.refused(2, ["OMP_NUM_THREADS", "10000"], *TINY, "--steps", 2, OMP_NUM_THREADS="10000")
         result = subprocess.run([BINARY, "--help"], capture_output=True, text=True)
         self.assertEqual(result.returncode, 0)
         self.assertIn("--optimizer adamw|muon|dmuon", result.stdout)

@@ -1,0 +1,155 @@
+// libFuzzer over the files that the program reads: whatever is in them, they are read or refused with an Error; never a
+// crash, a hang, or a read outside. test/fuzz.sh builds and runs it. FUZZ=shard, tokenizer or checkpoint chooses the
+// reader; FUZZ_SEEDS=DIR writes some good files there to start from, and exits.
+#define TRAIN_GPT_NO_MAIN
+#include "../train_gpt.cu"
+
+static const std::string directory = strprintf("/dev/shm/fuzz_%d", int(getpid()));
+static const std::string path = directory + "/file";
+
+static void write_file(const std::string& to, const std::string& content) {
+    std::ofstream(to, std::ios::binary) << content;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Readers
+
+static void read_shard() {
+    const int T = 5, vocab = 300;
+    const Shards shards(path, T);
+    shards.digest();
+    int inputs[T], targets[T];
+    for (uint64_t g = 0; g < std::min<uint64_t>(shards.windows() + 2, 50); g++) {
+        shards.read(shards.in_order(g), inputs, targets, vocab);
+        shards.read(shards.sample(g, 7), inputs, targets, vocab);
+        for (int t = 0; t < T; t++)
+            if (inputs[t] < 0 || inputs[t] >= vocab || targets[t] < 0 || targets[t] >= vocab) abort();
+    }
+}
+
+static void read_tokenizer() {
+    const Tokenizer tokenizer(path);
+    for (int token = 0; token < tokenizer.vocab; token++)
+        if (tokenizer.decode(token).empty()) abort();
+    tokenizer.decode(tokenizer.end_of_text);
+}
+
+static void read_checkpoint() {
+    const Checkpoint checkpoint(path);
+    for (const TensorInfo& tensor : checkpoint.tensors) {
+        const float* values = checkpoint.data(tensor.name, tensor.elements());
+        if (tensor.elements() == 0) abort();
+        volatile float last = values[tensor.elements() - 1] + values[0];
+        (void)last;
+    }
+    const ModelConfig config = checkpoint_config(checkpoint);
+    meta_number(checkpoint, "step");
+    if (config.layers <= 20 && config.channels <= 100) tensor_specs(config);
+}
+
+// A mutated checkpoint fails at its first checksum, and no more of the reader is seen. So inputs that begin with an odd
+// byte get checksums that are right for what else they hold.
+static void repair_checksums(std::string& file) {
+    uint64_t table_bytes;
+    if (file.size() < ckpt::kHeaderBytes) return;
+    memcpy(&table_bytes, &file[8], 8);
+    if (table_bytes > file.size() - ckpt::kHeaderBytes) return;
+    const uint64_t sum = Checksum::of(&file[ckpt::kHeaderBytes], table_bytes);
+    memcpy(&file[16], &sum, 8);
+
+    std::vector<uint64_t> sums;
+    uint64_t at = ckpt::kHeaderBytes + table_bytes;
+    std::istringstream lines(file.substr(ckpt::kHeaderBytes, table_bytes));
+    for (std::string line; std::getline(lines, line);) {
+        std::istringstream words(line);
+        std::string kind, name, type;
+        words >> kind >> name >> type;
+        if (kind != "tensor") continue;
+        uint64_t elements = 1;
+        for (uint64_t size; words >> size;) {
+            if (size > file.size()) return;
+            elements *= size;
+        }
+        const uint64_t bytes = round_up(elements * sizeof(float), ckpt::kAlignment);
+        if (elements > file.size() || at > file.size() || bytes > file.size() - at) return;
+        sums.push_back(Checksum::of(&file[at], bytes));
+        at += bytes;
+    }
+    sums.push_back(Checksum::of(sums.data(), sums.size() * sizeof(uint64_t)));
+    if (at > file.size() || file.size() - at < sums.size() * sizeof(uint64_t)) return;
+    memcpy(&file[at], sums.data(), sums.size() * sizeof(uint64_t));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Seeds
+
+static std::string words(std::vector<int32_t> header) {
+    header.resize(256);
+    return std::string(reinterpret_cast<char*>(header.data()), 1024);
+}
+
+static void write_seeds(const std::string& to) {
+    for (int tokens : {6, 40, 4100}) {
+        std::string shard = words({20240520, 1, tokens});
+        for (int i = 0; i < tokens; i++) shard += {char(i * 7), char(i % 256 < 40)};
+        write_file(to + strprintf("/shard/%d", tokens), shard);
+    }
+    std::string tokenizer = words({20240328, 2, 20, 3});
+    for (int i = 0; i < 20; i++) tokenizer += char(1 + i % 5) + std::string(size_t(1 + i % 5), char(i));
+    write_file(to + "/tokenizer/20", tokenizer);
+    Meta meta;
+    for (const char* key : {"step", "layers", "heads", "seq_len", "vocab", "optimizer_steps", "seed", "total_batch"})
+        meta[key] = "2";
+    meta["channels"] = "16";
+    meta["optimizer"] = "adamw";
+    const std::vector<float> values(100, 1.5f);
+    const std::vector<TensorInfo> several = {{"wte.weight", {5, 4}}, {"b", {3}}, {"momentum/h.0.w", {2, 3, 4}}};
+    for (const std::vector<TensorInfo>& tensors : {several, std::vector<TensorInfo>{{"a", {1}}}}) {
+        CheckpointWriter writer(directory, 7, meta, tensors);
+        for (const TensorInfo& tensor : tensors) writer.append(values.data(), tensor.bytes());
+        writer.finish(1);
+        std::ifstream file(directory + "/step_00000007.ckpt", std::ios::binary);
+        std::stringstream content;
+        content << file.rdbuf();
+        for (char repaired : {'0', '1'})
+            write_file(to + strprintf("/checkpoint/%zu%c", tensors.size(), repaired), repaired + content.str());
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What libFuzzer calls
+
+static void (*reader)() = nullptr;
+
+extern "C" int LLVMFuzzerInitialize(int*, char***) {
+    std::filesystem::create_directories(directory);
+    atexit([] { std::filesystem::remove_all(directory); });
+    if (const char* to = getenv("FUZZ_SEEDS")) {
+        for (const char* kind : {"/shard", "/tokenizer", "/checkpoint"})
+            std::filesystem::create_directories(to + std::string(kind));
+        write_seeds(to);
+        exit(0);
+    }
+    const std::string kind = getenv("FUZZ") ? getenv("FUZZ") : "";
+    reader = kind == "shard"        ? read_shard
+             : kind == "tokenizer"  ? read_tokenizer
+             : kind == "checkpoint" ? read_checkpoint
+                                    : nullptr;
+    if (!reader) fprintf(stderr, "FUZZ=shard, tokenizer or checkpoint\n"), exit(2);
+    return 0;
+}
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+    std::string file(reinterpret_cast<const char*>(data), size);
+    if (reader == read_checkpoint) {
+        const bool repaired = size > 0 && data[0] % 2;
+        file.erase(0, 1);
+        if (repaired) repair_checksums(file);
+    }
+    write_file(path, file);
+    try {
+        reader();
+    } catch (const Error&) {
+    }
+    return 0;
+}

@@ -1,0 +1,256 @@
+#!/usr/bin/env python3
+"""Runs that are killed again and again, and resumed each time, end with the bits of a run that was left alone.
+
+    python3 test/soak.py TRAIN_GPT [--kills N] [--seed N]     without --kills: as many as fit in about 40 s
+
+CPU runs on 1 and on 3 ranks. Each story is one run: started with --resume auto, killed (SIGKILL to a rank or to mpirun, at a
+random moment or as soon as a save is under way) or asked to stop (SIGTERM and its like), some times over, then left to
+finish. Its last checkpoint must be that of the uninterrupted run byte for byte, and its log too, but for the times in it.
+Then runs on 4 ranks are killed and go on with 1, 2, 3 and 5. Ends with `N passed, N failed, N skipped`.
+"""
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ENV = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+STEPS, SEQUENCES = 120, 12  # sequences per step: 1, 2, 3, 4 ranks divide them
+KILLS_PER_STORY = 5
+# Another number of ranks adds the same fp32 gradients in another order: 1e-7 of a value, which the steps after it grow.
+TOLERANCE = 1e-4
+
+
+class Failed(Exception):
+    pass
+
+
+def flags(optimizer, out):
+    return [*map(str, [PROGRAM, "--device", "cpu", "--train", DATA / "train_*.bin", "--val", DATA / "val_*.bin", "--layers", 2,
+                       "--heads", 2, "--channels", 64, "--seq_len", 32, "--batch", 1, "--total_batch", SEQUENCES * 32, "--steps",
+                       STEPS, "--optimizer", optimizer, "--lr", 0.003, "--eval_every", 25, "--save_every", 4,
+                       "--rank_timeout", 20, "--out", out, "--resume", "auto"])]
+
+
+def command(ranks, arguments):
+    if ranks == 1:
+        return arguments
+    return ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", str(ranks), *arguments]
+
+
+def in_session(session):
+    """pid -> command of the processes of a session that have not ended."""
+    found = {}
+    for entry in os.scandir("/proc"):
+        if entry.name.isdecimal():
+            try:
+                name, fields = Path(entry.path, "stat").read_text().split("(", 1)[1].rsplit(")", 1)
+                if int(fields.split()[3]) == session and fields.split()[0] not in "ZX":
+                    found[int(entry.name)] = name
+            except (OSError, ValueError, IndexError):
+                pass  # it has ended
+    return found
+
+
+class Process:
+    """A run under way, in a session of its own: nothing of it is left when the block is left."""
+
+    def __init__(self, ranks, arguments):
+        self.said = tempfile.TemporaryFile("w+", errors="replace")
+        self.process = subprocess.Popen(command(ranks, arguments), stdout=self.said, stderr=self.said, env=ENV, start_new_session=True,
+                                        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in STOPS])
+
+    def __enter__(self):
+        return self
+
+    def ranks(self):
+        return [pid for pid, name in in_session(self.process.pid).items() if name == PROGRAM.name[:15]]
+
+    def output(self):
+        self.said.seek(0)
+        return "".join(line for line in self.said if not line.startswith(("step ", "| ")))[-3000:]
+
+    def __exit__(self, *_):
+        end = time.time() + 40
+        while in_session(self.process.pid) and time.time() < end:
+            self.process.poll()
+            time.sleep(0.005)
+        left = in_session(self.process.pid)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        said = self.output()
+        self.said.close()
+        if left:
+            raise Failed(f"40 s after it was ended there are left: {left}\n{said}")
+
+
+def finish(ranks, arguments):
+    with Process(ranks, arguments) as run:
+        try:
+            code = run.process.wait(timeout=120)
+        except subprocess.TimeoutExpired:
+            for pid in in_session(run.process.pid):
+                os.kill(pid, signal.SIGKILL)
+            raise Failed(f"it does not end:\n{run.output()}") from None
+        if code != 0:
+            raise Failed(f"exit code {code}:\n{run.output()}")
+
+
+def log_of(out):
+    """What the log says about training, without the times."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.endswith("_ms") and key not in ("tokens_per_s", "mfu")}
+            for line in lines]
+
+
+def last_checkpoint(out):
+    return (out / f"step_{STEPS:08}.ckpt").read_bytes()
+
+
+def unfinished(out):
+    """Whether a save is under way, or was when its process died."""
+    try:
+        return any(name.endswith(".ckpt.tmp") for name in os.listdir(out))
+    except OSError:
+        return False
+
+
+class Soak:
+    def __init__(self, chance):
+        self.chance = chance
+        self.kills = self.in_saves = self.stops = 0
+        self.worst = 0  # relative difference of a loss after a resume on another number of ranks
+        self.whole = {}  # (optimizer, ranks) -> directory of the uninterrupted run, seconds that it took
+
+    def uninterrupted(self, optimizer, ranks):
+        if (optimizer, ranks) not in self.whole:
+            out, begin = WORK / f"whole_{optimizer}_{ranks}", time.time()
+            finish(ranks, flags(optimizer, out))
+            self.whole[optimizer, ranks] = out, time.time() - begin
+        return self.whole[optimizer, ranks]
+
+    def interrupt(self, ranks, arguments, out, seconds):
+        """One start and its end: what was done to it."""
+        how = self.chance.choice(("kill", "kill in a save", "kill in a save", "stop"))
+        number = self.chance.choice(STOPS) if how == "stop" else signal.SIGKILL
+        with Process(ranks, arguments) as run:
+            moment = time.time() + self.chance.uniform(0, seconds)
+            while len(victims := run.ranks()) < ranks and run.process.poll() is None and time.time() < moment:
+                time.sleep(0.005)
+            if ranks > 1 and how != "stop" and self.chance.random() < 0.3:
+                victims = []
+            victim = self.chance.choice(victims or [run.process.pid])  # the process that we started: mpirun, or the run itself
+            if how == "kill in a save":
+                pause, end = self.chance.choice((0, 0, 0.0003, 0.001)), time.time() + seconds
+                while time.time() < end and run.process.poll() is None and not unfinished(out):
+                    pass  # a save takes a few milliseconds
+                time.sleep(pause)
+            else:
+                time.sleep(max(0, moment - time.time()))
+            try:
+                os.kill(victim, number)
+            except ProcessLookupError:
+                pass
+            self.kills += how != "stop"
+            self.stops += how == "stop"
+        self.in_saves += how != "stop" and unfinished(out)
+        return f"{how} ({number.name})"
+
+    def story(self, optimizer, ranks, until):
+        whole, seconds = self.uninterrupted(optimizer, ranks)
+        out = WORK / "story"
+        shutil.rmtree(out, ignore_errors=True)
+        told = []
+        while len(told) < KILLS_PER_STORY and (not told or time.time() < until):
+            told.append(self.interrupt(ranks, flags(optimizer, out), out, 0.7 * seconds))
+        finish(ranks, flags(optimizer, out))
+        for what, read in (("log", log_of), ("last checkpoint", last_checkpoint)):
+            if read(out) != read(whole):
+                kept = shutil.copytree(out, tempfile.mkdtemp(prefix="soak_") + "/story")
+                raise Failed(f"{optimizer} on {ranks} ranks, {', '.join(told)}: another {what} than uninterrupted; see {kept}")
+
+    def other_ranks(self, ranks):
+        """Killed on 4 ranks, goes on on another number: the losses of 4, to rounding."""
+        more = ["--total_batch", str(60 * 32), "--ns_dtype", "fp32"]  # 5 ranks divide that too
+        whole, out = WORK / "whole_4", WORK / "elastic"
+        if not whole.exists():
+            finish(4, flags("dmuon", whole) + more)
+        shutil.rmtree(out, ignore_errors=True)
+        arguments = flags("dmuon", out) + more
+        at = self.chance.randrange(8, STEPS - 40)
+        with Process(4, arguments) as run:
+            while run.process.poll() is None and not any(path.name > f"step_{at:08}" for path in out.glob("step_*.ckpt")):
+                time.sleep(0.001)
+            os.kill(self.chance.choice(run.ranks()), signal.SIGKILL)
+            self.kills += 1
+        finish(ranks, arguments)
+        pairs = [(line["loss"], other["loss"]) for line, other in zip(log_of(out), log_of(whole), strict=True)]
+        worst = max(abs(a - b) / b for a, b in pairs)
+        self.worst = max(self.worst, worst)
+        if worst > TOLERANCE:
+            raise Failed(f"killed on 4 ranks past step {at}, resumed on {ranks}: losses differ by {worst:.1e} of their value")
+
+
+def main():
+    global PROGRAM, WORK, DATA
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("program", type=lambda path: Path(path).resolve())
+    parser.add_argument("--kills", type=int, help="at least so many, however long that takes")
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of the moments and the signals [a new one]")
+    args = parser.parse_args()
+    PROGRAM = args.program
+    have_mpi = shutil.which("mpirun") and " mpi" in subprocess.run([PROGRAM, "--version"], capture_output=True, text=True).stdout
+    print(f"seed {args.seed}", flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="soak_") as work:
+        WORK, DATA = Path(work), Path(work, "data")
+        text = b"".join(path.read_bytes() for path in sorted(ROOT.glob("*.h")))
+        (WORK / "text.txt").write_bytes(text)
+        subprocess.run([sys.executable, ROOT / "scripts" / "data.py", f"text:{WORK}/text.txt", "--out", DATA], check=True,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        soak, begin = Soak(random.Random(args.seed)), time.time()
+        counts = {"passed": 0, "failed": 0, "skipped": 0}
+
+        def check(name, work):
+            start = time.time()
+            try:
+                work()
+                counts["passed"] += 1
+                print(f"ok {name} ({time.time() - start:.1f} s)", flush=True)
+            except Failed as why:
+                counts["failed"] += 1
+                print(f"FAIL {name}: {why}", flush=True)
+
+        def stories(ranks, until, share):
+            """Until a time, or with --kills until this share of them is done."""
+            goal, told = soak.kills + soak.stops + (args.kills or 0) * share, 0
+            while told == 0 or (soak.kills + soak.stops < goal if args.kills else time.time() < until):
+                soak.story(("adamw", "dmuon")[told % 2], ranks, math.inf if args.kills else until)
+                told += 1
+
+        check("killed on 1 rank", lambda: stories(1, begin + 14, 0.6))
+        if have_mpi:
+            check("killed on 3 ranks", lambda: stories(3, begin + 28, 0.4))
+            for ranks in (1, 2, 3, 5) if args.kills else [soak.chance.choice((1, 2, 3, 5))]:
+                check(f"killed on 4 ranks, resumed on {ranks}", lambda: soak.other_ranks(ranks))
+        else:
+            counts["skipped"] += 2
+        if soak.worst:
+            print(f"on another number of ranks losses differ by {soak.worst:.1e} of their value at most, allowed is {TOLERANCE:.0e}")
+        print(f"{soak.kills} kills, {soak.in_saves} of them inside a save, and {soak.stops} requests to stop in {time.time() - begin:.0f} s")
+    print(", ".join(f"{count} {what}" for what, count in counts.items()))
+    return counts["failed"] > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
