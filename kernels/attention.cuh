@@ -27,8 +27,8 @@
 // lies above the diagonal is skipped, blocks on the diagonal are masked.
 //
 // In reading order: FlashTiles (how a tile lies in shared memory, how a warp reads it), the three tensor-core kernels
-// (bf16, hd of 32, 64 or 128), struct Attention (the launchers). attention_scalar.cuh has their scalar twins (float, or
-// any hd up to 256).
+// (bf16, hd of 32, 64 or 128; any GPU from sm_80 on), struct Attention (the launchers). For hd of 64 and 128 Hopper has
+// the kernels of attention_hopper.cuh instead. attention_scalar.cuh has scalar twins (float, or any hd up to 256).
 #pragma once
 #include <cmath>
 #include <type_traits>
