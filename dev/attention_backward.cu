@@ -5,7 +5,7 @@
 //
 // Every version is judged by the five products over the lower triangle that a backward needs (S, dP, dV, dQ, dK). All
 // of these do seven: S and dP once for dQ and once for dK and dV, so that no block adds to what another one writes. The
-// same bits in every run come free with it.
+// same bits in every run come free with it. "Measured" is one H200 and the gain over the rung before.
 #include "attention.h"
 
 // delta[t] = dO[t] . O[t], one warp per row (rungs 1 and 2; the trainer's dQ kernels do it on the way).
@@ -21,6 +21,7 @@ __global__ void row_deltas(float* delta, const bf16* dout, const bf16* out, int 
 
 // 1. A thread per query makes a row of dQ, then a thread per key makes a row of dK and of dV. Own rows and sums live in
 //    registers, the other side is met row by row, from L1: 32 lanes read the same row at the same time.
+//    Measured: 61 ms.
 __global__ void __launch_bounds__(128) dq_1(bf16* dqkv, const float* delta, const bf16* dout, const bf16* qkv,
                                             const float* lse, int T, int C, float scale) {
     const int head = blockIdx.y, H = C / kHD, t = (gridDim.x - 1 - blockIdx.x) * blockDim.x + threadIdx.x;
@@ -71,8 +72,8 @@ __global__ void __launch_bounds__(128) dkv_1(bf16* dqkv, const float* delta, con
 }
 
 // 2. The rows that pass by come in tiles of 32, through shared memory and as float, read four channels at a time.
-// Expected:
-//    no conversions and a quarter of the loads in the inner loops; what is left is bound by the fp32 units.
+//    Expected: no conversions and a quarter of the loads in the inner loops; what is left is bound by the fp32 units.
+//    Measured: 21.7 ms, 2.8 times as fast.
 constexpr int kRows = 32;
 __device__ void load_tile(float4 (*x)[kHD / 4], const bf16* from, int stride) {
     for (int i = threadIdx.x; i < kRows * kHD / 8; i += blockDim.x) {
@@ -164,11 +165,11 @@ __global__ void __launch_bounds__(128) dkv_2(bf16* dqkv, const float* delta, con
 }
 
 // 3. Tensor cores by mma.sync: the trainer's kernels for all GPUs. A warp owns 16 rows; P and dS go from the registers
-// of
-//    one product to those of the next. Expected: tensor cores at half of their peak, kept waiting by ldmatrix.
+//    of one product to those of the next. Expected: tensor cores at half of their peak, kept waiting by ldmatrix.
+//    Measured: 1.26 ms, 17 times as fast, 205 TFLOP/s of the five products, 287 of the seven.
 // 4. wgmma and TMA: the trainer's kernels for Hopper. A warpgroup owns 64 rows, operands come straight from shared
-// memory,
-//    the next two products are issued before the sums over this tile. Expected: half as long again.
+//    memory, the next two products are issued before the sums over this tile. Expected: 0.95 ms; at the peak of the
+//    tensor cores 0.42. Measured: 0.78 ms, 1.6 times as fast.
 
 static bool ladder() {
     const size_t tokens = size_t(kB) * kT;

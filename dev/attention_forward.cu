@@ -3,13 +3,12 @@
 // (../kernels/attention_hopper.cuh).
 //
 // Every version is judged by the two products over the lower triangle, 2 * 2 B H HD T^2 / 2 operations: what it
-// computes above the diagonal does not count.
+// computes above the diagonal does not count. "Measured" is one H200 and the gain over the rung before.
 #include "attention.h"
 
 // 1. The definition, with scores in memory. One thread per score; then one warp per row for the softmax; then one
-// thread
-//    per element of the result. S and P are (B, H, T, T) in fp32: 3.2 GB written once and read four times here, where
-//    q, k, v are 0.3.
+//    thread per element of the result. S is (B, H, T, T) in fp32: 1.6 GB under the diagonal, written twice and read
+//    four times, where q, k, v are 0.3; and every thread loads two numbers for two operations. Measured: 123 ms.
 __global__ void scores_1(float* S, const bf16* qkv, int T, int C, float scale) {
     const int s = blockIdx.x * blockDim.x + threadIdx.x, t = blockIdx.y, head = blockIdx.z, H = C / kHD;
     if (s > t) return;
@@ -40,8 +39,9 @@ __global__ void output_1(bf16* out, const float* P, const bf16* qkv, int T, int 
 }
 
 // 2. No scores in memory: a thread owns a query and meets its keys one by one, with the online softmax (attention.cuh
-//    says how), q and the sum in registers. Expected: what rung 1 spent on S is gone, and 32 queries of a warp read the
-//    same key at the same time. What is left is bound by loads, 2 for every 4 operations, from L1.
+//    says how), q and the sum in registers. Expected: no S, and the 32 queries of a warp read the same key at the same
+//    time, one load for 64 operations.
+//    Measured: 20.2 ms, 6.1 times as fast.
 __global__ void __launch_bounds__(128) forward_2(bf16* out, float* lse, const bf16* qkv, int T, int C, float scale) {
     const int head = blockIdx.y, H = C / kHD, t = (gridDim.x - 1 - blockIdx.x) * blockDim.x + threadIdx.x;
     const bf16* of_head = qkv + size_t(head / H) * T * 3 * C + head % H * kHD;
@@ -63,9 +63,9 @@ __global__ void __launch_bounds__(128) forward_2(bf16* out, float* lse, const bf
 }
 
 // 3. Tiles of 32 keys in shared memory, as float, for the 128 queries of a block, read four channels at a time (the
-// same
-//    address for all lanes: a broadcast), and the largest score of a tile found before its exponentials, so that the
-//    sum is rescaled once per tile instead of once per key. Expected: bound by the fp32 units, 67 TFLOP/s at best.
+//    same address for all lanes: a broadcast), and the largest score of a tile found before its exponentials, so that
+//    the sum is rescaled once per tile instead of once per key. Expected: bound by the fp32 units, 67 TFLOP/s at best.
+//    Measured: 7.0 ms, 2.9 times as fast, a fifth of that bound.
 __global__ void __launch_bounds__(128) forward_3(bf16* out, float* lse, const bf16* qkv, int T, int C, float scale) {
     constexpr int keys = 32;
     __shared__ float4 k[keys][kHD / 4], v[keys][kHD / 4];
@@ -116,13 +116,14 @@ __global__ void __launch_bounds__(128) forward_3(bf16* out, float* lse, const bf
 }
 
 // 4. Tensor cores by mma.sync: FlashAttention-2, the trainer's kernel for all GPUs. A warp owns 16 queries; tiles come
-// by
-//    cp.async while the last one is computed; scores stay in registers from the first product to the second. Expected:
-//    60% of what wgmma can reach, less the time in which the tensor cores wait for exponentials.
+//    by cp.async while the last one is computed; scores stay in registers from the first product to the second.
+//    Expected: at best 60% of what wgmma can reach, less the time in which tensor cores wait for exponentials.
+//    Measured: 0.43 ms, 16 times as fast, 240 TFLOP/s.
 // 5. wgmma and TMA: the trainer's kernel for Hopper. A warpgroup owns 64 queries and multiplies with tiles straight
-// from
-//    shared memory; one warp only copies; several warpgroups of a multiprocessor and two products under way in each
-//    overlap exponentials with products.
+//    from shared memory; one warp only copies; several warpgroups of a multiprocessor, and two products under way in
+//    each, overlap exponentials with products. Expected: 0.28 ms; with everything overlapped 0.13, since one
+//    multiprocessor makes 16 exponentials a clock, and needs 1 for 256 operations of its tensor cores, which do 4096.
+//    Measured: 0.27 ms, 1.6 times as fast. ../dev/results/attention.md says what it waits for.
 
 static bool ladder() {
     const size_t tokens = size_t(kB) * kT;
