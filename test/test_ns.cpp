@@ -454,6 +454,7 @@ TEST_CASE("gradient and momentum to X: tall and wide at once, tiles, zero paddin
         for (bool aligned : {true, false}) {
             const Layout layout(s, aligned);
             for (float size : {1e-20f, 1e-10f, 1.0f, 1e10f, 0.0f}) {
+                if (s.m > 200 && size != 1.0f) continue;  // the truth, in double on one thread, takes its time
                 CAPTURE(size);
                 const Floats grads = normal(layout.elements, 4, size), momentum = normal(layout.elements, 5, 3 * size);
                 check_momentum(s, layout, grads, momentum, {0.95f, size != 1e-10f, size == 1.0f ? 0.25f : 1.0f});
