@@ -1,6 +1,6 @@
 // comm.h: the collectives, how the ranks of a run exchange data: CpuComm, MPI on host memory; CudaComm, NCCL on a
-// stream of its own. The two have the same functions, and are part of the backends that the program is a template over.
-// A single process touches neither MPI nor NCCL. USE_MPI and USE_NCCL come from the Makefile.
+// stream of its own. The two have the same functions, and are part of the backends that the program is a template
+// over. A single process touches neither MPI nor NCCL. USE_MPI and USE_NCCL come from the Makefile.
 //
 // A collective starts when what was enqueued before it is done, and runs beside what is enqueued after it. It returns a
 // Ticket; whoever uses its data next hands the ticket to wait().
@@ -57,56 +57,63 @@ struct CpuComm {
     struct EnqueueDeadline {
         EnqueueDeadline() {}  // nothing is enqueued: every wait for a peer polls
     };
-    // Done when the call returns; or, to show what uses data before it has waited, only when its ticket is waited for.
+    // Done when the call returns; or, to show what uses data before it has waited, only when its ticket is waited for,
+    // and until then the data are NaN.
     static inline bool at_wait = false;
 
     // chunks is (ranks, chunk): row r of rank r becomes the sum of row r over the ranks.
     static Ticket reduce_scatter(float* chunks, size_t chunk) {
-        return start([=] { reduce_parts(chunks, chunk * world.size, chunk); });
+        return start(chunks, chunk * world.size * sizeof(float),
+                     [=] { reduce_shares(chunks, chunk * world.size, chunk); });
     }
     // chunks is (ranks, chunk): row r becomes that of rank r.
     static Ticket all_gather(float* chunks, size_t chunk) {
-        return start([=] { gather_parts(chunks, chunk * world.size, chunk); });
+        return start(chunks, chunk * world.size * sizeof(float),
+                     [=] { gather_shares(chunks, chunk * world.size, chunk); });
     }
     static Ticket all_reduce(float* x, size_t n) {
-        return start([=] { reduce_then_gather(x, n); });
+        return start(x, n * sizeof *x, [=] { reduce_then_gather(x, n); });
     }
     static Ticket all_reduce(double* x, size_t n) {
-        return start([=] { reduce_then_gather(x, n); });
+        return start(x, n * sizeof *x, [=] { reduce_then_gather(x, n); });
     }
     static Ticket broadcast(void* x, size_t bytes, int root) {
-        return start([=] { broadcast_bytes(x, bytes, root); });
+        return start(x, bytes, [=] { broadcast_bytes(x, bytes, root); });
     }
     static void wait(Ticket ticket) { ticket.take(); }
 
   private:
     template <class Work>
-    static Ticket start(Work work) {
-        if (at_wait) return Ticket(nullptr, work);
-        work();
-        return Ticket();
+    static Ticket start(void* x, size_t bytes, Work work) {
+        if (!at_wait) return work(), Ticket();
+        const std::string data(static_cast<const char*>(x), bytes);
+        memset(x, 0xff, bytes);
+        return Ticket(nullptr, [=] {
+            memcpy(x, data.data(), bytes);
+            work();
+        });
     }
 
-    static constexpr size_t kPiece = 1 << 20;  // elements per message: bounds the scratch to 4 or 8 MiB per rank
+    static constexpr size_t kMessage = 1 << 20;  // elements per message: bounds the scratch to 4 or 8 MiB per rank
 
-    // Part r of the n elements of x is [r*part, (r+1)*part), cut off at n: the last parts may be short or empty.
+    // Share r of the n elements of x is [r*share, (r+1)*share), cut off at n: the last shares may be short or empty.
     template <class T>
-    struct Parts {
+    struct Shares {
         T* x;
-        size_t n, part;
-        T* begin(int r) const { return x + std::min(n, r * part); }
-        size_t length(int r) const { return std::min(n, (r + 1) * part) - std::min(n, r * part); }
-        // elements of the piece of part r that starts at offset
-        size_t piece(int r, size_t offset) const {
-            return offset < length(r) ? std::min(kPiece, length(r) - offset) : 0;
+        size_t n, share;
+        T* begin(int r) const { return x + std::min(n, r * share); }
+        size_t length(int r) const { return std::min(n, (r + 1) * share) - std::min(n, r * share); }
+        // elements of share r's message that starts at offset
+        size_t message(int r, size_t offset) const {
+            return offset < length(r) ? std::min(kMessage, length(r) - offset) : 0;
         }
     };
 
     template <class T>
     static void reduce_then_gather(T* x, size_t n) {
-        const size_t part = ceil_div(n, size_t(world.size));
-        reduce_parts(x, n, part);
-        gather_parts(x, n, part);
+        const size_t share = ceil_div(n, size_t(world.size));
+        reduce_shares(x, n, share);
+        gather_shares(x, n, share);
     }
 
 #ifdef USE_MPI
@@ -138,21 +145,21 @@ struct CpuComm {
     };
 
     template <class T>
-    static void reduce_parts(T* x, size_t n, size_t part) {
+    static void reduce_shares(T* x, size_t n, size_t share) {
         if (world.size == 1) return;
-        const Parts<T> parts = {x, n, part};
+        const Shares<T> shares = {x, n, share};
         const int me = world.rank;
-        const size_t row = std::min(part, kPiece);
-        static std::vector<T> scratch;  // (ranks, row): each rank's piece of my part
+        const size_t row = std::min(share, kMessage);
+        static std::vector<T> scratch;  // (ranks, row): each rank's message of my share
         if (scratch.size() < world.size * row) scratch.resize(world.size * row);
         Messages messages;
-        for (size_t offset = 0; offset < part; offset += kPiece) {
-            const size_t count = parts.piece(me, offset);
-            T* sum = parts.begin(me) + offset;
+        for (size_t offset = 0; offset < share; offset += kMessage) {
+            const size_t count = shares.message(me, offset);
+            T* sum = shares.begin(me) + offset;
             for (int peer = 0; peer < world.size; peer++) {
                 if (peer == me) continue;
                 messages.receive(&scratch[peer * row], count, peer);
-                messages.send(parts.begin(peer) + offset, parts.piece(peer, offset), peer);
+                messages.send(shares.begin(peer) + offset, shares.message(peer, offset), peer);
             }
             if (count > 0) memcpy(&scratch[me * row], sum, count * sizeof(T));
             messages.wait("reduce_scatter");
@@ -163,16 +170,16 @@ struct CpuComm {
     }
 
     template <class T>
-    static void gather_parts(T* x, size_t n, size_t part) {
+    static void gather_shares(T* x, size_t n, size_t share) {
         if (world.size == 1) return;
-        const Parts<T> parts = {x, n, part};
+        const Shares<T> shares = {x, n, share};
         const int me = world.rank;
         Messages messages;
-        for (size_t offset = 0; offset < part; offset += kPiece) {
+        for (size_t offset = 0; offset < share; offset += kMessage) {
             for (int peer = 0; peer < world.size; peer++) {
                 if (peer == me) continue;
-                messages.receive(parts.begin(peer) + offset, parts.piece(peer, offset), peer);
-                messages.send(parts.begin(me) + offset, parts.piece(me, offset), peer);
+                messages.receive(shares.begin(peer) + offset, shares.message(peer, offset), peer);
+                messages.send(shares.begin(me) + offset, shares.message(me, offset), peer);
             }
             messages.wait("all_gather");
         }
@@ -183,11 +190,11 @@ struct CpuComm {
     }
 #else
     template <class T>
-    static void reduce_parts(T*, size_t, size_t) {
+    static void reduce_shares(T*, size_t, size_t) {
         need_mpi();
     }
     template <class T>
-    static void gather_parts(T*, size_t, size_t) {
+    static void gather_shares(T*, size_t, size_t) {
         need_mpi();
     }
     static void broadcast_bytes(void*, size_t, int) { need_mpi(); }

@@ -1,23 +1,14 @@
 // ns_kernels.cuh: the optimizer's matrix work on the GPU: everything between a momentum matrix and its Muon update.
+// What Newton-Schulz is, and the iteration itself, stand in dmuon.cuh, section 2; here is its product, D = alpha A
+// op(B) + beta C + diag I over a batch of matrices, and what goes before and after.
 //
-// Muon (Keller Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024) replaces a momentum
-// matrix X = U S V^T by nearly U V^T: all singular values are moved to about 1. No SVD is needed. With X scaled to
-// ||X||_F = 1, so that its singular values s lie in [0, 1], the Newton-Schulz step
-//     A = X X^T,   B = b A + c A A,   X <- a X + B X
-// applies the odd polynomial s <- a s + b s^3 + c s^5 to every singular value, and a few steps with well chosen (a, b,
-// c) take all but the smallest s close to 1 ("Polar Express", arXiv 2505.16932, chooses them optimally, anew for each
-// step). All of it is matrix products, so it runs on the tensor cores; the iteration itself is written in dmuon.cuh,
-// once for every backend, over the product below. DMuon (arXiv 2606.27153) lets one rank do it for each matrix; here
-// its matrices of one shape go through together, and of symmetric results only one half is computed.
-//
-// Why symmetry halves the work: A = X X^T equals its transpose, and so do A A and every polynomial in A. Of the
-// (m/128)^2 tiles of the result only those on and below the diagonal are computed; each is stored twice, the second
-// time transposed. With X (m, n) and r = n/m a step costs 2(2r + 1) m^3 FLOPs in full and 2(1.5 r + 0.5) m^3 with A and
-// A A symmetric.
+// Of a symmetric result (X X^T, and every polynomial in it) only the tiles on and below the diagonal are computed; each
+// is stored twice, the second time transposed.
 //
 // What to read in which order: product_kernel (tensor cores, bf16 and fp16), product_fp32_kernel (the exact build),
 // muon_inverse_norms_kernel and muon_momentum_kernel (gradient -> X), muon_update_kernel (X -> weights), then the
-// launchers in struct NsKernels. How product_kernel came to be, one idea at a time: dev/newton_schulz.cu.
+// launchers in struct NsKernels. On Hopper kernels/ns_hopper.cuh takes the place of product_kernel. How both came to
+// be, one idea at a time: dev/newton_schulz.cu.
 #pragma once
 #include <cfloat>
 #include <memory>
