@@ -334,7 +334,7 @@ TEST_CASE("flags: contradictions name the flags") {
         {"--optimizer muon --muon_tile 63", "--muon_tile 63 is too small|64"},
         {"--grad_clip 1e-46", "--grad_clip 1e-46 is too small|1e-6"},
         {"--grad_clip 9.9e-7", "--grad_clip 9.9e-07 is too small|1e-6"},
-        {"--optimizer muon --muon_tile 60", "--muon_tile 60|multiple of 8|64"},
+        {"--optimizer muon --muon_tile 100", "--muon_tile 100|multiple of 8|104"},
         {"--muon_batch one", "--muon_batch|--optimizer"},
         {"--ns gram", "--ns |--optimizer"},
         {"--ns_coefficients you", "--ns_coefficients|--optimizer"},
