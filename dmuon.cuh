@@ -505,8 +505,8 @@ inline double muon_scale(const std::string& name, int rows, int cols) {
 }
 
 // The phases of a step, for --profile.
-enum Phase { phase_reduce, phase_clip, phase_adamw, phase_momentum, phase_ns, phase_update, phase_count };
-inline const char* phase_names[phase_count] = {"reduce", "clip", "adamw", "momentum", "ns", "update"};
+enum Phase { phase_reduce, phase_clip, phase_adamw, phase_momentum, phase_ns, phase_update, phase_gather, phase_count };
+inline const char* phase_names[phase_count] = {"reduce", "clip", "adamw", "momentum", "ns", "update", "gather"};
 
 template <class Backend>
 class Optimizer {
@@ -605,6 +605,7 @@ class Optimizer {
         }
 
         for (size_t b = 1; b < plan.buckets.size() && plan.method == Method::dmuon; b++) start_gather(b);
+        phase_done(phase_gather);
     }
 
     // The gradients of layer l are complete on this rank; layers come from the last to the first. What is not started

@@ -1308,10 +1308,10 @@ class Trainer {
             for (int p = 0; p < phase_count; p++)
                 line.add(phase_names[p] + std::string("_ms"), phase_ms[p], "%.4f",
                          strprintf("%s %.3f", phase_names[p], phase_ms[p]));
-            double gather_ms = 0;  // what the model waited for weights: all else of the gathers is hidden
+            double wait_ms = 0;  // outside of the optimizer's time: what the forward pass waited for weights
             for (size_t i = 0; i < slot.stalls.recorded; i += 2)
-                gather_ms += Event::ms(slot.stalls.events[i], slot.stalls.events[i + 1]);
-            line.add("gather_ms", gather_ms, "%.4f", strprintf("gather %.3f", gather_ms));
+                wait_ms += Event::ms(slot.stalls.events[i], slot.stalls.events[i + 1]);
+            line.add("wait_ms", wait_ms, "%.4f", strprintf("wait %.3f", wait_ms));
         }
         if (skip) line.print_only("not finite: update skipped");
         return line;
