@@ -149,7 +149,6 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     write_file(path, file);
     try {
         reader();
-    } catch (const Error&) {
-    }
+    } catch (const Error&) {}
     return 0;
 }
