@@ -143,7 +143,8 @@ class Shards {
             fail(
                 "token shard %s has token %d at position %llu, outside the vocabulary of %d: was it made with another "
                 "tokenizer, or overwritten? Give --vocab, or make it again with scripts/data.py",
-                shard.file.path.c_str(), target ? targets[where] : inputs[where], (unsigned long long)position, vocab);
+                shard.file.path.c_str(), target ? targets[where] : inputs[where],
+                static_cast<unsigned long long>(position), vocab);
         }
         fail("internal: a window of no shard");
     }

@@ -63,7 +63,7 @@ else
 fi
 rates[dmuon]=${rates[muon]} # the same mathematics
 runs=runs/small_$where
-flags=("${model[@]}" --train "$data/train_*.bin" --val "$data/val_*.bin" --steps "$steps" --eval_every 100 --eval_tokens 40960
+flags=("${model[@]}" --train "$data/train_*.bin" --val "$data/val_*.bin" --steps "$steps" --eval_every 100 --eval_tokens "$eval_tokens"
     --sample_every "$steps" --sample_tokens 400 --save_every 200)
 
 # Fills `command`, of the run of one optimizer.
