@@ -17,7 +17,6 @@ static void write_file(const std::string& to, const std::string& content) {
 static void read_shard() {
     const int T = 5, vocab = 300;
     const Shards shards(path, T);
-    shards.digest();
     int inputs[T], targets[T];
     for (uint64_t g = 0; g < std::min<uint64_t>(shards.windows() + 2, 50); g++) {
         shards.read(shards.in_order(g), inputs, targets, vocab);
