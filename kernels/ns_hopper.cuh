@@ -400,8 +400,7 @@ class HopperRecorder {
     }
     void add(NsProduct kind, void* D, const void* A, const void* B, const void* C, float alpha, float beta, float diag,
              int M, int N, int K) {
-        if (chain.product_count == kNsChainProducts)
-            fail("internal: a chain of more than %d products", chain.product_count);
+        if (chain.product_count == kNsChainProducts) launch();  // many --ns_steps: the rest is another launch
         HopperProduct& p = chain.products[chain.product_count++];
         p = {};
         p.kind = kind;
@@ -435,5 +434,6 @@ class HopperRecorder {
         const int blocks = std::min(chain.batch * chain.tiles_per_matrix, multiprocessors);
         const auto kernel = type == NsType::fp16 ? hopper_chain_kernel<__half> : hopper_chain_kernel<__nv_bfloat16>;
         LAUNCH(kernel, blocks, kHopperThreads, kHopperSharedBytes, chain);
+        chain.product_count = chain.tiles_per_matrix = 0;
     }
 };
