@@ -17,10 +17,7 @@
 #include "common.h"
 #include "kernels/cuda_common.cuh"
 #include "kernels/mma.cuh"
-
-#ifndef FIBER
 #include "kernels/ns_hopper.cuh"
-#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // D = alpha * A op(B) + beta * C + diag * I in 16 bits, on the tensor cores
@@ -507,18 +504,14 @@ struct NsKernels {
     // Where the GPU has kernels for it (ns_hopper.cuh).
     class NsChain {
       public:
-        NsChain([[maybe_unused]] int batch, [[maybe_unused]] NsType type, [[maybe_unused]] int* counters) {
-#ifndef FIBER
+        NsChain(int batch, NsType type, int* counters) {
             if (type != NsType::fp32 && hopper_kernels()) chain = new HopperRecorder(type, batch, counters);
-#endif
         }
         NsChain(const NsChain&) = delete;
         ~NsChain() noexcept(false) {
-#ifndef FIBER
             if (!chain) return;
             const std::unique_ptr<HopperRecorder> ended(std::exchange(chain, nullptr));
             ended->launch();
-#endif
         }
     };
     // D (batch, M, N) = alpha * A op(B) + beta * C + diag * I, summed in fp32 and rounded to `type` once. A is (batch,
@@ -527,9 +520,7 @@ struct NsKernels {
     // multiples of 8. The bits of a matrix of D depend on its own operands only, not on the batch it is in.
     static void ns_product(void* D, const void* A, const void* B, const void* C, float alpha, float beta, float diag,
                            int batch, int M, int N, int K, NsProduct kind, NsType type) {
-#ifndef FIBER
         if (chain) return chain->add(kind, D, A, B, C, alpha, beta, diag, M, N, K);
-#endif
         with_type(type, [&](auto zero) {
             using T = decltype(zero);
             auto run = kind == NsProduct::nn ? product<T, NsProduct::nn> : product<T, NsProduct::symmetric_nt>;
@@ -570,9 +561,7 @@ struct NsKernels {
     }
 
   private:
-#ifndef FIBER
     static inline HopperRecorder* chain = nullptr;
-#endif
     // Calls body with a value of the C++ type that `type` names.
     template <typename Body>
     static void with_type(NsType type, Body body) {

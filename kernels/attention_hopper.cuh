@@ -218,6 +218,9 @@ struct HopperConsumer {
     unsigned n = 0;  // tiles of the ring, also those that were let pass
     int b, h, place /*of the own tile in the block*/, own_tile, tiles /*to compute: the diagonal one, and others*/;
 
+    __device__ HopperConsumer(typename Tiles::Shared& shared_, const HopperItems& items_)
+        : shared(shared_), items(items_) {}
+
     // Waits for the next item in which this warpgroup has a tile, and lets pass what is above the diagonal. Places in
     // the block change from item to item, since the last one of the queries, or the first one of the keys, has most
     // tiles to compute: so the ring, which moves with the slowest warpgroup, is not always held up by the same.
@@ -357,7 +360,7 @@ __global__ void __launch_bounds__(Tiles::threads, 1)
     }
     take_registers<Tiles::registers>();
     using Consumer = HopperConsumer<Tiles>;
-    Consumer my{*shared, items};
+    Consumer my(*shared, items);
     const float scale_log2 = scale * kLog2e;
 
     while (my.next_item()) {
@@ -474,7 +477,7 @@ __global__ void __launch_bounds__(Tiles::threads, 1)
     }
     take_registers<Tiles::registers>();
     using Consumer = HopperConsumer<Tiles>;
-    Consumer my{*shared, items};
+    Consumer my(*shared, items);
     const float scale_log2 = scale * kLog2e;
 
     while (my.next_item()) {
@@ -588,7 +591,7 @@ __global__ void __launch_bounds__(Tiles::threads, 1)
     }
     take_registers<Tiles::registers>();
     using Consumer = HopperConsumer<Tiles>;
-    Consumer my{*shared, items};
+    Consumer my(*shared, items);
     const float scale_log2 = scale * kLog2e;
 
     while (my.next_item()) {
