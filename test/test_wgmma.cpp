@@ -176,6 +176,7 @@ __global__ void __launch_bounds__(128)
     const T* used = a + 64 * kBoxCols;
     const uint64_t a_rows = a_mn_major ? mn_major(used, 64 * kBoxCols * 2) : k_major(used);
     const uint64_t b_cols = b_mn_major ? mn_major(b, 64 * kBoxCols * 2) : k_major(b);
+    wgmma_keep(d);
     wgmma_begin();
     UNROLL
     for (int k = 0; k < kDepth / 16; k++) {
