@@ -377,18 +377,24 @@ class MatrixMove {
         from += size_t(at.row) * ref.ld + at.col;
         if (aligned && at.count > 0) return Quad<float>::load_once(from);
         Quad<float> quad = {};
-        for (int k = 0; k < at.count; k++) quad[k] = from[k];
+        UNROLL  // so that a quad stays in registers
+        for (int k = 0; k < kQuad; k++)
+            if (k < at.count) quad[k] = from[k];
         return quad;
     }
     __device__ void store_once(float* to, Place at, const Quad<float>& quad) const {
         to += size_t(at.row) * ref.ld + at.col;
         if (aligned && at.count > 0) return quad.store_once(to);
-        for (int k = 0; k < at.count; k++) to[k] = quad[k];
+        UNROLL
+        for (int k = 0; k < kQuad; k++)
+            if (k < at.count) to[k] = quad[k];
     }
     __device__ void store(real* to, Place at, const Quad<real>& quad) const {
         to += size_t(at.row) * ref.ld + at.col;
         if (aligned && at.count > 0) return quad.store(to);
-        for (int k = 0; k < at.count; k++) to[k] = quad[k];
+        UNROLL
+        for (int k = 0; k < kQuad; k++)
+            if (k < at.count) to[k] = quad[k];
     }
     // Its element in the tile, which is kept in the matrix's own orientation.
     __device__ float& in_tile(MoveTile& tile, Place at, int k) const { return tile[at.row - n0][at.col - m0 + k]; }

@@ -93,12 +93,15 @@ struct HopperItems {
     __device__ Item at(int i) const {
         const int first_head = i / (group * blocks) * group, within = i % (group * blocks);
         const int heads_of_group = min(group, heads - first_head);
-        const int head = first_head + within % heads_of_group, shorter_ones = within / heads_of_group;
+        const int head = first_head + within % heads_of_group, longer_ones = within / heads_of_group;
         Item item;
         item.b = head / H;
         item.h = head % H;
-        item.first = (own_queries ? blocks - 1 - shorter_ones : shorter_ones) * warpgroups;
-        item.own = min(warpgroups, tiles - item.first);
+        // Where warpgroups do not divide tiles, a block with fewer of them is the shortest: of the queries the first
+        // rows.
+        const int before = longer_ones * warpgroups;
+        item.own = min(warpgroups, tiles - before);
+        item.first = own_queries ? tiles - before - item.own : before;
         item.start = own_queries ? item.first + item.own - 1 : item.first;
         item.step = own_queries ? -1 : 1;
         item.passing = own_queries ? item.start + 1 : tiles - item.start;
