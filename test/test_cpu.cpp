@@ -890,6 +890,45 @@ static Floats orthogonalise(const Floats& grads, int rows, int cols, const NsCon
     return params;
 }
 
+TEST_CASE("initial values: their deviations, independent of each other, the same in any pieces") {
+    const ModelConfig config = {3, 2, 48, 40, 500};
+    const auto specs = tensor_specs(config);
+    std::vector<std::vector<float>> all;
+    for (int t = 0; t < int(specs.size()); t++) {
+        const TensorSpec& spec = specs[t];
+        CAPTURE(spec.name);
+        std::vector<float> x(spec.size()), pieces(spec.size());
+        initial_values(x.data(), spec, t, 0, x.size(), 7, config.layers);
+        for (size_t at = 0; at < x.size(); at += 1001)
+            initial_values(&pieces[at], spec, t, at, std::min<size_t>(1001, x.size() - at), 7, config.layers);
+        CHECK(x == pieces);
+        for (size_t i = spec.stored_size(); i < x.size(); i++) REQUIRE(x[i] == 0.0f);
+        if (!spec.decays()) {
+            for (float value : x) REQUIRE(value == (spec.kind == TensorKind::bias ? 0.0f : 1.0f));
+            continue;
+        }
+        // GPT-2's: 0.02, over sqrt(2L) into the residual stream. Bounds: 5 standard errors.
+        const double n = double(spec.stored_size()), wanted = spec.name.find("proj") == std::string::npos ? 0.02 : 0.02 / std::sqrt(6);
+        double sum = 0, squares = 0, beyond = 0;
+        for (size_t i = 0; i < size_t(n); i++)
+            sum += x[i], squares += double(x[i]) * x[i], beyond += std::fabs(x[i]) > 2 * wanted;
+        CHECK(std::fabs(sum / n) < 5 * wanted / std::sqrt(n));
+        CHECK(std::fabs(std::sqrt(squares / n) / wanted - 1) < 5 / std::sqrt(2 * n));
+        CHECK(std::fabs(beyond / n - 0.0455) < 5 * std::sqrt(0.0455 / n));  // of a normal distribution
+        for (const auto& other : all) {
+            const size_t common = std::min(other.size(), size_t(n));
+            double dot = 0, other_squares = 0, own_squares = 0;
+            for (size_t i = 0; i < common; i++)
+                dot += double(x[i]) * other[i], other_squares += double(other[i]) * other[i],
+                    own_squares += double(x[i]) * x[i];
+            CHECK(std::fabs(dot) < 6 * std::sqrt(own_squares * other_squares / double(common)));
+        }
+        all.push_back(x);
+        all.back().resize(size_t(n));
+    }
+    CHECK(all.size() == 2 + 4 * 3);
+}
+
 TEST_CASE("Newton-Schulz: singular vectors kept, singular values mapped") {
     for (auto [m, n] : {std::pair(64, 64), std::pair(77, 130)}) {
         const Svd random = svd(doubles(random_normal(m * n)), m, n);

@@ -401,6 +401,13 @@ class Compare(unittest.TestCase):
         self.assertIn("some", stdout)
         self.assertIn("no run is left", self.compare(1, null, empty)[1])
 
+    def test_where_a_run_reaches_a_loss(self):
+        run = compare.Run(self.run_of("line", *self.steps(50)))  # 5, 4.98, 4.96 ...; 2 ms a step
+        for loss, step in ((4.5, 26), (4.51, 25.5), (4.505, 25.75), (6, 1)):
+            self.assertAlmostEqual(run.reach(loss)[0], step, delta=1e-9)
+            self.assertAlmostEqual(run.reach(loss)[1], 0.002 * step, delta=1e-9)
+        self.assertIsNone(run.reach(4))
+
     def test_a_picture_that_cannot_be_written(self):
         if importlib.util.find_spec("matplotlib") is None:
             self.skipTest("no matplotlib")
