@@ -273,6 +273,12 @@ class Data(unittest.TestCase):
         for before, after in zip(pieces, pieces[1:]):
             self.assertRegex(before[-2:] + after[:1], rb"[!-~]\n[!-~]")
 
+    def test_a_text_of_several_pieces(self):
+        text = b"a line of it\n" * (2 * data.BLOCK // 13 + 1)  # and one document
+        (self.dir / "long.txt").write_bytes(text)
+        self.make(self.dir / "long.txt")
+        self.assertEqual(decode(self.out), text)
+
     def test_gpt2(self):
         path = self.dir / "text.txt"
         text = TEXT * 4 + "  odd   spaces\n \n\n\tand 12345's\u00a0ends\n".encode() * 1000  # several pieces

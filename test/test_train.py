@@ -118,20 +118,20 @@ class Train(unittest.TestCase):
               "--device", "cpu", "--eval_every", 0, "--eval_tokens", 16384]
 
     def test_learns(self):
-        # The mean loss of the last 20 steps, all on windows not seen before. Measured over seeds and versions of this text, and
-        # with gradients made wrong on purpose, under adamw and dmuon:
-        #     right 2.40-2.44, 1.80-1.83      no gradient to the queries 2.52, 2.22      scores without 1/sqrt(hd) 2.47, 2.09
-        #     no row term in the softmax 3.45, 2.74         LayerNorm without the term of its variance 3.44, 2.40
-        #     LayerNorm overwriting the residual gradient 3.41, 2.43
-        # A GELU or a bias that is a little wrong learns as well as a right one: that is what the golden test is for.
-        for optimizer, rates, bound in (("adamw", ["--lr", 2e-3], 2.6), ("dmuon", ["--lr", 3e-3, "--muon_lr", 2e-2], 1.95)):
+        # The mean loss of the last 20 steps, all on windows not seen before, over three seeds: adamw 0.967 to 1.016, dmuon 0.439 to
+        # 0.450. The bands are about three times as wide: another machine's rounding is another seed. What is wrong leaves them
+        # on either side; with no gradient to the queries 1.21 and 0.74. A GELU or a bias that is a little wrong learns as well as
+        # a right one: that is what the golden test is for.
+        for optimizer, rates, usual, band in (("adamw", ["--lr", 2e-3], 0.99, 0.08), ("dmuon", ["--lr", 3e-3, "--muon_lr", 2e-2], 0.445, 0.02)):
             out = work / f"learns_{optimizer}"
             self.trained(*self.LEARNS, "--optimizer", optimizer, *rates, "--out", out)
             entries = log(out)
             self.assertEqual([entry["step"] for entry in entries], list(range(1, 201)))
-            self.assertAlmostEqual(entries[0]["loss"], 5.45, delta=0.2)  # ln 256 = 5.545, and the tied head favours a repeated byte
-            self.assertLess(sum(entry["loss"] for entry in entries[-20:]) / 20, bound, optimizer)
-            self.assertLess(entries[-1]["val_loss"], bound + 0.6, optimizer)  # on other files: 0.53 above, and it moves with them
+            self.assertAlmostEqual(entries[0]["loss"], 5.55, delta=0.15)  # ln 256 = 5.545
+            loss = sum(entry["loss"] for entry in entries[-20:]) / 20
+            self.assertAlmostEqual(loss, usual, delta=band, msg=optimizer)
+            # Other text of the same language, and the weights of the last step for those of the last twenty: within 0.018.
+            self.assertAlmostEqual(entries[-1]["val_loss"], loss, delta=0.05, msg=optimizer)
 
         # The comparison reads these logs.
         sys.path.insert(0, str(ROOT / "scripts"))
