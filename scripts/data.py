@@ -225,7 +225,8 @@ def r_character_vector(data):
 
 def linux_documents(downloads):
     """The sources of Linux, from Debian's package linux-source: files .c, .h, .rst and .txt, in the order of a hash of their
-    paths, so that the first of them are a fair sample of all, and the last, which are held out, are too.
+    paths, so that the first of them are a fair sample of all, and the last, which are held out, are too. Linux 6.1.192 has
+    59,782 documents in 787 MB; 160.1 M GPT-2 tokens are 345 MB, and 61 MB as --pack writes them.
 
     Left out: registers of chips, written by generators (drivers/gpu/drm/amd/include, every directory asic_reg), files above
     half a megabyte (nearly all are tables), what is not UTF-8, and what is there already under another name.
