@@ -3,7 +3,7 @@
 // four endings each), HellaSwagEvaluator (how often the right ending is the likeliest), hellaswag_scores (what counts
 // as likely).
 //
-// Model is train_gpt.cu's: forward(tokens, B, T) and loss(B, T, 0, false) leave the loss of each of the B T positions
+// Model is train_gpt.cu's: forward(tokens, B, T) and loss(B, T) leave the loss of each of the B T positions
 // in model.losses. Any B and T will do with B T <= batch * seq_len and T <= seq_len.
 #pragma once
 #include <algorithm>
@@ -68,7 +68,7 @@ class Evaluator {
             Backend::upload(model.targets, targets, size_t(B) * T * sizeof(int));
             finish<Backend>("an evaluation");  // `host` may be filled again
             model.forward(model.inputs, B, T);
-            model.loss(B, T, 0.0f, false);
+            model.loss(B, T);
             Backend::sum_losses(sums, model.losses, B * T);
         }
         *host_bytes = double(bytes);
@@ -257,7 +257,7 @@ class HellaSwagEvaluator {
             Backend::upload(model.targets, targets, B * size_t(T) * sizeof(int));
             finish<Backend>("HellaSwag");  // `host` may be filled again
             model.forward(model.inputs, int(B), T);
-            model.loss(int(B), T, 0.0f, false);
+            model.loss(int(B), T);
             for (size_t b = 0; b < B; b++) {
                 const Row& row = rows[first + b * ranks];
                 const int count = file.examples[row.example].endings[row.ending].count;
