@@ -546,18 +546,19 @@ def lm_eval_question(example):
 
 def hellaswag_files(args, out, tokenizer):
     """The questions in the words of llm.c and of lm-eval, a file for each."""
+    wordings = {"hellaswag.bin": llmc_question, "hellaswag_lm_eval.bin": lm_eval_question}
     path, examples = download(HELLASWAG, args.downloads / "hellaswag_val.jsonl", HELLASWAG_SHA256), []
     try:
         for line in path.read_text(encoding="utf-8").splitlines():
             example = json.loads(line)
             if len(example["endings"]) != 4 or example["label"] not in range(4):
                 raise ValueError("not four endings of which one is right")
-            examples.append((example["label"], llmc_question(example), lm_eval_question(example)))
+            examples.append((example["label"], *([piece.encode() for piece in question(example)] for question in wordings.values())))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         fail(f"{path}: line {len(examples) + 1} is no question of HellaSwag ({e!r}): delete it and try again")
 
-    for name, wording in (("hellaswag.bin", 1), ("hellaswag_lm_eval.bin", 2)):
-        encoded = tokenizer.encode(piece.encode() for example in examples for piece in example[wording])
+    for wording, name in enumerate(wordings, 1):
+        encoded = tokenizer.encode(piece for example in examples for piece in example[wording])
         blocks = []
         for number, example in enumerate(examples):
             block = struct.pack("<3H", number, example[0], 4)
@@ -566,7 +567,7 @@ def hellaswag_files(args, out, tokenizer):
                 block += struct.pack("<H", len(tokens) // 2) + tokens
             blocks.append(struct.pack("<2H", 65535, 4 + len(block)) + block)
         write_atomic(out / name, [header(20240522, 1, len(examples), max(map(len, blocks)))] + blocks)
-    return ["hellaswag.bin", "hellaswag_lm_eval.bin"]
+    return list(wordings)
 
 
 def fingerprint(where):
