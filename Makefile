@@ -115,7 +115,7 @@ TESTS := test_host test_cpu test_comm $(if $(NVCC),test_fiber_fp32 test_fiber_bf
 tests: train_gpt $(addprefix $(BUILD)/,$(TESTS))
 
 TEST_HEADERS := $(HEADERS) $(wildcard test/*.h test/*.cpp) $(BUILD)/config
-FIBER_FLAGS   = $(CXX) -std=c++17 -O2 -g -Wall -Wextra -Wno-unknown-pragmas -fno-strict-aliasing -DFIBER $(DEFINES) $(INCLUDES) $(if $(CUDA_DIR),-isystem $(CUDA_DIR)/include)
+FIBER_FLAGS   = $(CXX) -std=c++17 -O2 -g -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi -fno-strict-aliasing -DFIBER $(DEFINES) $(INCLUDES) $(if $(CUDA_DIR),-isystem $(CUDA_DIR)/include)
 
 $(BUILD)/test_host: test/test_host.cpp $(TEST_HEADERS)
 	$(CXX) -std=c++17 -O1 -g -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=undefined -I. $< -o $@ -lpthread
