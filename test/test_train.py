@@ -421,7 +421,7 @@ class Train(unittest.TestCase):
     def test_a_resume_needs_the_same_windows(self):
         out = work / "windows"
         self.trained(*TINY, "--steps", 2, "--out", out)
-        same = [*TINY, "--steps", 4, "--resume", out / "step_00000002.ckpt"]
+        same = [*TINY, "--steps", 4, "--resume", out / "step_00000002.safetensors"]
         self.refused(1, ["made with --seed 1337", "this run has 7: pass --seed 1337"], *same, "--seed", 7)
         self.refused(1, ["made with --total_batch 128", "pass --total_batch 128"], *same, "--total_batch", 256)
         self.trained(*same, "--batch", 2, "--total_batch", 128)
