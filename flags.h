@@ -66,7 +66,7 @@ struct Options {
     std::string kernels = "auto";
     std::string recompute = "none";
     int head_rows = 0;
-    bool profile = false, tune = true;
+    bool graph = false, profile = false, tune = true;
     double rank_timeout = 300;
     bool help = false, version = false;
 };
@@ -199,6 +199,8 @@ inline const std::vector<Flag>& flag_table() {
          "on a GPU take the fastest algorithm for each product: timed at the first start and kept in "
          "~/.cache/train_gpt; "
          "0: the library's guess"},
+        {"run", "graph", &O::graph, on_off,
+         "on one GPU enqueue forward and backward as a CUDA graph: for small models and batches; not with --profile"},
         {"run", "profile", &O::profile, on_off, "time the phases of each step"},
         {"run", "rank_timeout", &O::rank_timeout, "SECONDS", "give up on a rank that is silent for so long", 1, 1e6},
         {"run", "help", &O::help, on_off, "print this and exit"},
@@ -431,6 +433,7 @@ inline void check_contradictions(const Options& o, const std::set<std::string>& 
     }
 
     // run
+    if (o.graph && o.profile) usage_fail("--graph contradicts --profile, which times parts of what would be one");
     if (o.head_rows > 0 && o.head_rows < 128)
         usage_fail("--head_rows %d is too small: at least 128, or 0 for all rows", o.head_rows);
     for (const char* name : {"sample_tokens", "temperature"}) only_with(name, o.sample_every > 0, "--sample_every");

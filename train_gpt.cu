@@ -314,6 +314,7 @@ struct Activations {
 template <class Backend>
 class Model : Activations<typename Backend::real> {
     using real = typename Backend::real;
+    using Range = typename Backend::Range;
     using Acts = Activations<real>;
 
   public:
@@ -344,10 +345,12 @@ class Model : Activations<typename Backend::real> {
     // tokens (B,T) -> lnf (B,T,C)
     void forward(const int* tokens, int B, int T) {
         const int C = config.channels, N = B * T, H = config.heads, L = config.layers;
+        const Range range("forward");
         optimizer.need_flat();
         Backend::embedding_forward(encoded, tokens, params.wte, params.wpe, B, T, C);
         layernorm_1(0, N);
         for (int l = 0; l < L; l++) {
+            const Range of_layer("forward of layer", l);
             const auto& w = params.layers[l];
             Layer& a = layers[l];
             optimizer.need_layer(l);
@@ -370,6 +373,7 @@ class Model : Activations<typename Backend::real> {
 
     // lnf -> losses (N) against targets
     void loss(int B, int T) {
+        const Range range("loss");
         for_each_chunk(B * T, [&](int row, int rows) {
             head(logits, lnf + size_t(row) * config.channels, rows);
             Backend::classifier(losses + row, logits, targets + row, 0.0f, rows, config.vocab, config.padded_vocab(),
@@ -389,12 +393,14 @@ class Model : Activations<typename Backend::real> {
     // owners, layer by layer.
     void backward(int B, int T, float dloss, bool accumulate, bool complete) {
         const int C = config.channels, N = B * T, H = config.heads, L = config.layers, Vp = config.padded_vocab();
+        const Range range("backward");
         if (!accumulate) {
             Backend::zero(grads.wpe, size_t(config.seq_len) * C * sizeof(float));
             float* vectors = grads.layers[0].ln1w;  // lie together, from the first LayerNorm's to the last
             Backend::zero(vectors, (grads.lnfb + C - vectors) * sizeof(float));
         }
         for_each_chunk(N, [&](int row, int rows) {
+            const Range of_head("head");
             const real* x = lnf + size_t(row) * C;
             head(logits, x, rows);
             Backend::classifier(losses + row, logits, targets + row, dloss, rows, config.vocab, Vp, true);
@@ -406,6 +412,7 @@ class Model : Activations<typename Backend::real> {
         Backend::layernorm_backward(dresidual, grads.lnfw, grads.lnfb, grads.layers[L - 1].fcprojb, nullptr, scratch_c,
                                     layers[L - 1].residual3, params.lnfw, lnf_mean, lnf_rstd, N, C, partials);
         for (int l = L - 1; l >= 0; l--) {
+            const Range of_layer("backward of layer", l);
             const auto& w = params.layers[l];
             const auto& dw = grads.layers[l];
             Layer& a = layers[l];
@@ -665,6 +672,8 @@ struct Run {
         if (tokenizer && config.vocab < tokenizer->vocab)
             fail("a vocabulary of %d is smaller than the %d tokens of the tokenizer beside the shards", config.vocab,
                  tokenizer->vocab);
+        if (options.graph && world.size > 1)
+            usage_fail("--graph is for one GPU: on several, collectives run beside the backward pass");
         if (options.vocab > 0 && options.vocab != config.vocab)
             fail("--vocab %d contradicts the %d of checkpoint %s", options.vocab, config.vocab, options.model.c_str());
         if (is_checkpoint(options.model)) {
@@ -1241,9 +1250,11 @@ class Trainer {
             finish<Backend>("the products to be timed");
         }
         int64_t micro_steps = 0;
+        typename Backend::Graph graphs[2];  // --graph: of a step's first micro-step, and of the others
         typename Backend::EnqueueDeadline deadline;
         note_stop_signals();
         for (int64_t step = run.first_step + 1; step <= options.steps; step++) {
+            const typename Backend::Range range("step", int(step % INT_MAX));
             Slot& slot = slots[step % 2];
             const size_t tokens = size_t(options.batch) * options.seq_len;
             slot.begin.record();
@@ -1259,12 +1270,19 @@ class Trainer {
                 Backend::upload(model.targets, batch.targets, tokens * sizeof(int));
                 Backend::upload(model.order, batch.order, tokens * sizeof(int));
                 uploaded[micro_steps % 3].record();
-                model.forward(model.inputs, options.batch, options.seq_len);
-                // The loss is the mean over all tokens of the step, whoever has them, so plain sums over micro-steps
-                // and ranks give the gradient.
-                model.backward(options.batch, options.seq_len, 1.0f / float(run.total_batch), m > 0,
-                               m + 1 == run.accumulation);
-                Backend::sum_losses(sums, model.losses, int(tokens));
+                const auto micro_step = [&](bool complete) {
+                    model.forward(model.inputs, options.batch, options.seq_len);
+                    // The loss is the mean over all tokens of the step, whoever has them, so plain sums over
+                    // micro-steps and ranks give the gradient.
+                    model.backward(options.batch, options.seq_len, 1.0f / float(run.total_batch), m > 0, complete);
+                    Backend::sum_losses(sums, model.losses, int(tokens));
+                };
+                if (options.graph) {
+                    optimizer.need_all();  // the host's part of forward; that of backward is left to the optimizer
+                    graphs[m > 0].run([&] { micro_step(false); });
+                } else {
+                    micro_step(m + 1 == run.accumulation);
+                }
             }
             optimizer.stalls = nullptr;
             slot.optimizer_begin.record();
