@@ -85,8 +85,7 @@ __global__ void xxt_3(bf16* A, const bf16* X, int m, int n) {
 // 5. The same kernel told of the symmetry: 21 of 36 tiles, mirrored.
 // 6. All 48 matrices in one launch: one 768 x 768 product has 21 tiles, an H100 has room for 264.
 // 7 to 10. Hopper's own instructions, again with every tile computed: newton_schulz_hopper.h.
-// 11. All of it: the lower tiles, mirrored by warps that only store, while others multiply the next tile; and a chain
-// of
+// 11. All of it: the lower tiles, mirrored by warps that only store, while others multiply the next tile; a chain of
 //     products in one launch.
 
 // ---------------------------------------------------------------------------------------------------------------------
