@@ -184,7 +184,8 @@ inline const std::vector<Flag>& flag_table() {
          "on a GPU take the fastest algorithm for each product: timed at the first start and kept in "
          "~/.cache/train_gpt; "
          "0: the library's guess"},
-        {"run", "profile", &O::profile, on_off, "time the phases of each step"},
+        {"run", "profile", &O::profile, on_off,
+         "time the phases of each step; two steps in full go to trace.json in --out (scripts/timeline.py draws them)"},
         {"run", "rank_timeout", &O::rank_timeout, "SECONDS", "give up on a rank that is silent for so long", 1, 1e6},
         {"run", "help", &O::help, on_off, "print this and exit"},
         {"run", "version", &O::version, on_off, "print what this build has (CUDA, NCCL, MPI, a BLAS) and exit"},
