@@ -187,6 +187,11 @@ struct Plan {
     // Elements of a rank's state that are AdamW's, which come first.
     size_t adamw_state() const { return method == Method::adamw ? state_elements : buckets[0].chunk; }
 
+    // What a rank has of weights, of `element` bytes each, gradients and fp32 state
+    size_t bytes(size_t element) const {
+        return arena * (element + sizeof(float)) + (2 * state_elements + adamw_state()) * sizeof(float);
+    }
+
     size_t adamw_elements() const {
         size_t sum = 0;
         for (int t = 0; t < int(tensors.size()); t++) sum += is_muon(t) ? 0 : tensors[t].size();
@@ -393,6 +398,9 @@ inline NsConfig ns_config(const Options& options, int m, int n) {
     return {gram, options.ns_coefficients, int(options.ns_steps), type};
 }
 
+constexpr size_t kNsWorkspaceLimit = size_t(1)
+                                     << 30;  // of the matrices that go through it together, unless one is more
+
 // Scratch of newton_schulz: the iterate and its successor (count, m, n), and square matrices (count, m, m), all of type
 // `type`.
 struct NsWorkspace {
@@ -504,10 +512,10 @@ struct NsBatch {
     int count, m, n;
 };
 
-// Bounds the workspace to 1 GiB where more than one matrix fits into that.
+// As many as the workspace holds.
 inline int ns_batch_limit(const Options& options, int m, int n) {
     const size_t each = NsWorkspace::bytes(1, round_up(m, 8), round_up(n, 8), ns_config(options, m, n).type);
-    return int(std::max<size_t>(1, std::min<size_t>((size_t(1) << 30) / each, 65535)));
+    return int(std::max<size_t>(1, std::min<size_t>(kNsWorkspaceLimit / each, 65535)));
 }
 
 // In which batches a rank's matrices go: by shape, under --muon_batch one each by itself. (number, m, n) is the order
@@ -582,10 +590,7 @@ class Optimizer {
         make_tables();
     }
 
-    static size_t bytes(const Plan& plan) {
-        return plan.arena * (sizeof(real) + sizeof(float)) + plan.state_elements * 2 * sizeof(float) +
-               plan.adamw_state() * sizeof(float);
-    }
+    static size_t bytes(const Plan& plan) { return plan.bytes(sizeof(real)); }
     size_t workspace_bytes() const { return ns_bytes; }
 
     // One step with the gradients in `grads` (sums over this rank's micro-steps, already divided by the tokens of the

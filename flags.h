@@ -64,7 +64,9 @@ struct Options {
     std::string device = "auto";
     int gpus = 0;
     std::string kernels = "auto";
-    bool recompute = false, profile = false, tune = true;
+    std::string recompute = "none";
+    int head_rows = 0;
+    bool profile = false, tune = true;
     double rank_timeout = 300;
     bool help = false, version = false;
 };
@@ -105,7 +107,8 @@ inline const std::vector<Flag>& flag_table() {
         {"data", "vocab", &O::vocab, "N", "vocabulary; 0: tokenizer.bin's beside the shards, else 50257", 0, 65536},
 
         {"model", "model", &O::model, "d6|d12|d24|d36|d48|CHECKPOINT",
-         "size by name, or a checkpoint whose size and weights to start from; without a word d12 (GPT-2's 124M)"},
+         "size by name, or a checkpoint to take size and weights from (scripts/hf.py import makes one of GPT-2's own); "
+         "without a word d12 (GPT-2's 124M)"},
         {"model", "layers", &O::layers, "N", "size by hand: blocks; with --heads and --channels", 0, 1000},
         {"model", "heads", &O::heads, "N", "size by hand: attention heads", 0, 1000},
         {"model", "channels", &O::channels, "N", "size by hand: width, a multiple of 8 and of --heads", 0,
@@ -158,7 +161,8 @@ inline const std::vector<Flag>& flag_table() {
         {"muon", "ns_dtype", &O::ns_dtype, "bf16|fp16|fp32", "type of Newton-Schulz's operands (sums are fp32)"},
         {"muon", "owner", &O::owner, "round_robin|lpt",
          "dmuon: who owns a matrix: dealt out in turn shape by shape, or the largest first to the least loaded rank"},
-        {"muon", "print_plan", &O::print_plan, on_off, "print who owns what at what cost, and exit; no GPU, no data"},
+        {"muon", "print_plan", &O::print_plan, on_off,
+         "print who owns what at what cost, and which --batch fits, and exit; no GPU, no data"},
         {"muon", "ranks", &O::ranks, "N", "--print_plan: for this many ranks; 0: those started", 0, 1000000},
 
         {"run", "eval_every", &O::eval_every, "STEPS", "validation loss so often; 0: only at the end", 0, many},
@@ -168,15 +172,21 @@ inline const std::vector<Flag>& flag_table() {
         {"run", "sample_every", &O::sample_every, "STEPS", "write a sample of text so often; 0: never", 0, many},
         {"run", "sample_tokens", &O::sample_tokens, "N", "length of a sample", 1, 1e5},
         {"run", "temperature", &O::temperature, "X", "of sampling; 0: always the likeliest token", 0, 100},
-        {"run", "out", &O::out, "DIR", "where log.jsonl and checkpoints go; without it nothing is written"},
+        {"run", "out", &O::out, "DIR",
+         "where log.jsonl and checkpoints (.safetensors) go; without it nothing is written"},
         {"run", "save_every", &O::save_every, "STEPS", "save a checkpoint so often; 0: only at the end", 0, many},
         {"run", "keep", &O::keep, "N", "checkpoints to keep, the newest", 1, 1e9},
         {"run", "resume", &O::resume, "auto|PATH", "go on from the newest good checkpoint in --out, or from this one"},
         {"run", "switch_optimizer", &O::switch_optimizer, on_off, "allow a resume under another --optimizer"},
         {"run", "device", &O::device, "auto|cuda|cpu", "where to compute; auto: on a GPU if there is one"},
         {"run", "gpus", &O::gpus, "N", "start N processes on this machine, one a GPU; 0: just this one", 0, 1024},
-        {"run", "recompute", &O::recompute, on_off,
-         "compute GELU and LayerNorm again in the backward pass: less memory, more time"},
+        {"run", "recompute", &O::recompute, "none|gelu|layernorm|block",
+         "what the backward pass computes again, for less memory and more time: GELU; LayerNorm as well; or a block "
+         "but "
+         "for its attention. --print_plan says what each saves"},
+        {"run", "head_rows", &O::head_rows, "N",
+         "logits in memory at a time, in rows of the vocabulary, at least 128; 0: of all --batch x --seq_len tokens", 0,
+         1e9},
         {"run", "kernels", &O::kernels, "auto|portable",
          "on a GPU: auto takes the kernels written for it (Hopper: wgmma and TMA) where there are such; portable those "
          "for every GPU since sm_80"},
@@ -412,6 +422,8 @@ inline void check_contradictions(const Options& o, const std::set<std::string>& 
     }
 
     // run
+    if (o.head_rows > 0 && o.head_rows < 128)
+        usage_fail("--head_rows %d is too small: at least 128, or 0 for all rows", o.head_rows);
     for (const char* name : {"sample_tokens", "temperature"}) only_with(name, o.sample_every > 0, "--sample_every");
     for (const char* name : {"save_every", "keep"}) only_with(name, !o.out.empty(), "--out DIR");
     if (o.resume == "auto" && o.out.empty()) usage_fail("--resume auto needs --out DIR, where the checkpoints are");

@@ -15,7 +15,7 @@ from pathlib import Path
 import packages
 
 INK, FAINT = "#222222", "#b8b8b8"
-COLORS = {"forward": "#9db7d5", "loss": "#c5d3e3", "backward": "#6b8fbd", "reduce": "#dd8452", "gather": "#2a9d63",
+COLORS = {"forward": "#9db7d5", "backward": "#6b8fbd", "reduce": "#dd8452", "gather": "#2a9d63",
           "clip": "#937860", "adamw": "#8172b3", "momentum": "#d7b5a6", "ns": "#c44e52", "update": "#da8bc3", "wait": "#222222"}
 LANES = {0: "compute", 1: "collectives"}
 

@@ -114,13 +114,13 @@ def log_of(out):
 
 
 def last_checkpoint(out):
-    return (out / f"step_{STEPS:08}.ckpt").read_bytes()
+    return (out / f"step_{STEPS:08}.safetensors").read_bytes()
 
 
 def unfinished(out):
     """Whether a save is under way, or was when its process died."""
     try:
-        return any(name.endswith(".ckpt.tmp") for name in os.listdir(out))
+        return any(name.endswith(".safetensors.tmp") for name in os.listdir(out))
     except OSError:
         return False
 
@@ -189,7 +189,7 @@ class Soak:
         arguments = flags("dmuon", out) + more
         at = self.chance.randrange(8, STEPS - 40)
         with Process(4, arguments) as run:
-            while run.process.poll() is None and not any(path.name > f"step_{at:08}" for path in out.glob("step_*.ckpt")):
+            while run.process.poll() is None and not any(path.name > f"step_{at:08}" for path in out.glob("step_*.safetensors")):
                 time.sleep(0.001)
             os.kill(self.chance.choice(run.ranks()), signal.SIGKILL)
             self.kills += 1

@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
 """Tests of scripts/reproduce.sh and scripts/proof.py: the whole plan with a tiny model, killed and stopped on its way, and the
-table's arithmetic on curves that are known.
+table's arithmetic on curves that are known; and of scripts/singular_values.py.
 
     python3 test/test_proof.py      in a directory with ./train_gpt
 """
 import contextlib
+import importlib.util
 import io
 import json
 import os
 import re
-import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 import proof  # noqa: E402 (scripts/proof.py)
+import singular_values  # noqa: E402 (scripts/singular_values.py)
 
 TINY = ("--device cpu --layers 1 --heads 2 --channels 32 --seq_len 32 --batch 8 --total_batch 256 --warmup 4 --eval_every 10 "
         "--eval_tokens 512 --save_every 20")
@@ -198,6 +200,55 @@ class Table(unittest.TestCase):
         self.assertEqual(self.cells(output, "x"), ["x", "3.5000", "3.3000", "3.4000", "+0.3000", "1.00"])
         self.assertEqual(self.cells(output, "half"), ["half", "3.0000", "", "", "", "1.00"])
         self.assertTrue(re.search(r"base .*\n.*half .*\n.*x ", output))
+
+
+@unittest.skipUnless(importlib.util.find_spec("numpy"), "no numpy")
+class SingularValues(unittest.TestCase):
+    """scripts/singular_values.py on matrices made from known singular values: the polynomials, applied to these numbers one by
+    one, are the truth for the iteration on the matrices."""
+
+    def test_before_and_after(self):
+        import numpy as np
+        rng = np.random.default_rng()
+        C = 40
+        shapes = {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
+        true, tensors = {}, {}
+
+        def matrix(name, m, n):
+            values = np.sort(10 ** rng.uniform(-3, 1, C))[::-1]
+            u, v = (np.linalg.qr(rng.normal(size=(size, C)))[0] for size in (m, n))
+            true[name] = values / np.linalg.norm(values)
+            return (u * values) @ v.T
+        tensors["attn.c_attn"] = np.concatenate([matrix(name, C, C) for name in "QKV"])
+        for name, letter in (("attn.c_proj", "O"), ("mlp.c_fc", "F"), ("mlp.c_proj", "P")):
+            tensors[name] = matrix(letter, *shapes[name])
+
+        header, at, content = {"__metadata__": {"format": "train_gpt"}}, 0, b""
+        for name, values in tensors.items():
+            raw = values.astype("<f4").tobytes()
+            header[f"optimizer.momentum.h.1.{name}.weight"] = {"dtype": "F32", "shape": shapes[name], "data_offsets": [at, at + len(raw)]}
+            content, at = content + raw, at + len(raw)
+        text = json.dumps(header).encode()
+        with tempfile.TemporaryDirectory() as tmp:
+            path = Path(tmp, "x.safetensors")
+            path.write_bytes(struct.pack("<Q", len(text)) + text + content)
+            found = singular_values.layer_matrices(path, 1)
+            with self.assertRaisesRegex(SystemExit, "has no optimizer.momentum.h.7"):
+                singular_values.layer_matrices(path, 7)
+            path.write_bytes(path.read_bytes()[:100])
+            with self.assertRaisesRegex(SystemExit, "no whole safetensors file"):
+                singular_values.layer_matrices(path, 1)
+        for coefficients, number, last in (("polar_express", 5, 0.4188073119525673 / 1.05**5), ("you", 5, 1.2012), ("keller", 1, 2.0315)):
+            polynomials = singular_values.coefficients(coefficients)
+            self.assertEqual((len(polynomials), polynomials[-1][2]), (number, last))
+            for name, (before, after) in singular_values.spectra(found, polynomials, 5).items():
+                s = true[name]
+                np.testing.assert_allclose(before, s, atol=1e-6)  # fp32 matrices of norm 1
+                for k in range(5):
+                    a, b, c = polynomials[min(k, number - 1)]
+                    s = a * s + b * s**3 + c * s**5
+                # Their errors grow by the product of the a: up to 500 times the 6e-8 of fp32.
+                np.testing.assert_allclose(after, np.sort(s)[::-1], atol=1e-3)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ class Run:
         with open(out + "/log.jsonl") as file:
             self.log = [json.loads(line) for line in file]
         self.losses = [line["loss"] for line in self.log]
-        self.checkpoint = sorted(glob.glob(out + "/step_*.ckpt"))[-1]
+        self.checkpoint = sorted(glob.glob(out + "/step_*.safetensors"))[-1]
         self.meta, self.tensors = read_checkpoint(self.checkpoint)
 
 
@@ -108,21 +108,14 @@ def train(ranks, *flags, steps=20, batch=2, launcher="mpirun", delay=0):
 
 
 def read_checkpoint(path):
-    """(meta, name -> bytes); the layout is told in checkpoint.h."""
+    """(meta, name -> bytes); the layout is that of safetensors."""
     with open(path, "rb") as file:
         data = file.read()
-    expect(data[:8] == b"TRAINGPT", path + " is not a checkpoint")
-    at = 24 + struct.unpack("<Q", data[8:16])[0]
-    meta, tensors = {}, {}
-    for line in data[24:at].decode().splitlines():
-        words = line.split(" ")
-        if words[0] == "meta":
-            meta[words[1]] = words[2]
-        elif words[0] == "tensor":
-            size = 4 * math.prod(int(word) for word in words[3:])
-            tensors[words[1]] = data[at:at + size]
-            at += -(-size // 64) * 64
-    return meta, tensors
+    begin = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:begin])
+    meta = header.pop("__metadata__")
+    offsets = {name: tensor["data_offsets"] for name, tensor in header.items()}
+    return meta, {name: data[begin + first:begin + last] for name, (first, last) in offsets.items()}
 
 
 def expect_same_state(a, b, what):
@@ -286,7 +279,7 @@ def test_state_is_the_same_on_other_rank_counts():
     expect(None in norms, "no gradient overflowed: %s" % norms)
     step = norms.index(None) + 1
     expect(step > 1, "the gradient overflowed at once, in step %d" % step)
-    saved = os.path.dirname(blown_up.checkpoint) + "/step_%08d.ckpt" % (step - 1)
+    saved = os.path.dirname(blown_up.checkpoint) + "/step_%08d.safetensors" % (step - 1)
     _, state = read_checkpoint(saved)
     for name, data in state.items():
         expect(any(data), name + " is all zeros: nothing is tested")
@@ -514,7 +507,7 @@ def test_asked_to_stop():
             expect(code == 128 + number, what + "exit code %d: %s" % (code, said))
             expect(said.count("stopped after step") == 1, what + said)
             step = int(re.search(r"^stopped after step (\d+) of 1000000 by signal %d " % number, said, re.M).group(1))
-            expect("step_%08d.ckpt\n" % step in said, what + "not saved: " + said)
+            expect("step_%08d.safetensors\n" % step in said, what + "not saved: " + said)
 
 
 def test_stopped_rank_behind_many_launches():
