@@ -1586,7 +1586,11 @@ int main(int argc, char** argv) {
     try {
         keep_standard_streams();
         const Options options = parse_flags(argc, argv);
-        if (options.help || options.version || options.print_plan) return print_what_is_asked(options), 0;
+        if (options.help || options.version || options.print_plan) {
+            print_what_is_asked(options);
+            _exit(
+                0);  // OpenBLAS's destructor waits for its threads, which under a memory limit (ulimit -v) never start
+        }
         start_ranks(argv, options.gpus, options.rank_timeout, [&] { use_cuda(options, options.gpus); });
         require_same(program_and_flags(options));
 #ifdef __CUDACC__

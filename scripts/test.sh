@@ -135,6 +135,7 @@ program test_proof python3 test/test_proof.py
 program soak python3 test/soak.py ./train_gpt
 program fuzz test/fuzz.sh 5
 program test_seam python3 test/test_seam.py
+check faults python3 test/mutants.py --check
 program lint make -s lint
 while ((${#running[@]})); do collect; done
 

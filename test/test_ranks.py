@@ -319,6 +319,22 @@ def test_plan_is_balanced():
             expect(ratios == [1.0, 1.0], "%s on %d ranks: max/mean of FLOPs and bytes are %s" % (model, ranks, ratios))
 
 
+def test_plan_by_lpt():
+    """The ratio that longest processing time first gives, worked out here: a step of Newton-Schulz on (m, rm) costs 3r + 1."""
+    worse = 0
+    for ranks in (5, 7, 9, 11, 13, 20, 30):
+        def ratio(order):
+            loads = [0] * ranks
+            for cost in order:
+                loads[loads.index(min(loads))] += cost
+            return max(loads) * ranks / sum(loads)
+        costs = [13] * 24 + [4] * 48  # d12: fc and its projection; Q, K, V, the attention's projection
+        _, (flops, _) = plan("d12", ranks, "lpt")
+        expect(abs(flops - ratio(costs)) < 6e-4, "%d ranks: max/mean of FLOPs is %.3f, and %.3f by hand" % (ranks, flops, ratio(costs)))
+        worse += ratio(costs[::-1]) > ratio(costs) + 0.01
+    expect(worse > 2, "the shortest first would do as well: nothing is tested")
+
+
 def test_plan_owns_every_matrix_once():
     for ranks in (1, 3, 5, 7, 8, 13, 72, 73, 1000, 4096):
         for owner in ("round_robin", "lpt"):

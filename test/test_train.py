@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""End to end, without a GPU: the program as a user starts it, on the text of this repository's own sources.
+"""End to end, without a GPU: the program as a user starts it, on a text that is made up.
 
     python3 test/test_train.py ./train_gpt [NAME...]     all tests, or those
 """
+import bisect
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
+import random
 import re
 import resource
 import shutil
@@ -22,19 +25,41 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BINARY = None
-SOURCES = ("*.h", "*.cuh", "*.cu", "Makefile", "README.md", "scripts/*", "test/*.cpp", "test/*.h", "test/*.py", "dev/*.md")
 
 # A model of 0.1 M parameters: 60 steps in a second or two
 TINY = ["--layers", "2", "--heads", "2", "--channels", "32", "--seq_len", "32", "--batch", "4", "--device", "cpu",
         "--eval_tokens", "512"]
 
 
+def invented_text(sentences=12000):
+    """0.5 MB of a made-up language, always the same: "sobush nefe pinta ri, ri pinto nefe." Rare words and common ones; what
+    comes after the comma is known to who looks back. Who knows its words and rules still needs 0.313 nats a byte (the sum of
+    the logarithms of its choices)."""
+    chance = random.Random(7)
+
+    def word(syllables, ending=""):
+        return "".join("bdfgklmnprstvz"[int(chance.random() * 14)] + "aeiou"[int(chance.random() * 5)] for _ in range(syllables)) + ending
+
+    nouns = [word(1 + i % 3) for i in range(80)]
+    verbs = [word(1 + i % 2, "n") for i in range(40)]
+    adjectives = [word(2, "sh") for i in range(30)]
+    shares = {n: list(itertools.accumulate(1 / (k + 1) for k in range(n))) for n in (80, 40, 30)}
+
+    def pick(words):  # the k-th with a weight of 1/k
+        return words[bisect.bisect_right(shares[len(words)], chance.random() * shares[len(words)][-1])]
+
+    def sentence():
+        a, b, verb, adjective = pick(nouns), pick(nouns), pick(verbs), pick(adjectives)
+        return f"{adjective} {a} {verb}ta {b}, {b} {verb}to {a}.\n"
+
+    return "".join(sentence() for _ in range(sentences))
+
+
 def setUpModule():
     global temporary, work, data
     temporary = tempfile.TemporaryDirectory()
     work = Path(temporary.name)
-    text = b"<|endoftext|>".join(path.read_bytes() for pattern in SOURCES for path in sorted(ROOT.glob(pattern)) if path.is_file())
-    (work / "text.txt").write_bytes(text)
+    (work / "text.txt").write_text(invented_text())
     data = work / "data"
     subprocess.run([sys.executable, ROOT / "scripts/data.py", f"text:{work}/text.txt", "--out", data], check=True,
                    stdout=subprocess.DEVNULL)
@@ -93,20 +118,20 @@ class Train(unittest.TestCase):
               "--device", "cpu", "--eval_every", 0, "--eval_tokens", 16384]
 
     def test_learns(self):
-        # The mean loss of the last 20 steps, all on windows not seen before. Measured over seeds and versions of this text, and
-        # with gradients made wrong on purpose, under adamw and dmuon:
-        #     right 2.40-2.44, 1.80-1.83      no gradient to the queries 2.52, 2.22      scores without 1/sqrt(hd) 2.47, 2.09
-        #     no row term in the softmax 3.45, 2.74         LayerNorm without the term of its variance 3.44, 2.40
-        #     LayerNorm overwriting the residual gradient 3.41, 2.43
-        # A GELU or a bias that is a little wrong learns as well as a right one: that is what the golden test is for.
-        for optimizer, rates, bound in (("adamw", ["--lr", 2e-3], 2.6), ("dmuon", ["--lr", 3e-3, "--muon_lr", 2e-2], 1.95)):
+        # The mean loss of the last 20 steps, all on windows not seen before, over three seeds: adamw 0.967 to 1.016, dmuon 0.439 to
+        # 0.450. The bands are about three times as wide: another machine's rounding is another seed. What is wrong leaves them
+        # on either side; with no gradient to the queries 1.21 and 0.74. A GELU or a bias that is a little wrong learns as well as
+        # a right one: that is what the golden test is for.
+        for optimizer, rates, usual, band in (("adamw", ["--lr", 2e-3], 0.99, 0.08), ("dmuon", ["--lr", 3e-3, "--muon_lr", 2e-2], 0.445, 0.02)):
             out = work / f"learns_{optimizer}"
             self.trained(*self.LEARNS, "--optimizer", optimizer, *rates, "--out", out)
             entries = log(out)
             self.assertEqual([entry["step"] for entry in entries], list(range(1, 201)))
-            self.assertAlmostEqual(entries[0]["loss"], 5.45, delta=0.2)  # ln 256 = 5.545, and the tied head favours a repeated byte
-            self.assertLess(sum(entry["loss"] for entry in entries[-20:]) / 20, bound, optimizer)
-            self.assertLess(entries[-1]["val_loss"], bound + 0.6, optimizer)  # on other files: 0.53 above, and it moves with them
+            self.assertAlmostEqual(entries[0]["loss"], 5.55, delta=0.15)  # ln 256 = 5.545
+            loss = sum(entry["loss"] for entry in entries[-20:]) / 20
+            self.assertAlmostEqual(loss, usual, delta=band, msg=optimizer)
+            # Other text of the same language, and the weights of the last step for those of the last twenty: within 0.018.
+            self.assertAlmostEqual(entries[-1]["val_loss"], loss, delta=0.05, msg=optimizer)
 
         # The comparison reads these logs.
         sys.path.insert(0, str(ROOT / "scripts"))
@@ -148,6 +173,16 @@ class Train(unittest.TestCase):
                 self.assertEqual(len(rates), steps)
                 for rate, right in zip(rates, expected):
                     self.assertAlmostEqual(rate / right, 1, delta=1e-8)  # nine digits are logged
+
+    def test_muon_weight_decay(self):
+        losses = {}
+        for decay in (-1, 3, 0):
+            out = work / f"muon_decay_{decay}"
+            self.trained(*TINY, "--optimizer", "dmuon", "--steps", 6, "--lr", 0.01, "--weight_decay", 3, "--muon_weight_decay", decay,
+                         "--out", out)
+            losses[decay] = [entry["loss"] for entry in log(out)]
+        self.assertEqual(losses[-1], losses[3])  # -1: as --weight_decay
+        self.assertGreater(abs(losses[0][-1] - losses[3][-1]), 1e-4)  # 0 is none, and no -1
 
     def test_sample_prints_all_of_it(self):
         # An untrained model at a high temperature writes any byte: none may be lost, and none may steer the terminal.
@@ -257,14 +292,12 @@ class Train(unittest.TestCase):
     @staticmethod
     def loaded_megabytes():
         """Of address space, to be loaded at all: CUDA's libraries, where the program has them, take most of a gigabyte.
-        Below that the linker ends with 127."""
+        Below that the linker ends with 127. From there on it ends, though OpenBLAS's threads have no memory to start."""
         for megabytes in range(64, 16384, 32):
             limit = megabytes << 20
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                if subprocess.run([BINARY, "--version"], capture_output=True, timeout=1,
-                                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))).returncode == 127:
-                    continue
-            return megabytes
+            if subprocess.run([BINARY, "--version"], capture_output=True, timeout=30, env=dict(os.environ, OPENBLAS_NUM_THREADS="4"),
+                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))).returncode == 0:
+                return megabytes
         raise AssertionError("16 GiB of address space are not enough to load the program")
 
     def test_limited_memory(self):
@@ -374,6 +407,14 @@ class Train(unittest.TestCase):
         shard[1024] ^= 1
         (other / "train_000.bin").write_bytes(shard)
         self.assertIn("note: the training data have changed", self.trained(*same, shards=other).stdout)
+
+    def test_a_resume_needs_the_same_windows(self):
+        out = work / "windows"
+        self.trained(*TINY, "--steps", 2, "--out", out)
+        same = [*TINY, "--steps", 4, "--resume", out / "step_00000002.safetensors"]
+        self.refused(1, ["made with --seed 1337", "this run has 7: pass --seed 1337"], *same, "--seed", 7)
+        self.refused(1, ["made with --total_batch 128", "pass --total_batch 128"], *same, "--total_batch", 256)
+        self.trained(*same, "--batch", 2, "--total_batch", 128)
 
     def test_model_from_a_checkpoint_brings_its_sizes(self):
         out = work / "sizes"
