@@ -603,6 +603,7 @@ class Optimizer {
     // momentum. A norm that is not finite makes the scale 0, and scale 0 skips the whole update.
     template <class PhaseDone>
     void step(float lr, float muon_lr, PhaseDone phase_done) {
+        const typename Backend::Range range("optimizer");
         for (size_t b = 0; b < plan.buckets.size(); b++) start_reduce(b);
         for (std::optional<Ticket>& ticket : reducing) wait_for(ticket);
         phase_done(phase_reduce);
@@ -666,6 +667,9 @@ class Optimizer {
     // Before the weights are used: those outside of the hidden matrices; the matrices of layer l.
     void need_flat() { need(0); }
     void need_layer(int l) { need(plan.bucket_of(l)); }
+    void need_all() {
+        for (size_t b = 0; b < plan.buckets.size(); b++) need(b);
+    }
 
     // --profile: where waits for weights are noted, and in a traced step each bucket's collectives. Null: nowhere.
     Timeline<Backend>* timeline = nullptr;

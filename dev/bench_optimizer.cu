@@ -208,10 +208,7 @@ Measured measure(const std::vector<TensorSpec>& specs, const Options& options, d
                 timeline.span(name, 0, begin, reached);
             };
             optimizer.step(1e-4f, 1e-4f, [&](Phase phase) { until_here(phase_names[phase]); });
-            optimizer.need_flat();
-            for (int layer = optimizer.plan.layers_per_bucket * int(optimizer.plan.buckets.size() - 1) - 1; layer >= 0;
-                 layer--)
-                optimizer.need_layer(layer);
+            optimizer.need_all();
             until_here("wait");
         };
         auto run = [&](int times, std::deque<Timeline<Backend>>& timelines) {
