@@ -57,6 +57,7 @@ struct Options {
     int64_t eval_every = 100, eval_tokens = 131072;
     int64_t sample_every = 0, sample_tokens = 256;
     double temperature = 0.8;
+    int64_t top_k = 0, generate = 0;
     std::string out;
     int64_t save_every = 0, keep = 2;
     std::string resume;
@@ -168,6 +169,11 @@ inline const std::vector<Flag>& flag_table() {
         {"run", "sample_every", &O::sample_every, "STEPS", "write a sample of text so often; 0: never", 0, many},
         {"run", "sample_tokens", &O::sample_tokens, "N", "length of a sample", 1, 1e5},
         {"run", "temperature", &O::temperature, "X", "of sampling; 0: always the likeliest token", 0, 100},
+        {"run", "top_k", &O::top_k, "K", "sample among the K likeliest tokens; 0: among all", 0, 65536},
+        {"run", "generate", &O::generate, "N",
+         "no training: read token numbers from the standard input and write N that follow, one a line; with --model "
+         "CHECKPOINT. scripts/generate.py does it with text; 0: train",
+         0, 1e9},
         {"run", "out", &O::out, "DIR", "where log.jsonl and checkpoints go; without it nothing is written"},
         {"run", "save_every", &O::save_every, "STEPS", "save a checkpoint so often; 0: only at the end", 0, many},
         {"run", "keep", &O::keep, "N", "checkpoints to keep, the newest", 1, 1e9},
@@ -227,6 +233,7 @@ inline void print_help(FILE* file) {
     const size_t indent = 23, width = 112;  // columns
     fprintf(file,
             "usage: train_gpt --train GLOB [--name value | --name=value ...]\n"
+            "       train_gpt --model CHECKPOINT --generate N [--temperature X] [--top_k K] [--seed N]\n"
             "The last of a repeated flag wins. After each: (range) and [default].\n");
     const char* group = "";
     for (const Flag& flag : flag_table()) {
@@ -342,8 +349,16 @@ inline void check_contradictions(const Options& o, const std::set<std::string>& 
         if (has(name) && !condition) usage_fail("--%s has no effect without %s: drop it or add that", name, need);
     };
 
+    if (o.generate > 0) {
+        if (o.model.empty() || find_preset(o.model)) usage_fail("--generate needs weights: give --model CHECKPOINT");
+        const std::set<std::string> used = {"generate", "model", "temperature", "top_k", "seed", "device", "kernels"};
+        for (const std::string& name : given)
+            if (used.count(name) == 0) usage_fail("--%s has no effect with --generate: drop one of them", name.c_str());
+    }
+
     // data and model
-    if (o.train.empty() && !o.print_plan) usage_fail("--train GLOB is missing (scripts/data.py makes shards)");
+    if (o.train.empty() && !o.print_plan && o.generate == 0)
+        usage_fail("--train GLOB is missing (scripts/data.py makes shards)");
     for (const char* name : {"eval_every", "eval_tokens"}) only_with(name, !o.val.empty(), "--val");
     const bool by_hand = o.layers || o.heads || o.channels;
     if (by_hand && !o.model.empty()) usage_fail("--model contradicts --layers, --heads, --channels: drop it or them");
@@ -411,7 +426,9 @@ inline void check_contradictions(const Options& o, const std::set<std::string>& 
     }
 
     // run
-    for (const char* name : {"sample_tokens", "temperature"}) only_with(name, o.sample_every > 0, "--sample_every");
+    only_with("sample_tokens", o.sample_every > 0, "--sample_every");
+    for (const char* name : {"temperature", "top_k"})
+        only_with(name, o.sample_every > 0 || o.generate > 0, "--sample_every or --generate");
     for (const char* name : {"save_every", "keep"}) only_with(name, !o.out.empty(), "--out DIR");
     if (o.resume == "auto" && o.out.empty()) usage_fail("--resume auto needs --out DIR, where the checkpoints are");
     only_with("switch_optimizer", !o.resume.empty(), "--resume");
