@@ -5,9 +5,12 @@
     scripts/data.py austen --tokenizer gpt2                six novels by Jane Austen, from a Debian package
     scripts/data.py tinystories --tokenizer gpt2           2.2 GB of stories for small models
     scripts/data.py fineweb10B --tokenizer gpt2 --shards 10   web text, GPT-2 tokens already, 100M to a shard
+    scripts/data.py linux --tokenizer gpt2 --tokens 160e6  the kernel's C and documents (GPL), from a Debian package of 140 MB
     scripts/data.py text:PATH --val_frac 0.04              your own: a file (plain, .xz, .gz), a directory, or a URL
 
-Bytes need nothing but Python; GPT-2's BPE comes from the package tiktoken (installed into .venv on first need).
+Bytes need nothing but Python; GPT-2's BPE comes from the package tiktoken (installed into .venv on first need). What is
+held out is the last of the text, whole documents of it where there are several. --pack FILE.xz also writes the documents as
+one text: on a machine without a network, text:FILE.xz makes the same shards of it.
 
 Shard (llm.c's format):  256 int32 {20240520, 1, number of tokens, 0...}, then the tokens as uint16.
 tokenizer.bin (llm.c's): 256 int32 {20240328, 2, vocabulary, end-of-text token, 0...}, then for each token one byte of
@@ -15,7 +18,9 @@ length and its bytes. Every document is preceded by the end-of-text token: 50256
 """
 import argparse
 import array
+import bisect
 import concurrent.futures
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -29,6 +34,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import urllib.error
@@ -45,7 +51,7 @@ GITHUB_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565e
 TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-%s.txt"
 FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_%s_%06d.bin"
 FINEWEB_SHARDS = 103  # training shards that exist there
-DATASETS = ("tinyshakespeare", "austen", "tinystories", "fineweb10B")
+DATASETS = ("tinyshakespeare", "austen", "tinystories", "fineweb10B", "linux")
 
 SEPARATOR = b"<|endoftext|>"  # between the documents of one text file
 BLOCK = 1 << 20  # bytes of text tokenized at a time
@@ -160,12 +166,16 @@ def directory_documents(root):
             path = Path(folder, name)
             if path.is_file():
                 text = path.read_bytes()
-                try:
-                    text.decode()
-                except UnicodeDecodeError:
-                    continue
-                if b"\0" not in text:
+                if is_text(text):
                     yield text
+
+
+def is_text(content):
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in content
 
 
 def austen_documents(downloads):
@@ -213,6 +223,60 @@ def r_character_vector(data):
         at += 8 + len(line)
 
 
+def linux_documents(downloads):
+    """The sources of Linux, from Debian's package linux-source: files .c, .h, .rst and .txt, in the order of a hash of their
+    paths, so that the first of them are a fair sample of all, and the last, which are held out, are too.
+
+    Left out: registers of chips, written by generators (drivers/gpu/drm/amd/include, every directory asic_reg), files above
+    half a megabyte (nearly all are tables), what is not UTF-8, and what is there already under another name.
+    """
+    package = downloads / "linux-source.deb"
+    if not package.exists():
+        downloads.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as tmp:  # linux-source itself is empty: it depends on the one with the version
+            fetch_debian("linux-source", Path(tmp, "empty.deb"))
+            depends = subprocess.run(["dpkg-deb", "--field", Path(tmp, "empty.deb"), "Depends"], capture_output=True, text=True)
+        version = re.search(r"linux-source-[\w.]+", depends.stdout)
+        if not version:
+            raise Unreachable("linux-source: depends on no linux-source-VERSION")
+        say(f"fetching the Debian package {version[0]}, about 140 MB")
+        fetch_debian(version[0], package)
+
+    def files():
+        """(path, size, file) of every regular file of the archive in the archive, as a stream."""
+        with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE) as dpkg, \
+                tarfile.open(fileobj=dpkg.stdout, mode="r|") as outer:
+            for archive in outer:
+                if not (archive.isfile() and re.search(r"/linux-source-[^/]*\.tar\.\w+$", archive.name)):
+                    continue
+                with tarfile.open(fileobj=outer.extractfile(archive), mode="r|*") as inner:
+                    for member in inner:
+                        if member.isfile():  # its path without the directory that all have in common
+                            yield member.name.partition("/")[2], member.size, inner.extractfile(member)
+
+    with tempfile.TemporaryFile(dir=downloads) as text:  # one after the other as they come; `found` is all that memory holds
+        found, seen, progress = [], set(), Progress("unpacking")  # (hash of the path, begin, size)
+        try:
+            for path, size, file in files():
+                if (not path.endswith((".c", ".h", ".rst", ".txt")) or size > 1 << 19 or "/asic_reg/" in path
+                        or path.startswith("drivers/gpu/drm/amd/include/")):
+                    continue
+                content = file.read()
+                digest = hashlib.sha256(content).digest()
+                if digest in seen or not is_text(content):
+                    continue
+                seen.add(digest)
+                found.append((hashlib.sha256(path.encode()).digest(), text.tell(), text.write(content)))
+                progress.show(text.tell())
+        except (tarfile.TarError, lzma.LZMAError, EOFError) as e:
+            fail(f"{package}: damaged ({e}): delete it and try again")
+        progress.done()
+        say(f"linux: {len(found):,} documents, {text.tell():,} bytes")
+        for _, begin, size in sorted(found):
+            text.seek(begin)
+            yield text.read(size)
+
+
 def fetch_debian(package, path):
     """apt-get download; where the machine's package lists lack it (or are empty), with lists of our own."""
     if not shutil.which("apt-get") or not shutil.which("dpkg"):
@@ -237,9 +301,9 @@ def fetch_debian(package, path):
 def reachable(name, downloads):
     """Whether another dataset could be had, for the hint after a failure."""
     try:
-        if name == "austen":
+        if name in ("austen", "linux"):
             with tempfile.TemporaryDirectory() as tmp:
-                fetch_debian("r-cran-janeaustenr", Path(tmp, "austen.deb"))
+                fetch_debian({"austen": "r-cran-janeaustenr", "linux": "linux-source"}[name], Path(tmp, "small.deb"))
         else:
             url = {"tinyshakespeare": GITHUB, "tinystories": TINYSTORIES % "valid", "fineweb10B": FINEWEB % ("val", 0)}[name]
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
@@ -318,26 +382,42 @@ def pieces(document):
         at = end
 
 
-def tokenize(documents, tokenizer, path):
-    """Writes all tokens to path; returns their number."""
-    eot, progress, done = struct.pack("<H", tokenizer.eot), Progress("tokens", unit="M"), 0
-    starts = deque()  # for each piece under way: does a document begin with it?
+def tokenize(documents, tokenizer, path, limit=None, keep=None):
+    """Writes the tokens of all documents to path, or of the first with `limit` tokens or somewhat more: of whole documents.
+    Returns where each document begins, and the number of tokens. keep(document): called for each that was taken."""
+    eot, progress, done = struct.pack("<H", tokenizer.eot), Progress("tokens", limit, unit="M"), 0
+    under_way = deque()  # for each piece: the document that begins with it, or None
+    begins = []
 
     def all_pieces():
         for document in documents:
             if document.strip():
                 for i, piece in enumerate(pieces(document)):
-                    starts.append(i == 0)
+                    under_way.append(document if i == 0 else None)
                     yield piece
 
     with open(path, "wb") as f:
         for tokens in tokenizer.encode(all_pieces()):
-            if starts.popleft():
+            document = under_way.popleft()
+            if document is not None:
+                if limit and done >= limit:
+                    break
+                if keep:
+                    keep(document)
+                begins.append(done)
                 done += f.write(eot) // 2
             done += f.write(tokens) // 2
             progress.show(done)
     progress.done()
-    return done
+    return begins, done
+
+
+def held_out_begin(begins, count, fraction):
+    """Where the held-out last of `count` tokens begins: with the first document that begins in the last `fraction`, so that
+    no document is in both parts; in the midst of the last document where that is longer."""
+    begin = count - int(count * fraction)
+    whole = bisect.bisect_left(begins, begin)
+    return begins[whole] if begin < count and whole < len(begins) else begin
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -386,6 +466,8 @@ def text_shards(args, out, tokenizer):
         splits["train"] = text_documents(download(GITHUB, args.downloads / "tinyshakespeare.txt", GITHUB_SHA256))
     elif kind == "austen":
         splits["train"] = austen_documents(args.downloads)
+    elif kind == "linux":
+        splits["train"] = linux_documents(args.downloads)
     elif kind == "tinystories":
         splits = {s: text_documents(download(TINYSTORIES % n, args.downloads / f"tinystories_{s}.txt"))
                   for s, n in (("val", "valid"), ("train", "train"))}
@@ -397,15 +479,31 @@ def text_shards(args, out, tokenizer):
 
     files, temporary = [], out / "tokens.tmp"
     for split, documents in splits.items():
-        count = tokenize(documents, tokenizer, temporary)
-        held_out = int(count * args.val_frac) if len(splits) == 1 else 0  # the last tokens, so that no text is in both
+        with packed(args.pack) as keep:
+            begins, count = tokenize(documents, tokenizer, temporary, args.tokens, keep)
+            if not count:
+                fail(f"{args.dataset}: no text in it")
+        held_out = held_out_begin(begins, count, args.val_frac) if len(splits) == 1 else count
         with open(temporary, "rb") as tokens:
-            files += write_shards(out, split, tokens, 0, count - held_out, args.shard_tokens)
-            files += write_shards(out, "val", tokens, count - held_out, count, args.shard_tokens)
+            files += write_shards(out, split, tokens, 0, held_out, args.shard_tokens)
+            files += write_shards(out, "val", tokens, held_out, count, args.shard_tokens)
         temporary.unlink()
-        if not count:
-            fail(f"{args.dataset}: no text in it")
     return files
+
+
+@contextlib.contextmanager
+def packed(path):
+    """A function that adds a document to the text at path, which is there when all are in it; None without a path."""
+    if not path:
+        yield None
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with lzma.open(temporary, "wb") as text:
+            yield lambda document: text.write(SEPARATOR + document)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def fineweb_shards(args, out, have):
@@ -474,6 +572,8 @@ def parse_arguments():
     parser.add_argument("--tokenizer", choices=("byte", "gpt2"), default="byte")
     parser.add_argument("--val_frac", type=float, metavar="X",
                         help="the last X of the tokens are held out for validation [0.1; tinystories and fineweb10B bring their own]")
+    parser.add_argument("--tokens", type=float, metavar="N", help="take the first documents, N tokens of them [all]")
+    parser.add_argument("--pack", type=Path, metavar="FILE.xz", help="write their text to this file as well")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the shards go [data/DATASET_TOKENIZER]")
     parser.add_argument("--shards", type=int, default=10, metavar="N", help="fineweb10B: training shards to fetch, up to 103 [10]")
     parser.add_argument("--shard_tokens", type=int, default=10**8, metavar="N", help="tokens in one shard at most [100000000]")
@@ -502,6 +602,13 @@ def parse_arguments():
         parser.error("fineweb10B is GPT-2 tokens: add --tokenizer gpt2")
     if kind in ("fineweb10B", "tinystories") and args.val_frac is not None:
         parser.error(f"{kind} has a validation split of its own: leave --val_frac out")
+    for flag in ("tokens", "pack"):
+        if kind in ("fineweb10B", "tinystories") and getattr(args, flag) is not None:
+            parser.error(f"--{flag} is not for {kind}")
+    if args.tokens is not None and not 1 <= args.tokens < 1e15:
+        parser.error("--tokens must be at least 1")
+    if args.pack and args.pack.suffix != ".xz":
+        parser.error(f"--pack {args.pack}: its name must end in .xz")
     args.val_frac = 0.1 if args.val_frac is None else args.val_frac
     if not 0 <= args.val_frac < 1:
         parser.error("--val_frac must be at least 0 and below 1")
@@ -524,6 +631,8 @@ def main():
         settings["shards"] = args.shards
     else:
         settings.update(val_frac=args.val_frac, shard_tokens=args.shard_tokens)
+        if args.tokens:
+            settings["tokens"] = args.tokens
     if args.dataset.startswith("text:") and os.path.exists(args.dataset[5:]):
         settings["sha256"] = fingerprint(args.dataset[5:])
 
@@ -532,7 +641,7 @@ def main():
         fail(f"{out} holds shards that this script did not make: choose another --out")
     files = found["files"] if found else {}
     good = [name for name, properties in files.items() if describe(out / name) == properties]
-    if found and found["settings"] == settings and len(good) == len(files):
+    if found and found["settings"] == settings and len(good) == len(files) and not args.pack:
         say(f"{out} is there already")
     else:
         # All is made beside what is there, which goes only when that is whole.

@@ -130,6 +130,7 @@ for name in test_fiber_fp32 test_fiber_bf16; do # fiber.h takes bf16 and half fr
     fi
 done
 program test_data python3 test/test_data.py
+program test_proof python3 test/test_proof.py
 program soak python3 test/soak.py ./train_gpt
 program fuzz test/fuzz.sh 5
 program test_seam python3 test/test_seam.py

@@ -5,6 +5,7 @@ Needs Python alone; the tests of GPT-2's tokens need tiktoken and its vocabulary
 import contextlib
 import glob
 import gzip
+import hashlib
 import http.server
 import importlib.util
 import io
@@ -17,6 +18,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import unittest
@@ -109,6 +111,14 @@ class Data(unittest.TestCase):
         self.assertEqual(bytes(shards(self.out, "train")), b"\none\ntwo")
         self.assertEqual(list(self.out.glob("val_*")), [])
 
+    def test_whole_documents_are_held_out(self):
+        documents = [b"%d " % i * 50 for i in range(20)]
+        (self.dir / "text.txt").write_bytes(b"<|endoftext|>".join(documents))
+        self.make(self.dir / "text.txt", "--val_frac", "0.12")  # of 20 documents alike: the last 2 and some of the one before
+        self.assertEqual(bytes(shards(self.out, "val")), b"\n" + documents[18] + b"\n" + documents[19])
+        self.make(self.dir / "text.txt", "--val_frac", "0.01")  # less than the last
+        self.assertEqual(len(shards(self.out, "val")), int(sum(len(d) + 1 for d in documents) * 0.01))
+
     def test_directory_of_sources(self):
         for name, content in (("b.py", b"second"), ("a/z.c", b"first"), ("c.bin", b"\xff\xfe"), (".git/x", b"no"), ("d.o", b"\0")):
             path = self.dir / "src" / name
@@ -182,6 +192,9 @@ class Data(unittest.TestCase):
         self.refused(2, "--val_frac", "tinystories", "--val_frac", "0.1")
         self.refused(2, "--tokenizer gpt2", "fineweb10B")
         self.refused(2, "--shards", "fineweb10B", "--tokenizer", "gpt2", "--shards", "200")
+        self.refused(2, "--tokens", f"text:{self.dir}/text.txt", "--tokens", "0")
+        self.refused(2, "--tokens is not for tinystories", "tinystories", "--tokens", "9")
+        self.refused(2, "must end in .xz", f"text:{self.dir}/text.txt", "--pack", "text.txt")
         (self.dir / "empty.txt").write_bytes(b" \n")
         self.refused(1, "no text in it", f"text:{self.dir}/empty.txt", "--out", self.out)
         other = self.dir / "other"
@@ -200,6 +213,56 @@ class Data(unittest.TestCase):
         for version in (2, 3):
             lines = list(data.r_character_vector(value(version)))
             self.assertEqual([line.decode() for line in lines], ["plain", "d\u00e9j\u00e0", "d\u00e9j\u00e0", "", ""])
+
+    def linux_package(self, files):
+        """A .deb of the form of linux-source's: an archive of sources in an archive."""
+        tree = self.dir / "package"
+        (tree / "usr/src").mkdir(parents=True)
+        (tree / "DEBIAN").mkdir()
+        (tree / "DEBIAN/control").write_text("Package: linux-source-6.1\nVersion: 1\nArchitecture: all\nMaintainer: x <x@y>\n"
+                                             "Description: x\n")
+        with tarfile.open(tree / "usr/src/linux-source-6.1.tar.xz", "w:xz") as archive:
+            for name, content in files.items():
+                member = tarfile.TarInfo(f"linux-source-6.1/{name}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+            link = tarfile.TarInfo("linux-source-6.1/link.c")
+            link.type, link.linkname = tarfile.SYMTYPE, "init/main.c"
+            archive.addfile(link)
+        (self.dir / "downloads").mkdir()
+        package = self.dir / "downloads/linux-source.deb"
+        subprocess.run(["dpkg-deb", "--build", tree, package], check=True, capture_output=True)
+        return package
+
+    @unittest.skipUnless(shutil.which("dpkg-deb"), "no dpkg-deb")
+    def test_linux(self):
+        good = {f"drivers/{i}/{name}": f"{i}: {name}\n".encode() * (i + 1)
+                for i in range(30) for name in ("a.c", "b.h", "c.rst", "d.txt")}
+        bad = {"Makefile": b"no", "x/y.S": b"no", "drivers/gpu/drm/amd/include/x.h": b"no", "a/asic_reg/x.h": b"no no",
+               "large.c": b"x" * (1 << 19 | 1), "latin.c": b"d\xe9j\xe0", "nul.c": b"a\0b", "copy.c": good["drivers/7/a.c"]}
+        package = self.linux_package({**good, **bad})
+
+        def make(source, out, *arguments):
+            result = run(source, "--out", out, "--downloads", package.parent, *arguments)
+            self.assertEqual(result.returncode, 0, result.stderr)
+            tokens = [bytes(shards(out, split)) for split in ("train", "val")]
+            return tokens, [path.read_bytes() for path in sorted(out.glob("*.bin"))]
+
+        (train, val), _ = make("linux", self.out)
+        order = sorted(good, key=lambda path: hashlib.sha256(path.encode()).digest())
+        self.assertEqual(train + val, b"".join(b"\n" + good[path] for path in order))
+        self.assertTrue(any(b"\n" + good[path] == val[:len(good[path]) + 1] for path in order))  # begins with a document
+        self.assertLessEqual(len(val), 0.1 * len(train + val))
+        # The first 4000 tokens in whole documents; and the text of them makes the same shards elsewhere.
+        pack = self.dir / "pack.txt.xz"
+        (some, held_out), direct = make("linux", self.out, "--tokens", "4000", "--pack", pack)
+        self.assertTrue((train + val).startswith(some + held_out))
+        self.assertTrue(4000 <= len(some + held_out) < 4000 + max(map(len, good.values())) + 1)
+        _, packed = make(f"text:{pack}", self.dir / "elsewhere")
+        self.assertEqual(packed, direct)
+        package.write_bytes(package.read_bytes()[:-300])
+        self.refused(1, "damaged", "linux", "--out", self.dir / "new", "--downloads", package.parent)
+        self.assertEqual(sorted(path.name for path in package.parent.iterdir()), ["linux-source.deb"])
 
     def test_pieces(self):
         """What is tokenized in parallel is the whole text, cut only where GPT-2's tokens end in any case."""
