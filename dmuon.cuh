@@ -186,6 +186,11 @@ struct Plan {
     // Elements of a rank's state that are AdamW's, which come first.
     size_t adamw_state() const { return method == Method::adamw ? state_elements : buckets[0].chunk; }
 
+    // What a rank has of weights, of `element` bytes each, gradients and fp32 state
+    size_t bytes(size_t element) const {
+        return arena * (element + sizeof(float)) + (2 * state_elements + adamw_state()) * sizeof(float);
+    }
+
     size_t adamw_elements() const {
         size_t sum = 0;
         for (int t = 0; t < int(tensors.size()); t++) sum += is_muon(t) ? 0 : tensors[t].size();
@@ -392,6 +397,9 @@ inline NsConfig ns_config(const Options& options, int m, int n) {
     return {gram, options.ns_coefficients, int(options.ns_steps), type};
 }
 
+constexpr size_t kNsWorkspaceLimit = size_t(1)
+                                     << 30;  // of the matrices that go through it together, unless one is more
+
 // Scratch of newton_schulz: the iterate and its successor (count, m, n), and square matrices (count, m, m), all of type
 // `type`.
 struct NsWorkspace {
@@ -538,10 +546,7 @@ class Optimizer {
         make_tables();
     }
 
-    static size_t bytes(const Plan& plan) {
-        return plan.arena * (sizeof(real) + sizeof(float)) + plan.state_elements * 2 * sizeof(float) +
-               plan.adamw_state() * sizeof(float);
-    }
+    static size_t bytes(const Plan& plan) { return plan.bytes(sizeof(real)); }
     size_t workspace_bytes() const { return ns_bytes; }
     size_t phase_calls() const { return 4 + 3 * groups.size(); }  // of phase_done in a step
 
@@ -781,12 +786,11 @@ class Optimizer {
 
     // As many of one shape at a time as the workspace holds.
     void make_groups(const std::map<std::tuple<int, int, int>, std::vector<MatrixRef>>& by_shape) {
-        constexpr size_t kWorkspaceLimit = size_t(1) << 30;
         std::vector<MatrixRef> all;
         for (auto& [key, members] : by_shape) {
             auto [number, m, n] = key;
             const size_t each = NsWorkspace::bytes(1, round_up(m, 8), round_up(n, 8), ns_config(options, m, n).type);
-            const int most = int(std::max<size_t>(1, std::min<size_t>(kWorkspaceLimit / each, 65535)));
+            const int most = int(std::max<size_t>(1, std::min<size_t>(kNsWorkspaceLimit / each, 65535)));
             for (int first = 0; first < int(members.size()); first += most) {
                 const int count = std::min(most, int(members.size()) - first);
                 groups.push_back({int(all.size()) + first, count, m, n});

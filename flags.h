@@ -65,7 +65,9 @@ struct Options {
     std::string device = "auto";
     int gpus = 0;
     std::string kernels = "auto";
-    bool recompute = false, profile = false, tune = true;
+    std::string recompute = "none";
+    int head_rows = 0;
+    bool profile = false, tune = true;
     double rank_timeout = 300;
     bool help = false, version = false;
 };
@@ -159,7 +161,8 @@ inline const std::vector<Flag>& flag_table() {
         {"muon", "ns_dtype", &O::ns_dtype, "bf16|fp16|fp32", "type of Newton-Schulz's operands (sums are fp32)"},
         {"muon", "owner", &O::owner, "round_robin|lpt",
          "dmuon: who owns a matrix: dealt out in turn shape by shape, or the largest first to the least loaded rank"},
-        {"muon", "print_plan", &O::print_plan, on_off, "print who owns what at what cost, and exit; no GPU, no data"},
+        {"muon", "print_plan", &O::print_plan, on_off,
+         "print who owns what at what cost, and which --batch fits, and exit; no GPU, no data"},
         {"muon", "ranks", &O::ranks, "N", "--print_plan: for this many ranks; 0: those started", 0, 1000000},
 
         {"run", "eval_every", &O::eval_every, "STEPS", "validation loss so often; 0: only at the end", 0, many},
@@ -181,8 +184,13 @@ inline const std::vector<Flag>& flag_table() {
         {"run", "switch_optimizer", &O::switch_optimizer, on_off, "allow a resume under another --optimizer"},
         {"run", "device", &O::device, "auto|cuda|cpu", "where to compute; auto: on a GPU if there is one"},
         {"run", "gpus", &O::gpus, "N", "start N processes on this machine, one a GPU; 0: just this one", 0, 1024},
-        {"run", "recompute", &O::recompute, on_off,
-         "compute GELU and LayerNorm again in the backward pass: less memory, more time"},
+        {"run", "recompute", &O::recompute, "none|gelu|layernorm|block",
+         "what the backward pass computes again, for less memory and more time: GELU; LayerNorm as well; or a block "
+         "but "
+         "for its attention. --print_plan says what each saves"},
+        {"run", "head_rows", &O::head_rows, "N",
+         "logits in memory at a time, in rows of the vocabulary, at least 128; 0: of all --batch x --seq_len tokens", 0,
+         1e9},
         {"run", "kernels", &O::kernels, "auto|portable",
          "on a GPU: auto takes the kernels written for it (Hopper: wgmma and TMA) where there are such; portable those "
          "for every GPU since sm_80"},
@@ -426,6 +434,8 @@ inline void check_contradictions(const Options& o, const std::set<std::string>& 
     }
 
     // run
+    if (o.head_rows > 0 && o.head_rows < 128)
+        usage_fail("--head_rows %d is too small: at least 128, or 0 for all rows", o.head_rows);
     only_with("sample_tokens", o.sample_every > 0, "--sample_every");
     for (const char* name : {"temperature", "top_k"})
         only_with(name, o.sample_every > 0 || o.generate > 0, "--sample_every or --generate");

@@ -193,67 +193,172 @@ class Arena {
         tensors.push_back({[&pointer](void* at) { pointer = static_cast<T*>(at); }, bytes});
         bytes += round_up<size_t>(count * sizeof(T), 256);
     }
+    // `pointer` takes the place of `other`, which was added before.
+    template <class T>
+    void share(T*& pointer, T*& other) {
+        tensors.push_back({[&pointer, &other](void*) { pointer = other; }, 0});
+    }
     void place(void* memory) {
         for (Tensor& tensor : tensors) tensor.point(static_cast<char*>(memory) + tensor.offset);
     }
 };
 
+// How much of a block's forward pass the backward pass computes again instead of keeping it, each level what the one
+// before does and more: the GELU; both LayerNorms; all but attention, which costs the most time for what it keeps.
+enum class Recompute { none, gelu, layernorm, block };
+
+inline const std::vector<std::string>& recompute_levels() {
+    static const std::vector<std::string> names = split_choices(find_flag("recompute").values);
+    return names;
+}
+inline Recompute recompute_level(const Options& options) {
+    const auto& names = recompute_levels();
+    return Recompute(std::find(names.begin(), names.end(), options.recompute) - names.begin());
+}
+
+// For each layer whether the arenas have the weights of Q, K and V apart: not as one (3C,C) matrix.
+inline std::vector<bool> qkv_apart(const Plan& plan) {
+    std::vector<bool> apart;
+    for (int t = 0; t < int(plan.tensors.size()); t++) {
+        if (plan.tensors[t].split != 3) continue;
+        const size_t third = plan.tensors[t].size() / 3, q = plan.offset_of(t);
+        apart.push_back(plan.offset_of(t, third) != q + third || plan.offset_of(t, 2 * third) != q + 2 * third);
+    }
+    return apart;
+}
+
+// What a micro-step of B sequences leaves in device memory besides gradients, and scratch.
+template <class real>
+struct Activations {
+    struct Layer {
+        real* ln1;                   // (N,C)
+        float *ln1_mean, *ln1_rstd;  // (N)
+        real* qkv;                   // (N,3C)
+        real* att;                   // (N,C)
+        float* lse;                  // (B,H,T) log-sum-exp of each row of the attention scores
+        real* residual2;             // (N,C) the residual stream after attention
+        real* ln2;                   // (N,C)
+        float *ln2_mean, *ln2_rstd;  // (N)
+        real *fc, *gelu;             // (N,4C)
+        real* residual3;             // (N,C) the residual stream after the MLP
+        real* qkvw;                  // (3C,C) the weights of Q, K and V together, where the parameters have them apart
+    };
+    int *inputs, *targets;  // (B,T) tokens, and the tokens that follow
+    int* order;             // (N) positions sorted by input token, for embedding_backward
+    real* encoded;          // (N,C)
+    std::vector<Layer> layers;
+    real* lnf;                     // (N,C), the input of the head
+    float *lnf_mean, *lnf_rstd;    // (N)
+    real* logits;                  // (rows of a chunk,Vp), in the backward pass dlogits
+    float* losses;                 // (N)
+    real* dresidual;               // (N,C)
+    real *scratch_c, *scratch_4c;  // (N,C), (N,4C)
+    float* delta;                  // (B,H,T) scratch of the attention backward
+    float* partials;               // partial sums of layernorm_backward and bias_backward
+
+    // Each layer has its own up to this level, above it all have one; `width` in C elements for each of N rows.
+    struct Kept {
+        using Member = real* Layer::*;
+        Member tensor;
+        int width;
+        Recompute up_to;
+    };
+    static constexpr Kept kKept[8] = {
+        {&Layer::gelu, 4, Recompute::none},       {&Layer::ln1, 1, Recompute::gelu},
+        {&Layer::ln2, 1, Recompute::gelu},        {&Layer::qkv, 3, Recompute::layernorm},
+        {&Layer::fc, 4, Recompute::layernorm},    {&Layer::residual2, 1, Recompute::layernorm},
+        {&Layer::residual3, 1, Recompute::block}, {&Layer::att, 1, Recompute::block},
+    };
+
+    // Bytes that a layer keeps of each token
+    static size_t layer_bytes(const ModelConfig& config, Recompute level) {
+        size_t bytes = (4 + config.heads) * sizeof(float);  // means, rstds and lse
+        for (const Kept& k : kKept)
+            if (level <= k.up_to) bytes += k.width * config.channels * sizeof(real);
+        return bytes;
+    }
+
+    // head_rows: rows of a chunk of logits, 0: all
+    Arena arena(const ModelConfig& config, int B, Recompute level, int head_rows, const std::vector<bool>& apart,
+                size_t partial_floats) {
+        const size_t N = size_t(B) * config.seq_len, C = config.channels,
+                     lse_rows = size_t(B) * config.heads * config.seq_len,
+                     rows = head_rows > 0 ? std::min(N, size_t(head_rows)) : N;
+        layers.resize(config.layers);
+        Arena arena;
+        arena.add(inputs, N), arena.add(targets, N), arena.add(order, N);
+        arena.add(encoded, N * C);
+        for (int l = 0; l < config.layers; l++) {
+            Layer& layer = layers[l];
+            for (const Kept& k : kKept) {
+                if (l == 0 || level <= k.up_to) arena.add(layer.*k.tensor, N * k.width * C);
+                else arena.share(layer.*k.tensor, layers[0].*k.tensor);
+            }
+            for (auto vector : {&Layer::ln1_mean, &Layer::ln1_rstd, &Layer::ln2_mean, &Layer::ln2_rstd})
+                arena.add(layer.*vector, N);
+            arena.add(layer.lse, lse_rows);
+            if (apart[l]) arena.add(layer.qkvw, 3 * C * C);
+        }
+        arena.add(lnf, N * C), arena.add(lnf_mean, N), arena.add(lnf_rstd, N);
+        // The blocks' backward begins where dlogits are no longer needed.
+        arena.add(logits, std::max(rows * config.padded_vocab(), N * 4 * C)), arena.share(scratch_4c, logits);
+        arena.add(losses, N);
+        arena.add(dresidual, N * C), arena.add(scratch_c, N * C), arena.add(delta, lse_rows);
+        arena.add(partials, partial_floats);
+        return arena;
+    }
+};
+
 template <class Backend>
-class Model {
+class Model : Activations<typename Backend::real> {
     using real = typename Backend::real;
+    using Acts = Activations<real>;
 
   public:
     const ModelConfig config;
-    const bool recompute;
+    const Recompute recompute;
+    const int head_rows;  // of a chunk of logits, 0: all
     const Tensors<float> grads;
+    using Acts::inputs, Acts::targets, Acts::order, Acts::logits, Acts::lnf, Acts::losses;
 
-    Model(const ModelConfig& config_, bool recompute_, Optimizer<Backend>& optimizer_)
+    Model(const ModelConfig& config_, Recompute recompute_, int head_rows_, Optimizer<Backend>& optimizer_)
         : config(config_),
           recompute(recompute_),
+          head_rows(head_rows_),
           grads(optimizer_.grads, optimizer_.plan, config_),
           optimizer(optimizer_),
           params(optimizer_.params, optimizer_.plan, config_),
-          acts(config_.layers) {}
+          apart(qkv_apart(optimizer_.plan)) {}
 
     // Device memory of the activations for B sequences per micro-step.
-    size_t activation_bytes(int B) { return activations(B).bytes; }
-    void allocate(int B) {
-        Arena arena = activations(B);
-        arena.place(Backend::alloc(arena.bytes, "activations"));
-        if (recompute)
-            for (Activations& a : acts) a.ln1 = acts[0].ln1, a.ln2 = acts[0].ln2, a.gelu = acts[0].gelu;
+    size_t activation_bytes(int B) const {
+        return Acts().arena(config, B, recompute, head_rows, apart, partial_floats()).bytes;
     }
-
-    int *inputs, *targets;  // (B,T) device: tokens, and the tokens that follow
-    int* order;             // (N) device: positions sorted by input token, for embedding_backward
-    real* logits;           // (N,Vp), turned into dlogits by loss()
-    real* lnf;              // (N,C), the input of the head
-    float* losses;          // (N)
+    void allocate(int B) {
+        Arena arena = this->arena(config, B, recompute, head_rows, apart, partial_floats());
+        arena.place(Backend::alloc(arena.bytes, "activations"));
+    }
 
     // tokens (B,T) -> lnf (B,T,C)
     void forward(const int* tokens, int B, int T) {
         const int C = config.channels, N = B * T, H = config.heads, L = config.layers;
         optimizer.need_flat();
         Backend::embedding_forward(encoded, tokens, params.wte, params.wpe, B, T, C);
-        Backend::layernorm_forward(acts[0].ln1, acts[0].ln1_mean, acts[0].ln1_rstd, encoded, params.layers[0].ln1w,
-                                   params.layers[0].ln1b, N, C);
+        layernorm_1(0, N);
         for (int l = 0; l < L; l++) {
             const auto& w = params.layers[l];
-            Activations& a = acts[l];
+            Layer& a = layers[l];
             optimizer.need_layer(l);
             pack_qkv(l);
-            Backend::matmul_forward(a.qkv, 3 * C, a.ln1, qkvw(l), w.qkvb, N, C, 3 * C);
+            project_qkv(l, N);
             Backend::attention_forward(a.att, a.lse, a.qkv, B, T, C, H);
-            Backend::matmul_forward(scratch_c, C, a.att, w.attprojw, w.attprojb, N, C, C);
-            Backend::residual_layernorm_forward(a.residual2, a.ln2, a.ln2_mean, a.ln2_rstd, residual_in(l), scratch_c,
-                                                w.ln2w, w.ln2b, N, C);
-            Backend::matmul_gelu_forward(a.gelu, a.fc, a.ln2, w.fcw, w.fcb, N, C, 4 * C);
+            attention_to_gelu(l, N);
             Backend::matmul_forward(scratch_c, C, a.gelu, w.fcprojw, w.fcprojb, N, 4 * C, C);
             // The block's residual and the next block's first LayerNorm (after the last block: the final one) in one
             // pass.
             if (l + 1 < L)
-                Backend::residual_layernorm_forward(a.residual3, acts[l + 1].ln1, acts[l + 1].ln1_mean,
-                                                    acts[l + 1].ln1_rstd, a.residual2, scratch_c,
+                Backend::residual_layernorm_forward(a.residual3, layers[l + 1].ln1, layers[l + 1].ln1_mean,
+                                                    layers[l + 1].ln1_rstd, a.residual2, scratch_c,
                                                     params.layers[l + 1].ln1w, params.layers[l + 1].ln1b, N, C);
             else
                 Backend::residual_layernorm_forward(a.residual3, lnf, lnf_mean, lnf_rstd, a.residual2, scratch_c,
@@ -261,11 +366,13 @@ class Model {
         }
     }
 
-    // lnf -> losses (N) against targets; with dlogits also the logits' gradient, times dloss, in place of the logits
-    void loss(int B, int T, float dloss, bool dlogits) {
-        const int N = B * T, Vp = config.padded_vocab();
-        head(logits, lnf, N);
-        Backend::classifier(losses, logits, targets, dloss, N, config.vocab, Vp, dlogits);
+    // lnf -> losses (N) against targets
+    void loss(int B, int T) {
+        for_each_chunk(B * T, [&](int row, int rows) {
+            head(logits, lnf + size_t(row) * config.channels, rows);
+            Backend::classifier(losses + row, logits, targets + row, 0.0f, rows, config.vocab, config.padded_vocab(),
+                                false);
+        });
     }
 
     // lnf of `rows` positions -> their logits (rows,Vp); the head is the token embedding
@@ -274,32 +381,41 @@ class Model {
         Backend::matmul_forward(out, Vp, x, params.wte, nullptr, rows, config.channels, Vp);
     }
 
-    // dlogits -> gradients; with accumulate they are added to what is there, else (a step's first micro-step) they take
-    // its place: the products overwrite, and only what is summed over rows has to start at zero. complete: it is the
-    // last micro-step, after which the gradients may start to their owners, layer by layer.
-    void backward(int B, int T, bool accumulate, bool complete) {
+    // lnf -> losses (N), and the gradients of their sum times dloss. With accumulate gradients are added to what is
+    // there, else (a step's first micro-step) they take its place: the products overwrite, and only what is summed over
+    // rows has to start at zero. complete: it is the last micro-step, after which the gradients may start to their
+    // owners, layer by layer.
+    void backward(int B, int T, float dloss, bool accumulate, bool complete) {
         const int C = config.channels, N = B * T, H = config.heads, L = config.layers, Vp = config.padded_vocab();
         if (!accumulate) {
             Backend::zero(grads.wpe, size_t(config.seq_len) * C * sizeof(float));
             float* vectors = grads.layers[0].ln1w;  // lie together, from the first LayerNorm's to the last
             Backend::zero(vectors, (grads.lnfb + C - vectors) * sizeof(float));
         }
-        Backend::matmul_backward_input(scratch_c, logits, params.wte, N, C, Vp);
-        Backend::matmul_backward_weight(grads.wte, logits, Vp, lnf, N, C, Vp, accumulate);
+        for_each_chunk(N, [&](int row, int rows) {
+            const real* x = lnf + size_t(row) * C;
+            head(logits, x, rows);
+            Backend::classifier(losses + row, logits, targets + row, dloss, rows, config.vocab, Vp, true);
+            Backend::matmul_backward_input(scratch_c + size_t(row) * C, logits, params.wte, rows, C, Vp);
+            Backend::matmul_backward_weight(grads.wte, logits, Vp, x, rows, C, Vp, accumulate || row > 0);
+        });
         // dresidual (N,C): the gradient of the residual stream, which LayerNorm's backward adds to all the way down.
         // Its column sums are the bias gradient of the projection that was added to the stream just before.
         Backend::layernorm_backward(dresidual, grads.lnfw, grads.lnfb, grads.layers[L - 1].fcprojb, nullptr, scratch_c,
-                                    acts[L - 1].residual3, params.lnfw, lnf_mean, lnf_rstd, N, C, partials);
+                                    layers[L - 1].residual3, params.lnfw, lnf_mean, lnf_rstd, N, C, partials);
         for (int l = L - 1; l >= 0; l--) {
             const auto& w = params.layers[l];
             const auto& dw = grads.layers[l];
-            Activations& a = acts[l];
+            Layer& a = layers[l];
             real* dfc = scratch_4c;   // (N,4C)
             real* dqkv = scratch_4c;  // (N,3C)
             // MLP
-            if (recompute) {
-                Backend::gelu_forward(a.gelu, a.fc, size_t(N) * 4 * C);
-                Backend::layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, w.ln2w, w.ln2b, N, C);
+            if (recompute == Recompute::block) {
+                attention_to_gelu(l, N);
+            } else {
+                if (recompute >= Recompute::gelu) Backend::gelu_forward(a.gelu, a.fc, size_t(N) * 4 * C);
+                if (recompute >= Recompute::layernorm)
+                    Backend::layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, w.ln2w, w.ln2b, N, C);
             }
             Backend::matmul_backward_weight(dw.fcprojw, dresidual, C, a.gelu, N, 4 * C, C, accumulate);
             Backend::matmul_backward_input_gelu(dfc, dresidual, w.fcprojw, a.fc, N, 4 * C, C);
@@ -309,11 +425,11 @@ class Model {
             Backend::layernorm_backward(dresidual, dw.ln2w, dw.ln2b, dw.attprojb, dresidual, scratch_c, a.residual2,
                                         w.ln2w, a.ln2_mean, a.ln2_rstd, N, C, partials);
             // attention
+            if (recompute >= Recompute::layernorm) layernorm_1(l, N);
+            if (recompute == Recompute::block) project_qkv(l, N);
             Backend::matmul_backward_weight(dw.attprojw, dresidual, C, a.att, N, C, C, accumulate);
             Backend::matmul_backward_input(scratch_c, dresidual, w.attprojw, N, C, C);
             Backend::attention_backward(dqkv, delta, scratch_c, a.qkv, a.att, a.lse, B, T, C, H);
-            if (recompute)
-                Backend::layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual_in(l), w.ln1w, w.ln1b, N, C);
             // dQ, dK, dV go where their owners want them. One rank has them side by side. With more, three products
             // also where they are neighbours: the same bits whoever owns what.
             if (world.size == 1)
@@ -332,69 +448,90 @@ class Model {
     }
 
   private:
-    struct Activations {
-        real* ln1;                   // (N,C); one buffer for all layers under --recompute, like ln2 and gelu
-        float *ln1_mean, *ln1_rstd;  // (N)
-        real* qkv;                   // (N,3C)
-        real* att;                   // (N,C)
-        float* lse;                  // (B,H,T) log-sum-exp of each row of the attention scores
-        real* residual2;             // (N,C) the residual stream after attention
-        real* ln2;                   // (N,C)
-        float *ln2_mean, *ln2_rstd;  // (N)
-        real *fc, *gelu;             // (N,4C)
-        real* residual3;             // (N,C) the residual stream after the MLP
-        real* qkvw;                  // (3C,C) the weights of Q, K and V together, where the parameters have them apart
-    };
+    using Layer = typename Acts::Layer;
+    using Acts::encoded, Acts::layers, Acts::lnf_mean, Acts::lnf_rstd, Acts::dresidual, Acts::scratch_c,
+        Acts::scratch_4c, Acts::delta, Acts::partials;
     Optimizer<Backend>& optimizer;
     const Tensors<real> params;  // after need_flat, need_layer
-    std::vector<Activations> acts;
-    real* encoded;                 // (N,C)
-    float *lnf_mean, *lnf_rstd;    // (N)
-    real* dresidual;               // (N,C)
-    real *scratch_c, *scratch_4c;  // (N,C), (N,4C)
-    float* delta;                  // (B,H,T) scratch of the attention backward
-    float* partials;               // partial sums of layernorm_backward and bias_backward
+    const std::vector<bool> apart;
 
-    const real* residual_in(int l) const { return l == 0 ? encoded : acts[l - 1].residual3; }
+    size_t partial_floats() const {
+        return std::max(Backend::layernorm_scratch_floats(config.channels),
+                        Backend::bias_scratch_floats(4 * config.channels));
+    }
+
+    // The rows whose logits are in memory at a time: f(first, count).
+    template <class F>
+    void for_each_chunk(int N, F f) const {
+        const int chunk = head_rows > 0 ? head_rows : N;
+        for (int row = 0; row < N; row += chunk) f(row, std::min(chunk, N - row));
+    }
+
+    // The parts of a block that forward and, under --recompute, backward run through.
+    void layernorm_1(int l, int N) {
+        const auto& w = params.layers[l];
+        Layer& a = layers[l];
+        Backend::layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual_in(l), w.ln1w, w.ln1b, N, config.channels);
+    }
+    void project_qkv(int l, int N) {
+        const int C = config.channels;
+        Backend::matmul_forward(layers[l].qkv, 3 * C, layers[l].ln1, qkvw(l), params.layers[l].qkvb, N, C, 3 * C);
+    }
+    void attention_to_gelu(int l, int N) {
+        const int C = config.channels;
+        const auto& w = params.layers[l];
+        Layer& a = layers[l];
+        Backend::matmul_forward(scratch_c, C, a.att, w.attprojw, w.attprojb, N, C, C);
+        Backend::residual_layernorm_forward(a.residual2, a.ln2, a.ln2_mean, a.ln2_rstd, residual_in(l), scratch_c,
+                                            w.ln2w, w.ln2b, N, C);
+        Backend::matmul_gelu_forward(a.gelu, a.fc, a.ln2, w.fcw, w.fcb, N, C, 4 * C);
+    }
+
+    const real* residual_in(int l) const { return l == 0 ? encoded : layers[l - 1].residual3; }
 
     // The weights of Q, K and V as one (3C,C) matrix for one product: in place where they are neighbours, else the copy
     // that the forward pass makes for itself and for the backward.
-    bool qkv_apart(int l) const {
-        real* const* w = params.layers[l].qkvw;
-        const size_t square = size_t(config.channels) * config.channels;
-        return w[1] != w[0] + square || w[2] != w[1] + square;
-    }
-    const real* qkvw(int l) const { return qkv_apart(l) ? acts[l].qkvw : params.layers[l].qkvw[0]; }
+    const real* qkvw(int l) const { return apart[l] ? layers[l].qkvw : params.layers[l].qkvw[0]; }
     void pack_qkv(int l) {
         const size_t square = size_t(config.channels) * config.channels;
-        for (int i = 0; i < 3 && qkv_apart(l); i++)
-            Backend::copy(acts[l].qkvw + i * square, params.layers[l].qkvw[i], square * sizeof(real));
-    }
-
-    Arena activations(int B) {
-        const size_t N = size_t(B) * config.seq_len, C = config.channels,
-                     rows = size_t(B) * config.heads * config.seq_len;
-        Arena arena;
-        arena.add(inputs, N), arena.add(targets, N), arena.add(order, N);
-        arena.add(encoded, N * C);
-        for (int l = 0; l < config.layers; l++) {
-            Activations& a = acts[l];
-            arena.add(a.ln1_mean, N), arena.add(a.ln1_rstd, N), arena.add(a.ln2_mean, N), arena.add(a.ln2_rstd, N);
-            arena.add(a.qkv, N * 3 * C), arena.add(a.att, N * C), arena.add(a.lse, rows);
-            arena.add(a.residual2, N * C), arena.add(a.fc, N * 4 * C), arena.add(a.residual3, N * C);
-            if (qkv_apart(l)) arena.add(a.qkvw, 3 * C * C);
-            const bool shared = recompute && l > 0;
-            if (!shared) arena.add(a.ln1, N * C), arena.add(a.ln2, N * C), arena.add(a.gelu, N * 4 * C);
-        }
-        arena.add(lnf, N * C), arena.add(lnf_mean, N), arena.add(lnf_rstd, N);
-        arena.add(logits, N * config.padded_vocab()), arena.add(losses, N);
-        arena.add(dresidual, N * C), arena.add(scratch_c, N * C), arena.add(scratch_4c, N * 4 * C),
-            arena.add(delta, rows);
-        arena.add(partials,
-                  std::max(Backend::layernorm_scratch_floats(int(C)), Backend::bias_scratch_floats(int(4 * C))));
-        return arena;
+        for (int i = 0; i < 3 && apart[l]; i++)
+            Backend::copy(layers[l].qkvw + i * square, params.layers[l].qkvw[i], square * sizeof(real));
     }
 };
+
+constexpr size_t kMemoryMargin = size_t(512) << 20;  // kept free for what libraries and the driver take
+
+// The largest --batch whose activations fit into `free` bytes, 0 if none does. bytes_of(B) grows with B.
+inline int largest_batch(size_t free, const std::function<size_t(int)>& bytes_of) {
+    int fits = 0, too_many = 65537;
+    while (fits + 1 < too_many) {
+        const int B = (fits + too_many) / 2;
+        (bytes_of(B) + kMemoryMargin <= free ? fits : too_many) = B;
+    }
+    return fits;
+}
+
+// What fits beside weights, gradients, state and the workspace of Newton-Schulz, by the arithmetic that allocates.
+inline int batch_that_fits(size_t memory, const Plan& plan, const ModelConfig& config, Recompute level, int head_rows) {
+    using Bf16 = uint16_t;
+    const size_t fixed = plan.bytes(sizeof(Bf16)) + (plan.method == Method::adamw ? 0 : kNsWorkspaceLimit);
+    const std::vector<bool> apart = qkv_apart(plan);
+    return largest_batch(memory - std::min(memory, fixed),
+                         [&](int B) { return Activations<Bf16>().arena(config, B, level, head_rows, apart, 0).bytes; });
+}
+
+// The second half of --print_plan
+inline void print_batches(const Plan& plan, const ModelConfig& config, const Options& options) {
+    constexpr double kMemory = 80e9;
+    printf("activations in bf16, and the largest --batch on a GPU of %.0f GB, --seq_len %d:\n%11s %30s %9s %17s\n",
+           kMemory / 1e9, config.seq_len, "--recompute", "bytes of a token in a layer", "--batch", "--head_rows 4096");
+    for (size_t i = 0; i < recompute_levels().size(); i++) {
+        const Recompute level = Recompute(i);
+        const auto batch = [&](int rows) { return batch_that_fits(size_t(kMemory), plan, config, level, rows); };
+        printf("%11s %30zu %9d %17d\n", recompute_levels()[i].c_str(),
+               Activations<uint16_t>::layer_bytes(config, level), batch(options.head_rows), batch(4096));
+    }
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 3. Trainer. In parts: initial weights and the schedule; Run, what a run is made of and goes on from; RunState,
@@ -881,7 +1018,7 @@ class Evaluator {
             Backend::upload(model.targets, targets, size_t(B) * T * sizeof(int));
             finish<Backend>("an evaluation");  // `host` may be filled again
             model.forward(model.inputs, B, T);
-            model.loss(B, T, 0.0f, false);
+            model.loss(B, T);
             Backend::sum_losses(sum, model.losses, B * T);
         }
         double total = 0;
@@ -1050,7 +1187,7 @@ class Trainer {
         : run(run_),
           options(run_.options),
           optimizer(tensor_specs(run_.config), options),
-          model(run_.config, options.recompute, optimizer),
+          model(run_.config, recompute_level(options), options.head_rows, optimizer),
           state(run_, optimizer),
           log(run_) {
         if (options.sample_every > 0)
@@ -1086,8 +1223,7 @@ class Trainer {
         if (options.tune) {
             Backend::tune([&] {
                 model.forward(model.inputs, options.batch, options.seq_len);
-                model.loss(options.batch, options.seq_len, 1.0f / float(run.total_batch), true);
-                model.backward(options.batch, options.seq_len, false, false);
+                model.backward(options.batch, options.seq_len, 1.0f / float(run.total_batch), false, false);
             });
             finish<Backend>("the products to be timed");
         }
@@ -1113,9 +1249,9 @@ class Trainer {
                 model.forward(model.inputs, options.batch, options.seq_len);
                 // The loss is the mean over all tokens of the step, whoever has them, so plain sums over micro-steps
                 // and ranks give the gradient.
-                model.loss(options.batch, options.seq_len, 1.0f / float(run.total_batch), true);
+                model.backward(options.batch, options.seq_len, 1.0f / float(run.total_batch), m > 0,
+                               m + 1 == run.accumulation);
                 Backend::sum_losses(sums, model.losses, int(tokens));
-                model.backward(options.batch, options.seq_len, m > 0, m + 1 == run.accumulation);
             }
             optimizer.stalls = nullptr;
             slot.optimizer_begin.record();
@@ -1165,17 +1301,15 @@ class Trainer {
 
   private:
     void check_memory() {
-        const size_t free = Backend::memory_available(),
-                     margin = (size_t(512) << 20) + (generator ? generator->bytes() : 0),
-                     need = model.activation_bytes(options.batch);
-        if (need + margin <= free) return;
-        const size_t each = model.activation_bytes(2) - model.activation_bytes(1);
-        const size_t rest = model.activation_bytes(1) - each + margin;
-        const size_t fits = free > rest ? (free - rest) / each : 0;
+        auto bytes_of = [&](int B) { return model.activation_bytes(B) + (generator ? generator->bytes() : 0); };
+        const size_t free = Backend::memory_available(), need = bytes_of(options.batch);
+        if (need + kMemoryMargin <= free) return;
+        const int fits = largest_batch(free, bytes_of);
         fail("out of memory: --batch %d needs %.1f GiB of activations and %.1f GiB are free: %s", options.batch,
              need / 0x1p30, free / 0x1p30,
-             fits > 0 ? strprintf("--batch %zu fits", fits).c_str()
-                      : "not even --batch 1 fits; try --recompute, a shorter --seq_len or a smaller model");
+             fits > 0 ? strprintf("--batch %d fits, more with --recompute block or --head_rows", fits).c_str()
+                      : "not even --batch 1 fits; try --recompute block, --head_rows, a shorter --seq_len or a smaller "
+                        "model");
     }
 
     void print_table() {
@@ -1194,6 +1328,13 @@ class Trainer {
         row("parameters", strprintf("%.2f M", parameter_count(optimizer.plan.tensors) / 1e6));
         row("memory", strprintf("%.2f GiB: %.2f weights, gradients and optimizer, %.2f activations",
                                 (fixed + activations) / 0x1p30, fixed / 0x1p30, activations / 0x1p30));
+        std::vector<std::string> levels;
+        for (const std::string& level : recompute_levels())
+            levels.push_back(
+                strprintf("%s %zu", level.c_str(),
+                          Activations<typename Backend::real>::layer_bytes(config, Recompute(levels.size()))));
+        row("recompute", strprintf("%s; bytes kept of a token in a layer: %s", options.recompute.c_str(),
+                                   join(levels, ", ").c_str()));
         row("train", strprintf("%s: %" PRIu64 " tokens, %" PRIu64 " windows%s", options.train.c_str(),
                                run.train->tokens(), run.train->windows(),
                                run.tokenizer ? "" : " (no tokenizer.bin beside them: samples are token numbers)"));
@@ -1364,7 +1505,9 @@ inline void print_what_is_asked(const Options& given) {
         const Options options = with_checkpoint_sizes(given);
         const ModelConfig config = model_config(options, options.vocab > 0 ? options.vocab : 50257);
         const int ranks = options.ranks > 0 ? options.ranks : std::max(world.size, options.gpus);
-        print_plan(Plan(tensor_specs(config), options, ranks), options, 2, stdout);
+        const Plan plan(tensor_specs(config), options, ranks);
+        print_plan(plan, options, sizeof(uint16_t), stdout);
+        print_batches(plan, config, options);
     }
     if (fflush(stdout) != 0 || ferror(stdout)) fail("cannot write to the standard output: %s", strerror(errno));
 }

@@ -358,6 +358,7 @@ TEST_CASE("flags: contradictions name the flags") {
         {"--resume auto", "--resume auto|--out"},
         {"--switch_optimizer", "--switch_optimizer|--resume"},
         {"--gpus 2 --device cpu", "--gpus|--device cpu"},
+        {"--head_rows 127", "--head_rows 127 is too small|128"},
     };
     for (const auto& c : cases) {
         CAPTURE(c.args);
@@ -389,6 +390,7 @@ TEST_CASE("flags: what is no contradiction") {
              "--resume some.ckpt",                                      // without --out nothing is written
              "--out o --resume auto --save_every 5 --keep 9",
              "--gpus 0 --device cpu",
+             "--head_rows 128 --recompute block",
          }) {
         CAPTURE(args);
         CHECK(parse_error(words(args + std::string(" --train t"))) == "");
