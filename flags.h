@@ -108,7 +108,8 @@ inline const std::vector<Flag>& flag_table() {
         {"data", "vocab", &O::vocab, "N", "vocabulary; 0: tokenizer.bin's beside the shards, else 50257", 0, 65536},
 
         {"model", "model", &O::model, "d6|d12|d24|d36|d48|CHECKPOINT",
-         "size by name, or a checkpoint whose size and weights to start from; without a word d12 (GPT-2's 124M)"},
+         "size by name, or a checkpoint to take size and weights from (scripts/hf.py import makes one of GPT-2's own); "
+         "without a word d12 (GPT-2's 124M)"},
         {"model", "layers", &O::layers, "N", "size by hand: blocks; with --heads and --channels", 0, 1000},
         {"model", "heads", &O::heads, "N", "size by hand: attention heads", 0, 1000},
         {"model", "channels", &O::channels, "N", "size by hand: width, a multiple of 8 and of --heads", 0,
@@ -177,7 +178,8 @@ inline const std::vector<Flag>& flag_table() {
          "no training: read token numbers from the standard input and write N that follow, one a line; with --model "
          "CHECKPOINT. scripts/generate.py does it with text; 0: train",
          0, 1e9},
-        {"run", "out", &O::out, "DIR", "where log.jsonl and checkpoints go; without it nothing is written"},
+        {"run", "out", &O::out, "DIR",
+         "where log.jsonl and checkpoints (.safetensors) go; without it nothing is written"},
         {"run", "save_every", &O::save_every, "STEPS", "save a checkpoint so often; 0: only at the end", 0, many},
         {"run", "keep", &O::keep, "N", "checkpoints to keep, the newest", 1, 1e9},
         {"run", "resume", &O::resume, "auto|PATH", "go on from the newest good checkpoint in --out, or from this one"},

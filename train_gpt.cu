@@ -607,8 +607,8 @@ __attribute__((format(printf, 1, 2))) inline void say(const char* format, ...) {
 }
 
 // A file as ranks compare it: name, size, and a checksum of a sample that has its first and its last bytes (a shard's
-// header, the checksums of a checkpoint). A file of another run, another version or cut short shows; a single changed
-// byte need not.
+// header, the checksum of a checkpoint's header). A file of another run, another version or cut short shows; a single
+// changed byte need not.
 inline std::string describe_file(const std::string& path) {
     constexpr size_t kBlock = 4096, kBlocks = 9;
     const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
@@ -792,6 +792,11 @@ struct Run {
                 if (!chosen[0] && !list_checkpoints(options.out).empty())
                     fail("--resume auto: no checkpoint in %s is good; move them away to start from step 1",
                          options.out.c_str());
+                if (!chosen[0] && !ckpt::files(options.out, ckpt::kOldSuffix).empty())
+                    fail(
+                        "--resume auto: the checkpoints in %s are of an earlier version, in a format (%s) that is no "
+                        "longer read: go on from them with that version, or move them away to start from step 1",
+                        options.out.c_str(), ckpt::kOldSuffix);
             });
             broadcast_host(chosen, sizeof chosen);
             path = chosen;
@@ -831,6 +836,9 @@ struct Run {
     // had better know about.
     void check_same_run(const Checkpoint& checkpoint) const {
         const char* path = checkpoint.path.c_str();
+        const std::string optimizer_there = meta_text(checkpoint, "optimizer");
+        if (optimizer_there.empty())
+            fail("checkpoint %s has weights and no run to go on with: --model %s starts a run from them", path, path);
         const struct {
             const char* flag;
             int64_t here, there;
@@ -840,7 +848,6 @@ struct Run {
             if (flag.here != flag.there)
                 fail("checkpoint %s was made with --%s %" PRId64 ", this run has %" PRId64 ": pass --%s %" PRId64, path,
                      flag.flag, flag.there, flag.here, flag.flag, flag.there);
-        const std::string optimizer_there = meta_text(checkpoint, "optimizer");
         if (optimizer_there != options.optimizer && !options.switch_optimizer)
             fail("checkpoint %s was made with --optimizer %s, this run has %s: pass --switch_optimizer to change it",
                  path, optimizer_there.c_str(), options.optimizer.c_str());
@@ -872,7 +879,7 @@ void finish(const char* what) {
 }
 
 // A checkpoint holds whole tensors by name, so it knows neither ranks nor owners: fp32 weights as
-// "h.0.mlp.c_fc.weight", the optimizer's state with a prefix.
+// "h.0.mlp.c_fc.weight", the optimizer's state as "optimizer.momentum.h.0.mlp.c_fc.weight".
 template <class Backend>
 class RunState {
     const Run& run;
@@ -885,8 +892,9 @@ class RunState {
         float* arena;
     };
     std::vector<Kind> kinds_of(int tensor) const {
-        if (optimizer.plan.is_muon(tensor)) return {{"", optimizer.master}, {"momentum/", optimizer.moment1}};
-        return {{"", optimizer.master}, {"adam_m/", optimizer.moment1}, {"adam_v/", optimizer.moment2}};
+        if (optimizer.plan.is_muon(tensor)) return {{"", optimizer.master}, {"optimizer.momentum.", optimizer.moment1}};
+        return {
+            {"", optimizer.master}, {"optimizer.adam_m.", optimizer.moment1}, {"optimizer.adam_v.", optimizer.moment2}};
     }
 
     // Calls fill(begin, count, host) for every run of the tensor's fp32 state in `arena` that this rank holds, and
@@ -951,13 +959,20 @@ class RunState {
     // Keeps the newest `keep` checkpoints.
     void save(int64_t step, int64_t keep) {
         const auto& tensors = optimizer.plan.tensors;
-        std::vector<TensorInfo> table;
+        struct Source {
+            int tensor;
+            float* arena;
+        };
+        std::map<std::string, Source> sources;  // by the name in the file: the order in which a checkpoint has them
         for (int t = 0; t < int(tensors.size()); t++)
-            for (const Kind& kind : kinds_of(t)) {
-                TensorInfo info{kind.prefix + tensors[t].name, {tensors[t].cols}};
-                if (tensors[t].decays()) info.shape = {tensors[t].stored_rows, tensors[t].cols};
-                table.push_back(info);
-            }
+            for (const Kind& kind : kinds_of(t)) sources[kind.prefix + tensors[t].name] = {t, kind.arena};
+        std::vector<TensorInfo> table;
+        for (const auto& [name, source] : sources) {
+            const TensorSpec& spec = tensors[source.tensor];
+            TensorInfo info{name, {spec.cols}};
+            if (spec.decays()) info.shape = {spec.stored_rows, spec.cols};
+            table.push_back(info);
+        }
         int64_t updates = 0;
         Backend::download(&updates, optimizer.updates, sizeof updates);
         finish<Backend>("a checkpoint");
@@ -966,23 +981,21 @@ class RunState {
         std::unique_ptr<CheckpointWriter> writer;  // rank 0's
         while_others_wait([&] { writer.reset(new CheckpointWriter(out, step, meta, table)); });
         // Each part goes from its owner through `staging` to rank 0 and to the file: no rank ever holds the whole.
-        for (int t = 0; t < int(tensors.size()); t++)
-            for (const Kind& kind : kinds_of(t)) {
-                const size_t stored = tensors[t].stored_size();
-                for (const auto& part : optimizer.state_parts(t))
-                    for (size_t at = 0; at < part.count && part.begin + at < stored; at += kStagingFloats) {
-                        const size_t count = std::min({kStagingFloats, part.count - at, stored - part.begin - at});
-                        if (world.rank == part.owner)
-                            Backend::copy(staging, kind.arena + part.state + at, count * sizeof(float));
-                        if (part.owner != 0)
-                            Backend::wait(Backend::broadcast(staging, count * sizeof(float), part.owner));
-                        if (writer) Backend::download(staging_host, staging, count * sizeof(float));
-                        finish<Backend>("a checkpoint");
-                        while_others_wait([&] { writer->append(staging_host, count * sizeof(float)); });
-                    }
-            }
+        for (const auto& [name, source] : sources) {
+            const size_t stored = tensors[source.tensor].stored_size();
+            for (const auto& part : optimizer.state_parts(source.tensor))
+                for (size_t at = 0; at < part.count && part.begin + at < stored; at += kStagingFloats) {
+                    const size_t count = std::min({kStagingFloats, part.count - at, stored - part.begin - at});
+                    if (world.rank == part.owner)
+                        Backend::copy(staging, source.arena + part.state + at, count * sizeof(float));
+                    if (part.owner != 0) Backend::wait(Backend::broadcast(staging, count * sizeof(float), part.owner));
+                    if (writer) Backend::download(staging_host, staging, count * sizeof(float));
+                    finish<Backend>("a checkpoint");
+                    while_others_wait([&] { writer->append(staging_host, count * sizeof(float)); });
+                }
+        }
         while_others_wait([&] { writer->finish(keep); });
-        say("saved %s/step_%08" PRId64 ".ckpt\n", out.c_str(), step);
+        say("saved %s/step_%08" PRId64 "%s\n", out.c_str(), step, ckpt::kSuffix);
     }
 };
 
@@ -1525,7 +1538,11 @@ int main(int argc, char** argv) {
     try {
         keep_standard_streams();
         const Options options = parse_flags(argc, argv);
-        if (options.help || options.version || options.print_plan) return print_what_is_asked(options), 0;
+        if (options.help || options.version || options.print_plan) {
+            print_what_is_asked(options);
+            _exit(
+                0);  // OpenBLAS's destructor waits for its threads, which under a memory limit (ulimit -v) never start
+        }
         if (options.generate > 0 && world.size > 1)
             usage_fail("--generate runs as one process, and mpirun or srun has started %d: leave it out", world.size);
         start_ranks(argv, options.gpus, options.rank_timeout, [&] { use_cuda(options, options.gpus); });

@@ -81,7 +81,7 @@ for optimizer in "${optimizers[@]}"; do
     run=$runs/$optimizer
     if [[ -e $run/command && $(< "$run/command") != "${command[*]}" ]]; then
         fail "$run was made by another command ($(< "$run/command")); remove it to train anew"
-    elif [[ -e $run/step_$(printf %08d "$steps").ckpt ]]; then
+    elif [[ -e $run/step_$(printf %08d "$steps").safetensors ]]; then
         echo "trained already: $run (remove it to train anew)"
         continue
     fi

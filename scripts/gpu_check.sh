@@ -124,7 +124,7 @@ train() {
         part "124M on $(basename "$data"), $optimizer" ./train_gpt "${gpt2[@]}" --train "$data/train_*.bin" --val "$data/val_*.bin" \
             --steps "$steps" --warmup 60 --schedule wsd --decay_frac 0.6 --final_lr_frac 0.02 --optimizer "$optimizer" "${rate[@]}" \
             --eval_every 50 --eval_tokens 589824 --sample_every "$steps" --out "$at/$optimizer"
-        rm -f "$at/$optimizer/"*.ckpt
+        rm -f "$at/$optimizer/"*.safetensors
         cp "$at/$optimizer/log.jsonl" "$results/${name}_$optimizer.jsonl"
     done
     part "loss" python3 scripts/compare.py "$at/"{adamw,muon,dmuon} --png "$results/$name.png"
@@ -157,7 +157,7 @@ bench() {
                 rm -rf "$run"
                 part "${row/:/, B=}, $gpus GPU, $optimizer" ./train_gpt --model "${row%:*}" --batch "${row#*:}" \
                     --train "$random/train_*.bin" --optimizer "$optimizer" --steps 24 --profile --gpus "$gpus" --out "$run"
-                rm -f "$run/"*.ckpt
+                rm -f "$run/"*.safetensors
                 runs+=("$run")
             done
         done
@@ -193,7 +193,7 @@ for run in ("gpus", "mpirun"):
     worst = max(abs(a - b) for a, b in zip(one, losses(run), strict=True))
     print(f"{run}: largest difference over {len(one)} steps {worst:.6f} nats, last losses {one[-1]:.4f} {losses(run)[-1]:.4f}")
     assert worst < 0.001'
-    rm -rf build/gpu_check_ranks/*/*.ckpt
+    rm -rf build/gpu_check_ranks/*/*.safetensors
 }
 
 for wanted in "${parts[@]}"; do $wanted; done

@@ -207,12 +207,8 @@ void test_last_row(const Truth& truth, const Reals& qkv, int T, int C, int H, bo
 
 // While one exists, the portable kernels are launched.
 struct PortableKernels {
-#ifdef FIBER
-    PortableKernels() {}
-#else
     PortableKernels() { portable_kernels = true; }
     ~PortableKernels() { portable_kernels = false; }
-#endif
 };
 
 // Q and K are normal with standard deviation `amplitude`, V and dO with 1. Where there are kernels of

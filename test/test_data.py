@@ -273,6 +273,12 @@ class Data(unittest.TestCase):
         for before, after in zip(pieces, pieces[1:]):
             self.assertRegex(before[-2:] + after[:1], rb"[!-~]\n[!-~]")
 
+    def test_a_text_of_several_pieces(self):
+        text = b"a line of it\n" * (2 * data.BLOCK // 13 + 1)  # and one document
+        (self.dir / "long.txt").write_bytes(text)
+        self.make(self.dir / "long.txt")
+        self.assertEqual(decode(self.out), text)
+
     def test_gpt2(self):
         path = self.dir / "text.txt"
         text = TEXT * 4 + "  odd   spaces\n \n\n\tand 12345's\u00a0ends\n".encode() * 1000  # several pieces
@@ -463,6 +469,13 @@ class Compare(unittest.TestCase):
         self.assertIn(f"left out {empty}/log.jsonl: the run has no finished step yet", stderr)
         self.assertIn("some", stdout)
         self.assertIn("no run is left", self.compare(1, null, empty)[1])
+
+    def test_where_a_run_reaches_a_loss(self):
+        run = compare.Run(self.run_of("line", *self.steps(50)))  # 5, 4.98, 4.96 ...; 2 ms a step
+        for loss, step in ((4.5, 26), (4.51, 25.5), (4.505, 25.75), (6, 1)):
+            self.assertAlmostEqual(run.reach(loss)[0], step, delta=1e-9)
+            self.assertAlmostEqual(run.reach(loss)[1], 0.002 * step, delta=1e-9)
+        self.assertIsNone(run.reach(4))
 
     def test_a_picture_that_cannot_be_written(self):
         if importlib.util.find_spec("matplotlib") is None:

@@ -311,7 +311,7 @@ TEST_CASE("flags: contradictions name the flags") {
         {"--model d6 --layers 2", "--model|--layers"},
         {"--model d6 --layers 2 --heads 2 --channels 16", "--model|--layers"},
         {"--model d13", "--model|d13|d12"},
-        {"--model /no/such/file.ckpt", "--model|/no/such/file.ckpt"},
+        {"--model /no/such/file.safetensors", "--model|/no/such/file.safetensors"},
         {"--layers 2", "--layers|--heads|--channels"},
         {"--layers 2 --heads 2", "--channels"},
         {"--heads 2 --channels 16", "--layers"},
@@ -372,7 +372,7 @@ TEST_CASE("flags: contradictions name the flags") {
 
 TEST_CASE("flags: what is no contradiction") {
     TempDir dir;
-    write_file(dir / "some.ckpt", "x");
+    write_file(dir / "some.safetensors", "x");
     for (const char* args : {
              "--val v --eval_every 5",
              "--model d48",
@@ -387,7 +387,7 @@ TEST_CASE("flags: what is no contradiction") {
              "--batch 3 --total_batch 3072",
              "--optimizer dmuon --owner lpt",
              "--print_plan --ranks 1000 --owner lpt --muon_qkv heads",  // of any optimizer
-             "--resume some.ckpt",                                      // without --out nothing is written
+             "--resume some.safetensors",                               // without --out nothing is written
              "--out o --resume auto --save_every 5 --keep 9",
              "--gpus 0 --device cpu",
              "--head_rows 128 --recompute block",
@@ -395,8 +395,8 @@ TEST_CASE("flags: what is no contradiction") {
         CAPTURE(args);
         CHECK(parse_error(words(args + std::string(" --train t"))) == "");
     }
-    CHECK(parse_error({"--train", "t", "--model", dir / "some.ckpt"}) == "");  // a file that is there
-    CHECK(parse_error({"--train", "t", "--model", dir / "some.ckpt", "--total_batch", "96"}) ==
+    CHECK(parse_error({"--train", "t", "--model", dir / "some.safetensors"}) == "");  // a file that is there
+    CHECK(parse_error({"--train", "t", "--model", dir / "some.safetensors", "--total_batch", "96"}) ==
           "");                                                   // its seq_len decides
     CHECK(parse_error({"--print_plan", "--ranks", "8"}) == "");  // needs no data
     CHECK(parse_error(words("--generate 9 --model /proc/self/exe --temperature 0 --top_k 5 --seed 4 --device cpu "
@@ -439,7 +439,7 @@ struct SmallData {
     std::unique_ptr<Shards> shards;
     SmallData() {
         write_shard(dir / "x_train_000.bin", counting(37 * T + 1, 0));
-        write_shard(dir / "x_train_001.bin", counting(11 * T + 3, 1000));
+        write_shard(dir / "x_train_001.bin", counting(11 * T + 4, 1000));  // lacks one token for a twelfth window
         write_shard(dir / "x_train_002.bin", counting(3, 2000));
         write_shard(dir / "x_train_003.bin", counting(T + 1, 3000));
         write_shard(dir / "x_val_000.bin", counting(5 * T, 4000));  // not in the glob
@@ -480,7 +480,7 @@ TEST_CASE("loader: an epoch is every window once, in a new order each time") {
     SmallData data;
     const uint64_t windows = data.shards->windows();
     CHECK(windows == 49);
-    CHECK(data.shards->tokens() == 149 + 47 + 3 + 5);
+    CHECK(data.shards->tokens() == 149 + 48 + 3 + 5);
     CHECK(data.shards->paths().size() == 4);
     std::set<int> expected;
     for (int w = 0; w < 37; w++) expected.insert(w * 4);
@@ -858,7 +858,7 @@ static Tensors make_tensors(const std::vector<std::vector<int64_t>>& shapes, uns
     return tensors;
 }
 
-static const Meta some_meta = {{"step", "100"}, {"config", "layers 2, heads 3"}, {"empty", ""}, {"text", "  naïve  "}};
+static const Meta some_meta = {{"step", "100"}, {"config", "layers 2, heads 3"}, {"empty", ""}, {"text", "  {[:,]}  "}};
 
 // chunks: 0 hands the bytes over in one piece, other numbers in random pieces.
 static void save(const std::string& dir, int64_t step, const Tensors& tensors, int64_t keep = 99, unsigned chunks = 0) {
@@ -903,41 +903,68 @@ static std::string open_error(const std::string& path) {
 
 static const std::vector<std::vector<int64_t>> small_shapes = {{3, 5}, {1}, {16}, {2, 3, 4}, {}};
 
-TEST_CASE("checksum: any change within 32 bytes of anything shows, and pieces don't matter") {
-    std::mt19937 random(3);
-    std::string data(1000, '\0');
-    for (size_t size : {size_t(0), size_t(1), size_t(31), size_t(32), size_t(33), size_t(1000)}) {
-        const uint64_t sum = Checksum::of(data.data(), size);
-        CHECK(sum != Checksum::of(data.data(), size + 1 > 1000 ? 0 : size + 1));  // zeros count
+static std::string header_of(const std::string& content) {
+    uint64_t length;
+    memcpy(&length, content.data(), 8);
+    return content.substr(8, length);
+}
+
+// A file of this header, whatever it is, and data.
+static void write_checkpoint(const std::string& path, const std::string& header, const std::string& data) {
+    const uint64_t length = header.size();
+    write_file(path, std::string(reinterpret_cast<const char*>(&length), 8) + header + data);
+}
+
+// The header filled up, with `more` spaces too many, and under the checksum that it must have.
+static std::string checked_header(std::string header, size_t more = 0) {
+    header.resize(round_up<size_t>(8 + header.size(), 64) - 8 + more, ' ');
+    const size_t at = header.find("0000000000000000");
+    return header.replace(at, 16, ckpt::hex(Checksum::of(header.data(), header.size())));
+}
+
+TEST_CASE("checksum: XXH64, any changed bit shows, and pieces don't matter") {
+    // From Python: xxhash.xxh64_hexdigest(bytes(i * i % 251 for i in range(n)))
+    const std::pair<size_t, uint64_t> known[] = {
+        {0, 0xef46db3751d8e999u},  {1, 0xe934a84adb052768u},   {3, 0xe38ecea27964f1a0u},   {4, 0x4d0a1255b7392f55u},
+        {7, 0xab23d8eaba8b0fd0u},  {8, 0x9ae9ad02529c6e94u},   {13, 0x617c923b9043222cu},  {31, 0xf802085ae7e12fa9u},
+        {32, 0xabe98b5116e5ed4du}, {33, 0xd9c3a758ecff9219u},  {63, 0x9d597e61218f5977u},  {64, 0xc2b8d1eca1282124u},
+        {95, 0x17ab58d0e1c261d4u}, {100, 0xa38a818449594369u}, {1000, 0x2d5f4044a731ebd7u}};
+    std::string data;
+    for (int i = 0; i < 1000; i++) data += char(i * i % 251);
+    for (const auto& [size, sum] : known) {
+        CHECK(Checksum::of(data.data(), size) == sum);
         for (size_t bit = 0; bit < size * 8; bit++) {
             std::string other = data;
             other[bit / 8] = char(other[bit / 8] ^ (1 << bit % 8));
             REQUIRE(Checksum::of(other.data(), size) != sum);
         }
+        std::mt19937 random(static_cast<unsigned>(size));
+        for (int round = 0; round < 50; round++) {
+            Checksum pieces;
+            for (size_t at = 0, piece; at < size; at += piece) {
+                piece = std::min<size_t>(size - at, random() % 70);
+                pieces.update(data.data() + at, piece);
+            }
+            REQUIRE(pieces.value() == sum);
+        }
     }
-    for (char& c : data) c = char(random());
-    Checksum pieces;
-    pieces.update(data.data(), 320);
-    pieces.update(data.data() + 320, 32);
-    pieces.update(data.data() + 352, 648);
-    CHECK(pieces.value() == Checksum::of(data.data(), 1000));
 }
 
 TEST_CASE("checkpoint: round trip, and equal content makes equal files") {
     TempDir dir;
     const Tensors tensors = make_tensors({{300, 1001}, {1}, {64}, {}, {3, 5, 7}, {262144}}, 1);  // the last is 1 MiB
     save(dir / "run/a", 100, tensors);  // makes the directories
-    check_equal(dir / "run/a/step_00000100.ckpt", tensors);
+    check_equal(dir / "run/a/step_00000100.safetensors", tensors);
     for (unsigned chunks : {1, 2, 3}) {
         save(dir / "b", 100, tensors, 100, chunks);
-        CHECK(read_file(dir / "b/step_00000100.ckpt") == read_file(dir / "run/a/step_00000100.ckpt"));
+        CHECK(read_file(dir / "b/step_00000100.safetensors") == read_file(dir / "run/a/step_00000100.safetensors"));
     }
-    CHECK(names_in(dir / "b") == std::set<std::string>{"step_00000100.ckpt"});
+    CHECK(names_in(dir / "b") == std::set<std::string>{"step_00000100.safetensors"});
     save(dir / "b", 7, {});  // no tensors at all
-    check_equal(dir / "b/step_00000007.ckpt", {});
+    check_equal(dir / "b/step_00000007.safetensors", {});
 
-    const Checkpoint checkpoint(dir / "run/a/step_00000100.ckpt");
-    CHECK(checkpoint.path == dir / "run/a/step_00000100.ckpt");
+    const Checkpoint checkpoint(dir / "run/a/step_00000100.safetensors");
+    CHECK(checkpoint.path == dir / "run/a/step_00000100.safetensors");
     CHECK(mentions(error_of([&] { checkpoint.data("blocks.9.weight", 1); }), "no tensor blocks.9.weight"));
     CHECK(mentions(error_of([&] { checkpoint.data("blocks.2.weight", 65); }), "blocks.2.weight has 64 elements"));
 }
@@ -956,9 +983,13 @@ TEST_CASE("checkpoint: too many or too few bytes make no file") {
               writer.finish(1);
           }) != "");
     { CheckpointWriter abandoned(dir.path, 1, {}, infos); }
-    for (const Meta& meta : {Meta{{"two words", "x"}}, Meta{{"key", "two\nlines"}}}) {
-        CHECK(error_of([&] { CheckpointWriter writer(dir.path, 1, meta, infos); }) != "");
+    for (const std::string bad : {"\"", "\\", "two\nlines", "\x7f", "na\xc3\xafve"}) {
+        CHECK(error_of([&] { CheckpointWriter writer(dir.path, 1, {{bad, "x"}}, infos); }) != "");
+        CHECK(error_of([&] { CheckpointWriter writer(dir.path, 1, {{"key", bad}}, infos); }) != "");
+        CHECK(error_of([&] { CheckpointWriter writer(dir.path, 1, {}, {{"b" + bad, {2}}}); }) != "");
     }
+    for (const auto& [first, second] : {std::pair("b", "a"), std::pair("a", "a"), std::pair("A", "a")})
+        CHECK(error_of([&] { CheckpointWriter writer(dir.path, 1, {}, {{first, {2}}, {second, {2}}}); }) != "");
     CHECK(names_in(dir.path).empty());
 }
 
@@ -966,17 +997,11 @@ TEST_CASE("checkpoint: cut anywhere, it is refused") {
     TempDir dir;
     const Tensors tensors = make_tensors(small_shapes, 2);
     save(dir.path, 1, tensors);
-    const std::string path = dir / "step_00000001.ckpt", whole = read_file(path);
-    uint64_t table;
-    memcpy(&table, whole.data() + 8, 8);
-    std::set<size_t> cuts = {0, 1, 8, 16, 24};  // the header's fields, then the sections, then each checksum
-    size_t at = 24 + table;
+    const std::string path = dir / "step_00000001.safetensors", whole = read_file(path);
+    std::set<size_t> cuts = {0, 1, 8, 9};  // in the length, in the header, then the tensors
+    size_t at = 8 + header_of(whole).size();
     cuts.insert(at);
-    for (const auto& [info, values] : tensors) {
-        cuts.insert(at + values.size() * 4);
-        cuts.insert(at += round_up<size_t>(values.size() * 4, 64));
-    }
-    for (size_t i = 0; i <= tensors.size(); i++) cuts.insert(at += 8);
+    for (const auto& [info, values] : tensors) cuts.insert(at += values.size() * 4);
     CHECK(at == whole.size());
     std::mt19937 random(4);
     for (int i = 0; i < 200; i++) cuts.insert(random() % whole.size());
@@ -1011,7 +1036,7 @@ TEST_CASE("checkpoint: every single bit counts") {
     std::mt19937 random(5);
     SUBCASE("all of a small one") {
         save(dir.path, 1, make_tensors({{3}, {17}}, 3));
-        const std::string path = dir / "step_00000001.ckpt";
+        const std::string path = dir / "step_00000001.safetensors";
         const int fd = open(path.c_str(), O_RDWR);
         std::set<std::string> messages;
         for (size_t bit = 0; bit < fs::file_size(path) * 8; bit++) {
@@ -1019,19 +1044,26 @@ TEST_CASE("checkpoint: every single bit counts") {
             const std::string message = open_error(path);
             CAPTURE(bit);
             CHECK(message != "");
-            messages.insert(message.substr(message.rfind(".ckpt")));
+            messages.insert(message.substr(message.rfind(".safetensors")));
             flip(fd, bit);
         }
         close(fd);
         CHECK(open_error(path) == "");
-        CHECK(messages.count(".ckpt is not a checkpoint of train_gpt") == 1);
-        CHECK(messages.count(".ckpt is damaged: its table has changed. Resume from an older one") == 1);
-        CHECK(messages.count(".ckpt is damaged: its list of checksums has changed. Resume from an older one") == 1);
-        CHECK(messages.count(".ckpt is damaged: tensor blocks.1.weight has changed. Resume from an older one") == 1);
+        auto seen = [&](const std::string& part) {
+            return std::any_of(messages.begin(), messages.end(),
+                               [&](auto& message) { return mentions(message, part); });
+        };
+        for (const char* part :
+             {"is not a checkpoint of train_gpt", "is damaged: it ends within its header", "its tensors begin at byte",
+              "its header has changed", "its header has no checksum of tensor blocks.0.weight", "its header has no \"",
+              "tensor blocks.1.weight has changed", "is not where its shape puts it",
+              "has an impossible number at byte", "has odd characters after byte",
+              "tensor blocks.1.weight is out of order"})
+            CHECK_MESSAGE(seen(part), std::string(part));
     }
     SUBCASE("1,000 at random of a larger one, one to four at a time") {
         save(dir.path, 1, make_tensors({{100, 100}, {77}, {33, 5}}, 3));
-        const std::string path = dir / "step_00000001.ckpt";
+        const std::string path = dir / "step_00000001.safetensors";
         const size_t bits = fs::file_size(path) * 8;
         const int fd = open(path.c_str(), O_RDWR);
         for (int i = 0; i < 1000; i++) {
@@ -1050,7 +1082,7 @@ TEST_CASE("checkpoint: a tensor is verified before it is handed out") {
     TempDir dir;
     const Tensors tensors = make_tensors({{3}, {1000}, {17}}, 3);
     save(dir.path, 1, tensors);
-    const std::string path = dir / "step_00000001.ckpt";
+    const std::string path = dir / "step_00000001.safetensors";
     std::string content = read_file(path);
     content[content.size() / 2] ^= 1;  // in the middle one
     write_file(path, content);
@@ -1061,36 +1093,119 @@ TEST_CASE("checkpoint: a tensor is verified before it is handed out") {
     CHECK(mentions(error_of([&] { checkpoint.verify(); }), "blocks.1.weight has changed"));
 }
 
-TEST_CASE("checkpoint: a table that makes no sense is refused even under a right checksum") {
+TEST_CASE("checkpoint: a header of any other form is refused even under a right checksum") {
     TempDir dir;
-    const std::string path = dir / "a.ckpt";
-    for (const std::string table :
-         {"garbage", "tensor", "tensor a", "tensor a f16 3", "tensor a f32 x", "tensor a f32 3x", "tensor a f32 -1",
-          "tensor a f32 0", "tensor a f32 99999999999999999999", "tensor a f32 4294967296 4294967296",
-          "tensor a f32 4611686018427387904", "tensor a f32 3 3 3 3 3 3 3 3 3 3 3", "tensor a f32 1",
-          "\n\ntensor a f32"}) {
-        const uint64_t header[2] = {table.size(), Checksum::of(table.data(), table.size())};
-        write_file(
-            path, "TRAINGPT" + std::string(reinterpret_cast<const char*>(header), 16) + table + std::string(100, '\0'));
-        CAPTURE(table);
-        CHECK(open_error(path) != "");
+    const std::string path = dir / "a.safetensors";
+    auto refused = [&](const std::string& header, const std::string& data) {
+        write_checkpoint(path, header, data);
+        return open_error(path);
+    };
+    // The header of one tensor of 3 x 1 elements, then what may be in its places; filled up to 64 bytes and checked.
+    const std::string sum = ckpt::hex(Checksum::of("twelve bytes", 12));
+    auto with = [&](const std::string& metadata, const std::string& tensor) {
+        return checked_header("{\"__metadata__\":{" + metadata + "}" + tensor + "}");
+    };
+    const std::string meta =
+                          "\"checksum\":\"0000000000000000\",\"checksum.a\":\"" + sum + "\",\"format\":\"train_gpt\"",
+                      place = ",\"a\":{\"data_offsets\":[0,12],\"dtype\":\"F32\",\"shape\":[3,1]}";
+    CHECK(refused(with(meta, place), "twelve bytes") == "");
+    struct {
+        std::string from, to, said;  // one edit of the good header
+    } const edits[] = {
+        {"[3,1]", "[1,3,1]", ""},  // another shape of as many elements is as good
+        {"[3,1]", "[3,99]", "tensor a has an impossible shape"},
+        {"[3,1]", "[2]", "tensor a is not where its shape puts it"},
+        {"[3,1]", "[]", "tensor a is not where its shape puts it"},
+        {"[3,1]", "[0]", "tensor a has an impossible shape"},
+        {"[3,1]", "[03,1]", "its header has changed"},
+        {"[3,1]", "[3,1,]", "an impossible number"},
+        {"[3,1]", "[-3,-1]", "an impossible number"},
+        {"[3,1]", "[3.0,1]", "no ]}"},
+        {"[3,1]", "[3e0,1]", "no ]}"},
+        {"[3,1]", "[3, 1]", "an impossible number"},
+        {"[3,1]", "[99999999999999999999,1]", "an impossible number"},
+        {"[3,1]", "[4294967296,4294967296]", "an impossible number"},
+        {"[3,1]", "[[3,1]]", "an impossible number"},
+        {"[0,12]", "[0,8]", "tensor a is not where its shape puts it"},
+        {"[0,12]", "[4,16]", "tensor a is not where its shape puts it"},
+        {"[0,12]", "[4,12]", "tensor a is not where its shape puts it"},
+        {"[0,12]", "[12,0]", "tensor a is not where its shape puts it"},
+        {"[0,12]", "[0,18446744073709551615]", "an impossible number"},
+        {"[0,12]", "[0,12,12]", "no ],"},
+        {"F32", "F16", "no ],"},
+        {"F32", "BF16", "no ],"},
+        {"\"a\":{", "\"a\": {", "no :{"},
+        {"\"a\":{", "\"\\u0061\":{", "odd characters"},
+        {"\"a\":{", "\"Z\":{", "tensor Z is out of order"},
+        {"\"a\":{", "\"__metadata__\":{", "tensor __metadata__ is out of order"},
+        {"\"a\":{", "\"b\":{", "no checksum of tensor b"},
+        {"\"shape\"", "\"size\"", "no ],"},
+        {",\"shape\":[3,1]", "", "no ],"},
+        {"]}}", "]},}", "no \""},
+        {"]}}", "]}", "no }"},
+        {"]}}", "]}}}", "its header has changed"},
+        {"]}}", "]}} x", "its header has changed"},
+        {"\"format\":", "\"format\" :", "not a checkpoint of train_gpt"},
+        {"\"format\":\"train_gpt\"", "\"format\":\"pt\"", "not a checkpoint of train_gpt"},
+        {"\"format\":\"train_gpt\"", "\"format\":\"train_gpt\",\"step\":7", "no \""},
+        {"\"format\":\"train_gpt\"", "\"format\":\"train_gpt\",\"step\":{\"a\":{\"b\":{}}}", "no \""},
+        {"\"format\":\"train_gpt\"", "\"format\":\"train_gpt\",\"a\":\"b\"", "its header has changed"},  // unsorted
+        {"\"format\":\"train_gpt\"", "\"format\":\"train_gpt\",\"z\":\"b\",\"z\":\"b\"", "its header has changed"},
+        {"\"format\":\"train_gpt\"", "\"format\":\"train_gpt\",", "no \""},
+        {sum, sum.substr(1), "no checksum of tensor a"},
+        {sum, "0x" + sum.substr(2), "no checksum of tensor a"},
+        {sum, std::string(16, 'F'), "no checksum of tensor a"},
+        {sum, std::string(16, 'f'), "tensor a has changed"},
+    };
+    for (const auto& edit : edits) {
+        std::string metadata = meta, tensor = place + "}";  // with the brace that ends it all
+        std::string& text = mentions(metadata, edit.from) ? metadata : tensor;
+        REQUIRE(mentions(text, edit.from));
+        text.replace(text.find(edit.from), edit.from.size(), edit.to);
+        const std::string message =
+            refused(checked_header("{\"__metadata__\":{" + metadata + "}" + tensor), "twelve bytes");
+        CAPTURE(edit.to);
+        CAPTURE(message);
+        CHECK((message == "") == edit.said.empty());
+        CHECK(mentions(message, edit.said));
     }
-    for (uint64_t size : {~uint64_t(0), ~uint64_t(0) - 23, uint64_t(1) << 63, uint64_t(101)}) {
-        const uint64_t header[2] = {size, 0};
-        write_file(path, "TRAINGPT" + std::string(reinterpret_cast<const char*>(header), 16) + std::string(100, '\0'));
-        CHECK(mentions(open_error(path), "ends within its table"));
+    const std::string second = ",\"a\":{\"data_offsets\":[12,24],\"dtype\":\"F32\",\"shape\":[3]}";
+    CHECK(mentions(refused(with(meta, place + second), "twelve bytestwelve bytes"), "tensor a is out of order"));
+    CHECK(mentions(refused("{}", ""), "not a checkpoint of train_gpt"));
+
+    // Right in all but that its tensors would begin at a byte that is no multiple of 64: floats at odd addresses.
+    for (size_t more : {1, 3, 4, 32, 63})
+        CHECK(mentions(refused(checked_header("{\"__metadata__\":{" + meta + "}" + place + "}", more), "twelve bytes"),
+                       "its tensors begin at byte"));
+    CHECK(mentions(refused(checked_header("{\"__metadata__\":{" + meta + "}" + place + "}", 64), "twelve bytes"),
+                   "its header has changed"));
+
+    for (uint64_t size : {~uint64_t(0), ~uint64_t(0) - 7, uint64_t(1) << 63, uint64_t(101)}) {
+        write_file(path, std::string(reinterpret_cast<const char*>(&size), 8) + "{" + std::string(99, ' '));
+        CHECK(mentions(open_error(path), "ends within its header"));
     }
-    CHECK(mentions(open_error(dir / "none.ckpt"), "cannot open"));
+    const uint64_t longest = ckpt::kMaxHeaderBytes + 1;
+    write_file(path, std::string(reinterpret_cast<const char*>(&longest), 8) + "{");
+    fs::resize_file(path, 8 + longest);  // most of it a hole
+    CHECK(mentions(open_error(path), "a header of 100000001 bytes"));
+    CHECK(mentions(open_error(dir / "none.safetensors"), "cannot open"));
     CHECK(mentions(open_error(dir.path), "not a file"));
     write_shard(path, counting(100, 0));
     CHECK(mentions(open_error(path), "not a checkpoint of train_gpt"));
+    write_file(path, "TRAINGPT" + std::string(100, '\0'));
+    CHECK(mentions(open_error(path), "of an earlier version of train_gpt"));
 }
 
 TEST_CASE("checkpoint: the newest stay, others' files too") {
     TempDir dir;
     const Tensors tensors = make_tensors({{3}}, 1);
-    const Args others = {"log.jsonl",          "step_1.ckpt.bak", "step_x.ckpt", "my_step_00000001.ckpt",
-                         "step_0000000a.ckpt", "step_.ckpt",      "step_1.ckpt"};
+    const Args others = {"log.jsonl",
+                         "step_1.safetensors.bak",
+                         "step_x.safetensors",
+                         "my_step_00000001.safetensors",
+                         "step_0000000a.safetensors",
+                         "step_.safetensors",
+                         "step_1.safetensors"};
     for (const std::string& other : others) write_file(dir / other, "x");
     auto expect = [&](const Args& names) {
         std::set<std::string> expected(others.begin(), others.end());
@@ -1098,18 +1213,18 @@ TEST_CASE("checkpoint: the newest stay, others' files too") {
         CHECK(names_in(dir.path) == expected);
     };
     for (int64_t step : {5, 10, 15, 20}) save(dir.path, step, tensors, 2);
-    expect({"step_00000015.ckpt", "step_00000020.ckpt"});
+    expect({"step_00000015.safetensors", "step_00000020.safetensors"});
     save(dir.path, 25, tensors, 3);
-    expect({"step_00000015.ckpt", "step_00000020.ckpt", "step_00000025.ckpt"});
+    expect({"step_00000015.safetensors", "step_00000020.safetensors", "step_00000025.safetensors"});
     save(dir.path, 17, tensors, 3);  // resumed at 15: what came later then is no longer part of this run
-    expect({"step_00000015.ckpt", "step_00000017.ckpt"});
+    expect({"step_00000015.safetensors", "step_00000017.safetensors"});
     save(dir.path, 17, tensors, 1);  // the same step again
-    expect({"step_00000017.ckpt"});
+    expect({"step_00000017.safetensors"});
     save(dir.path, 99999999, tensors, 2);
     save(dir.path, 100000000, tensors, 2);  // ordered as numbers, not as words
     save(dir.path, 123456789012, tensors, 3);
-    CHECK(list_checkpoints(dir.path) ==
-          Args{dir / "step_123456789012.ckpt", dir / "step_100000000.ckpt", dir / "step_99999999.ckpt"});
+    CHECK(list_checkpoints(dir.path) == Args{dir / "step_123456789012.safetensors", dir / "step_100000000.safetensors",
+                                             dir / "step_99999999.safetensors"});
     CHECK(list_checkpoints(dir / "none").empty());
 }
 
@@ -1117,22 +1232,22 @@ TEST_CASE("checkpoint: auto takes the newest good one and says what it passes ov
     TempDir dir;
     const Tensors tensors = make_tensors(small_shapes, 1);
     for (int64_t step : {1, 2, 3, 4}) save(dir.path, step, tensors);
-    fs::resize_file(dir / "step_00000004.ckpt", 300);
-    std::string content = read_file(dir / "step_00000003.ckpt");
+    fs::resize_file(dir / "step_00000004.safetensors", 300);
+    std::string content = read_file(dir / "step_00000003.safetensors");
     content[content.size() - 100] ^= 1;
-    write_file(dir / "step_00000003.ckpt", content);
-    write_file(dir / "step_00000009.ckpt.tmp", content);
+    write_file(dir / "step_00000003.safetensors", content);
+    write_file(dir / "step_00000009.safetensors.tmp", content);
 
     char* memory = nullptr;
     size_t size = 0;
     FILE* file = open_memstream(&memory, &size);
-    CHECK(newest_good_checkpoint(dir.path, file) == dir / "step_00000002.ckpt");
+    CHECK(newest_good_checkpoint(dir.path, file) == dir / "step_00000002.safetensors");
     fflush(file);
-    CHECK(mentions(memory, dir / "step_00000004.ckpt"));
-    CHECK(mentions(memory, dir / "step_00000003.ckpt"));
-    CHECK(!mentions(memory, dir / "step_00000002.ckpt"));
-    fs::resize_file(dir / "step_00000001.ckpt", 0);
-    fs::resize_file(dir / "step_00000002.ckpt", 0);
+    CHECK(mentions(memory, dir / "step_00000004.safetensors"));
+    CHECK(mentions(memory, dir / "step_00000003.safetensors"));
+    CHECK(!mentions(memory, dir / "step_00000002.safetensors"));
+    fs::resize_file(dir / "step_00000001.safetensors", 0);
+    fs::resize_file(dir / "step_00000002.safetensors", 0);
     CHECK(newest_good_checkpoint(dir.path, file) == "");
     CHECK(newest_good_checkpoint(dir / "none", file) == "");
     fclose(file);
@@ -1152,7 +1267,7 @@ TEST_CASE("checkpoint: auto passes over damage alone; what cannot be read is an 
     TempDir dir;
     for (int64_t step : {1, 2}) save(dir.path, step, make_tensors({{3}}, 1));
     fs::permissions(dir.path, fs::perms(0755));
-    const std::string newest = dir / "step_00000002.ckpt";
+    const std::string newest = dir / "step_00000002.safetensors";
     auto choose = [&] { newest_good_checkpoint(dir.path, stderr); };
     fs::permissions(newest, fs::perms(0));
     std::string message = error_as_nobody(choose);
@@ -1199,7 +1314,7 @@ TEST_CASE("checkpoint: a directory that can't be written is one clear line") {
     const std::string message = error_as_nobody([&] { save(dir / "out", 2, tensors); });
     CHECK(mentions(message, "Permission denied"));
     fs::permissions(dir / "out", fs::perms(0755));
-    check_equal(dir / "out/step_00000001.ckpt", tensors);
+    check_equal(dir / "out/step_00000001.safetensors", tensors);
     CHECK(names_in(dir / "out").size() == 1);
 }
 
@@ -1231,9 +1346,9 @@ static int save_without_room(const std::string& dir, const std::string& reason) 
     } catch (const Error& error) {
         message = error.what();
     }
-    const bool said = mentions(message, reason) && mentions(message, "step_00000002.ckpt");
-    const bool clean = names_in(dir) == std::set<std::string>{"step_00000001.ckpt"};
-    const bool older_good = newest_good_checkpoint(dir, stderr) == dir + "/step_00000001.ckpt";
+    const bool said = mentions(message, reason) && mentions(message, "step_00000002.safetensors");
+    const bool clean = names_in(dir) == std::set<std::string>{"step_00000001.safetensors"};
+    const bool older_good = newest_good_checkpoint(dir, stderr) == dir + "/step_00000001.safetensors";
     if (!said) fprintf(stderr, "message: %s\n", message.c_str());
     return (said ? 0 : 1) + (clean ? 0 : 2) + (older_good ? 0 : 4);
 }
@@ -1282,10 +1397,11 @@ TEST_CASE("checkpoint: killed while writing, the older one stays") {
                   writer.append(tensors[0].second.data(), 3000000);
                   return raise(SIGKILL);
               })) == 128 + SIGKILL);
-        CHECK(names_in(dir.path) == std::set<std::string>{"step_00000001.ckpt", "step_00000002.ckpt.tmp"});
-        CHECK(newest_good_checkpoint(dir.path, stderr) == dir / "step_00000001.ckpt");
+        CHECK(names_in(dir.path) ==
+              std::set<std::string>{"step_00000001.safetensors", "step_00000002.safetensors.tmp"});
+        CHECK(newest_good_checkpoint(dir.path, stderr) == dir / "step_00000001.safetensors");
         save(dir.path, 3, tensors);  // sweeps what was left
-        CHECK(names_in(dir.path) == std::set<std::string>{"step_00000001.ckpt", "step_00000003.ckpt"});
+        CHECK(names_in(dir.path) == std::set<std::string>{"step_00000001.safetensors", "step_00000003.safetensors"});
     }
     SUBCASE("at any moment") {
         std::mt19937 random(6);

@@ -82,7 +82,7 @@ class Run:
         with open(out + "/log.jsonl") as file:
             self.log = [json.loads(line) for line in file]
         self.losses = [line["loss"] for line in self.log]
-        self.checkpoint = sorted(glob.glob(out + "/step_*.ckpt"))[-1]
+        self.checkpoint = sorted(glob.glob(out + "/step_*.safetensors"))[-1]
         self.meta, self.tensors = read_checkpoint(self.checkpoint)
 
 
@@ -100,21 +100,14 @@ def train(ranks, *flags, steps=20, batch=2, launcher="mpirun"):
 
 
 def read_checkpoint(path):
-    """(meta, name -> bytes); the layout is told in checkpoint.h."""
+    """(meta, name -> bytes); the layout is that of safetensors."""
     with open(path, "rb") as file:
         data = file.read()
-    expect(data[:8] == b"TRAINGPT", path + " is not a checkpoint")
-    at = 24 + struct.unpack("<Q", data[8:16])[0]
-    meta, tensors = {}, {}
-    for line in data[24:at].decode().splitlines():
-        words = line.split(" ")
-        if words[0] == "meta":
-            meta[words[1]] = words[2]
-        elif words[0] == "tensor":
-            size = 4 * math.prod(int(word) for word in words[3:])
-            tensors[words[1]] = data[at:at + size]
-            at += -(-size // 64) * 64
-    return meta, tensors
+    begin = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:begin])
+    meta = header.pop("__metadata__")
+    offsets = {name: tensor["data_offsets"] for name, tensor in header.items()}
+    return meta, {name: data[begin + first:begin + last] for name, (first, last) in offsets.items()}
 
 
 def expect_same_state(a, b, what):
@@ -243,7 +236,7 @@ def test_state_is_the_same_on_other_rank_counts():
     expect(None in norms, "no gradient overflowed: %s" % norms)
     step = norms.index(None) + 1
     expect(step > 1, "the gradient overflowed at once, in step %d" % step)
-    saved = os.path.dirname(blown_up.checkpoint) + "/step_%08d.ckpt" % (step - 1)
+    saved = os.path.dirname(blown_up.checkpoint) + "/step_%08d.safetensors" % (step - 1)
     _, state = read_checkpoint(saved)
     for name, data in state.items():
         expect(any(data), name + " is all zeros: nothing is tested")
@@ -281,6 +274,22 @@ def test_plan_is_balanced():
         for ranks in (1, 2, 4, 8):
             _, ratios = plan(model, ranks, "round_robin")
             expect(ratios == [1.0, 1.0], "%s on %d ranks: max/mean of FLOPs and bytes are %s" % (model, ranks, ratios))
+
+
+def test_plan_by_lpt():
+    """The ratio that longest processing time first gives, worked out here: a step of Newton-Schulz on (m, rm) costs 3r + 1."""
+    worse = 0
+    for ranks in (5, 7, 9, 11, 13, 20, 30):
+        def ratio(order):
+            loads = [0] * ranks
+            for cost in order:
+                loads[loads.index(min(loads))] += cost
+            return max(loads) * ranks / sum(loads)
+        costs = [13] * 24 + [4] * 48  # d12: fc and its projection; Q, K, V, the attention's projection
+        _, (flops, _) = plan("d12", ranks, "lpt")
+        expect(abs(flops - ratio(costs)) < 6e-4, "%d ranks: max/mean of FLOPs is %.3f, and %.3f by hand" % (ranks, flops, ratio(costs)))
+        worse += ratio(costs[::-1]) > ratio(costs) + 0.01
+    expect(worse > 2, "the shortest first would do as well: nothing is tested")
 
 
 def test_plan_owns_every_matrix_once():
@@ -406,7 +415,7 @@ def test_asked_to_stop():
             expect(code == 128 + number, what + "exit code %d: %s" % (code, said))
             expect(said.count("stopped after step") == 1, what + said)
             step = int(re.search(r"^stopped after step (\d+) of 1000000 by signal %d " % number, said, re.M).group(1))
-            expect("step_%08d.ckpt\n" % step in said, what + "not saved: " + said)
+            expect("step_%08d.safetensors\n" % step in said, what + "not saved: " + said)
 
 
 def test_stopped_rank_behind_many_launches():

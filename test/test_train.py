@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""End to end, without a GPU: the program as a user starts it, on the text of this repository's own sources.
+"""End to end, without a GPU: the program as a user starts it, on a text that is made up.
 
     python3 test/test_train.py ./train_gpt [NAME...]     all tests, or those
 """
+import bisect
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
+import random
 import re
 import resource
 import shutil
@@ -22,19 +25,41 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BINARY = None
-SOURCES = ("*.h", "*.cuh", "*.cu", "Makefile", "README.md", "scripts/*", "test/*.cpp", "test/*.h", "test/*.py", "dev/*.md")
 
 # A model of 0.1 M parameters: 60 steps in a second or two
 TINY = ["--layers", "2", "--heads", "2", "--channels", "32", "--seq_len", "32", "--batch", "4", "--device", "cpu",
         "--eval_tokens", "512"]
 
 
+def invented_text(sentences=12000):
+    """0.5 MB of a made-up language, always the same: "sobush nefe pinta ri, ri pinto nefe." Rare words and common ones; what
+    comes after the comma is known to who looks back. Who knows its words and rules still needs 0.313 nats a byte (the sum of
+    the logarithms of its choices)."""
+    chance = random.Random(7)
+
+    def word(syllables, ending=""):
+        return "".join("bdfgklmnprstvz"[int(chance.random() * 14)] + "aeiou"[int(chance.random() * 5)] for _ in range(syllables)) + ending
+
+    nouns = [word(1 + i % 3) for i in range(80)]
+    verbs = [word(1 + i % 2, "n") for i in range(40)]
+    adjectives = [word(2, "sh") for i in range(30)]
+    shares = {n: list(itertools.accumulate(1 / (k + 1) for k in range(n))) for n in (80, 40, 30)}
+
+    def pick(words):  # the k-th with a weight of 1/k
+        return words[bisect.bisect_right(shares[len(words)], chance.random() * shares[len(words)][-1])]
+
+    def sentence():
+        a, b, verb, adjective = pick(nouns), pick(nouns), pick(verbs), pick(adjectives)
+        return f"{adjective} {a} {verb}ta {b}, {b} {verb}to {a}.\n"
+
+    return "".join(sentence() for _ in range(sentences))
+
+
 def setUpModule():
     global temporary, work, data
     temporary = tempfile.TemporaryDirectory()
     work = Path(temporary.name)
-    text = b"<|endoftext|>".join(path.read_bytes() for pattern in SOURCES for path in sorted(ROOT.glob(pattern)) if path.is_file())
-    (work / "text.txt").write_bytes(text)
+    (work / "text.txt").write_text(invented_text())
     data = work / "data"
     subprocess.run([sys.executable, ROOT / "scripts/data.py", f"text:{work}/text.txt", "--out", data], check=True,
                    stdout=subprocess.DEVNULL)
@@ -69,7 +94,7 @@ def numbers(directory):
 
 
 def checkpoints(directory):
-    return {path.name: path.read_bytes() for path in Path(directory).glob("*.ckpt*")}
+    return {path.name: path.read_bytes() for path in Path(directory).glob("*.safetensors*")}
 
 
 class Train(unittest.TestCase):
@@ -93,20 +118,20 @@ class Train(unittest.TestCase):
               "--device", "cpu", "--eval_every", 0, "--eval_tokens", 16384]
 
     def test_learns(self):
-        # The mean loss of the last 20 steps, all on windows not seen before. Measured over seeds and versions of this text, and
-        # with gradients made wrong on purpose, under adamw and dmuon:
-        #     right 2.40-2.44, 1.80-1.83      no gradient to the queries 2.52, 2.22      scores without 1/sqrt(hd) 2.47, 2.09
-        #     no row term in the softmax 3.45, 2.74         LayerNorm without the term of its variance 3.44, 2.40
-        #     LayerNorm overwriting the residual gradient 3.41, 2.43
-        # A GELU or a bias that is a little wrong learns as well as a right one: that is what the golden test is for.
-        for optimizer, rates, bound in (("adamw", ["--lr", 2e-3], 2.6), ("dmuon", ["--lr", 3e-3, "--muon_lr", 2e-2], 1.95)):
+        # The mean loss of the last 20 steps, all on windows not seen before, over three seeds: adamw 0.967 to 1.016, dmuon 0.439 to
+        # 0.450. The bands are about three times as wide: another machine's rounding is another seed. What is wrong leaves them
+        # on either side; with no gradient to the queries 1.21 and 0.74. A GELU or a bias that is a little wrong learns as well as
+        # a right one: that is what the golden test is for.
+        for optimizer, rates, usual, band in (("adamw", ["--lr", 2e-3], 0.99, 0.08), ("dmuon", ["--lr", 3e-3, "--muon_lr", 2e-2], 0.445, 0.02)):
             out = work / f"learns_{optimizer}"
             self.trained(*self.LEARNS, "--optimizer", optimizer, *rates, "--out", out)
             entries = log(out)
             self.assertEqual([entry["step"] for entry in entries], list(range(1, 201)))
-            self.assertAlmostEqual(entries[0]["loss"], 5.45, delta=0.2)  # ln 256 = 5.545, and the tied head favours a repeated byte
-            self.assertLess(sum(entry["loss"] for entry in entries[-20:]) / 20, bound, optimizer)
-            self.assertLess(entries[-1]["val_loss"], bound + 0.6, optimizer)  # on other files: 0.53 above, and it moves with them
+            self.assertAlmostEqual(entries[0]["loss"], 5.55, delta=0.15)  # ln 256 = 5.545
+            loss = sum(entry["loss"] for entry in entries[-20:]) / 20
+            self.assertAlmostEqual(loss, usual, delta=band, msg=optimizer)
+            # Other text of the same language, and the weights of the last step for those of the last twenty: within 0.018.
+            self.assertAlmostEqual(entries[-1]["val_loss"], loss, delta=0.05, msg=optimizer)
 
         # The comparison reads these logs.
         sys.path.insert(0, str(ROOT / "scripts"))
@@ -149,6 +174,16 @@ class Train(unittest.TestCase):
                 for rate, right in zip(rates, expected):
                     self.assertAlmostEqual(rate / right, 1, delta=1e-8)  # nine digits are logged
 
+    def test_muon_weight_decay(self):
+        losses = {}
+        for decay in (-1, 3, 0):
+            out = work / f"muon_decay_{decay}"
+            self.trained(*TINY, "--optimizer", "dmuon", "--steps", 6, "--lr", 0.01, "--weight_decay", 3, "--muon_weight_decay", decay,
+                         "--out", out)
+            losses[decay] = [entry["loss"] for entry in log(out)]
+        self.assertEqual(losses[-1], losses[3])  # -1: as --weight_decay
+        self.assertGreater(abs(losses[0][-1] - losses[3][-1]), 1e-4)  # 0 is none, and no -1
+
     def test_sample_prints_all_of_it(self):
         # An untrained model at a high temperature writes any byte: none may be lost, and none may steer the terminal.
         result = subprocess.run(command(*TINY, "--steps", 1, "--lr", 0, "--sample_every", 1, "--sample_tokens", 2000, "--temperature", 9),
@@ -180,7 +215,7 @@ class Train(unittest.TestCase):
 
                 process = subprocess.Popen(command(*flags, "--out", killed), stdout=subprocess.DEVNULL,
                                            env=environment())
-                while process.poll() is None and len(list(Path(killed).glob("*.ckpt"))) < 2:
+                while process.poll() is None and len(list(Path(killed).glob("*.safetensors"))) < 2:
                     time.sleep(0.002)
                 time.sleep(0.05)  # some steps past the checkpoint: the resumed run must take them back
                 process.kill()
@@ -189,7 +224,7 @@ class Train(unittest.TestCase):
 
                 self.assertEqual([entry["step"] for entry in log(killed)], list(range(1, 401)))
                 self.assertEqual(numbers(killed), numbers(whole))
-                self.assertEqual(sorted(checkpoints(whole)), ["step_00000350.ckpt", "step_00000400.ckpt"])
+                self.assertEqual(sorted(checkpoints(whole)), ["step_00000350.safetensors", "step_00000400.safetensors"])
                 self.assertEqual(checkpoints(killed), checkpoints(whole))
 
     STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -217,11 +252,11 @@ class Train(unittest.TestCase):
             self.assertEqual(process.returncode, 128 + number, said[-2000:])
             steps.append(len(log(out)))
             self.assertIn(f"stopped after step {steps[-1]} of 2000 by signal {int(number)}", said.splitlines()[-1])
-            self.assertIn(f"step_{steps[-1]:08}.ckpt", checkpoints(out))
+            self.assertIn(f"step_{steps[-1]:08}.safetensors", checkpoints(out))
         self.assertEqual(sorted(set(steps)), steps)
         self.trained(*flags, "--resume", "auto", "--out", out)
         self.assertEqual(numbers(out), numbers(whole))
-        self.assertEqual(checkpoints(out)["step_00002000.ckpt"], checkpoints(whole)["step_00002000.ckpt"])
+        self.assertEqual(checkpoints(out)["step_00002000.safetensors"], checkpoints(whole)["step_00002000.safetensors"])
 
     def test_asked_twice_it_ends_at_once(self):
         out = work / "stopped_twice"
@@ -245,7 +280,7 @@ class Train(unittest.TestCase):
         self.trained(*TINY, "--steps", 4, "--save_every", 2, "--out", out)
         before = checkpoints(out)
         size = max(map(len, before.values()))
-        for limit, word in ((size - 1, "step_00000006.ckpt"), ((out / "log.jsonl").stat().st_size + 1, "log.jsonl")):
+        for limit, word in ((size - 1, "step_00000006.safetensors"), ((out / "log.jsonl").stat().st_size + 1, "log.jsonl")):
             result = subprocess.run(command(*TINY, "--steps", 6, "--save_every", 2, "--out", out, "--resume", "auto"),
                                     capture_output=True, text=True, env=environment(),
                                     preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
@@ -257,14 +292,12 @@ class Train(unittest.TestCase):
     @staticmethod
     def loaded_megabytes():
         """Of address space, to be loaded at all: CUDA's libraries, where the program has them, take most of a gigabyte.
-        Below that the linker ends with 127."""
+        Below that the linker ends with 127. From there on it ends, though OpenBLAS's threads have no memory to start."""
         for megabytes in range(64, 16384, 32):
             limit = megabytes << 20
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                if subprocess.run([BINARY, "--version"], capture_output=True, timeout=1,
-                                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))).returncode == 127:
-                    continue
-            return megabytes
+            if subprocess.run([BINARY, "--version"], capture_output=True, timeout=30, env=dict(os.environ, OPENBLAS_NUM_THREADS="4"),
+                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))).returncode == 0:
+                return megabytes
         raise AssertionError("16 GiB of address space are not enough to load the program")
 
     def test_limited_memory(self):
@@ -291,14 +324,14 @@ class Train(unittest.TestCase):
         self.assertEqual((inside.returncode, "holds a run" in inside.stderr), (1, True), inside.stderr)
         self.assertEqual(((out / "log.jsonl").read_bytes(), checkpoints(out)), before)
         # From an earlier checkpoint by name: the log is cut back to it.
-        self.trained(*TINY, "--steps", 12, "--out", out, "--resume", out / "step_00000010.ckpt")
+        self.trained(*TINY, "--steps", 12, "--out", out, "--resume", out / "step_00000010.safetensors")
         self.assertEqual([entry["step"] for entry in log(out)], list(range(1, 13)))
 
     def test_the_log_is_cut_late(self):
         out = work / "cut_late"
         flags = [*TINY, "--schedule", "constant", "--keep", 5, "--out", out]
         self.trained(*flags, "--steps", 30, "--save_every", 10)
-        whole, first = (out / "log.jsonl").read_bytes(), out / "step_00000010.ckpt"
+        whole, first = (out / "log.jsonl").read_bytes(), out / "step_00000010.safetensors"
         result = self.trained(*flags, "--steps", 10, "--resume", first)
         self.assertIn("nothing left to do", result.stdout)
         self.assertEqual((out / "log.jsonl").read_bytes(), whole)
@@ -313,18 +346,18 @@ class Train(unittest.TestCase):
         # A branch that dies before it has saved leaves the old checkpoints, and the lines that belong to them.
         for limit in (1, 3):
             branch(limit)
-            self.assertEqual(sorted(checkpoints(out))[-1], "step_00000030.ckpt")
+            self.assertEqual(sorted(checkpoints(out))[-1], "step_00000030.safetensors")
             self.trained(*flags, "--steps", 31 + limit, "--resume", "auto")
             lines = (out / "log.jsonl").read_bytes().splitlines(keepends=True)
             self.assertEqual(b"".join(lines[:30]), whole)
             self.assertEqual(len(lines), 31 + limit)
-            (out / f"step_{31 + limit:08}.ckpt").unlink()  # again from 30
+            (out / f"step_{31 + limit:08}.safetensors").unlink()  # again from 30
             (out / "log.jsonl").write_bytes(whole)
         # One that has saved takes its place.
         self.trained(*flags, "--steps", 15, "--lr", 1e-5, "--resume", first)
         self.assertEqual([(entry["step"], entry["lr"]) for entry in log(out)],
                          [(step, 6e-4 if step <= 10 else 1e-5) for step in range(1, 16)])
-        self.assertEqual(sorted(path.name for path in out.iterdir() if "ckpt" not in path.name), ["log.jsonl"])
+        self.assertEqual(sorted(path.name for path in out.iterdir() if "safetensors" not in path.name), ["log.jsonl"])
         # As if it had been killed after the save, before it could remove the log put aside.
         lines = (out / "log.jsonl").read_bytes()
         (out / "log.before.jsonl").write_bytes(whole)
@@ -360,7 +393,7 @@ class Train(unittest.TestCase):
     def test_a_resume_says_what_differs(self):
         out = work / "differs"
         self.trained(*TINY, "--steps", 4, "--lr", 0.001, "--optimizer", "dmuon", "--out", out)
-        same = [*TINY, "--steps", 4, "--lr", 0.001, "--optimizer", "dmuon", "--resume", out / "step_00000004.ckpt"]
+        same = [*TINY, "--steps", 4, "--lr", 0.001, "--optimizer", "dmuon", "--resume", out / "step_00000004.safetensors"]
         self.assertNotIn("note:", self.trained(*same).stdout)
         said = self.trained(*same, "--steps", 6, "--lr", 0.002, "--schedule", "linear", "--warmup", 5, "--muon_momentum", 0.9,
                             "--batch", 2, "--total_batch", 128, "--owner", "lpt").stdout
@@ -375,10 +408,18 @@ class Train(unittest.TestCase):
         (other / "train_000.bin").write_bytes(shard)
         self.assertIn("note: the training data have changed", self.trained(*same, shards=other).stdout)
 
+    def test_a_resume_needs_the_same_windows(self):
+        out = work / "windows"
+        self.trained(*TINY, "--steps", 2, "--out", out)
+        same = [*TINY, "--steps", 4, "--resume", out / "step_00000002.safetensors"]
+        self.refused(1, ["made with --seed 1337", "this run has 7: pass --seed 1337"], *same, "--seed", 7)
+        self.refused(1, ["made with --total_batch 128", "pass --total_batch 128"], *same, "--total_batch", 256)
+        self.trained(*same, "--batch", 2, "--total_batch", 128)
+
     def test_model_from_a_checkpoint_brings_its_sizes(self):
         out = work / "sizes"
         self.trained(*TINY, "--steps", 10, "--lr", 0.01, "--out", out)
-        rest = ["--model", out / "step_00000010.ckpt", "--device", "cpu", "--batch", 4, "--eval_tokens", 512, "--lr", 0, "--steps", 1]
+        rest = ["--model", out / "step_00000010.safetensors", "--device", "cpu", "--batch", 4, "--eval_tokens", 512, "--lr", 0, "--steps", 1]
         losses = {}
         for length, flags in ((32, []), (32, ["--seq_len", 32]), (16, ["--seq_len", 16])):
             shutil.rmtree(work / "sizes_of", ignore_errors=True)
@@ -399,8 +440,8 @@ class Train(unittest.TestCase):
         held = work / "held_small"
         self.trained(*TINY, "--steps", 2, "--out", held)
         d12 = ["--model", "d12", "--batch", 1, "--seq_len", 32, "--steps", 5, "--device", "cpu"]
-        for words, flags in (("none.ckpt", ["--resume", work / "none.ckpt"]), ("holds a run", ["--out", held]),
-                             ("another model: its layers", ["--resume", held / "step_00000002.ckpt"])):
+        for words, flags in (("none.safetensors", ["--resume", work / "none.safetensors"]), ("holds a run", ["--out", held]),
+                             ("another model: its layers", ["--resume", held / "step_00000002.safetensors"])):
             done = subprocess.run(command(*d12, *flags), capture_output=True, text=True, preexec_fn=limit,
                                   env=environment(OPENBLAS_NUM_THREADS="1"))
             self.assertEqual(done.returncode, 1, done.stderr)
@@ -418,32 +459,42 @@ class Train(unittest.TestCase):
         self.assertIn("loss nan", result.stdout)
         self.assertNotIn("-nan", result.stdout)
         finite = [entry["step"] for entry in log(out) if entry["grad_norm"] is not None]
-        self.assertEqual(sorted(checkpoints(out)), [f"step_{step:08}.ckpt" for step in finite[-2:]])
+        self.assertEqual(sorted(checkpoints(out)), [f"step_{step:08}.safetensors" for step in finite[-2:]])
         # The last step is saved in any case, and adds to what is there.
         last = finite[-1] + 2
         self.trained(*flags, "--steps", last, "--save_every", 1, "--out", out, "--resume", "auto")
-        self.assertEqual(sorted(checkpoints(out)), [f"step_{step:08}.ckpt" for step in (*finite[-2:], last)])
+        self.assertEqual(sorted(checkpoints(out)), [f"step_{step:08}.safetensors" for step in (*finite[-2:], last)])
 
     def test_bad_checkpoints(self):
         out = work / "bad_checkpoints"
         flags = [*TINY, "--steps", 30, "--save_every", 10, "--keep", 3]
         self.trained(*flags, "--out", out)
-        newest, content = out / "step_00000030.ckpt", (out / "step_00000030.ckpt").read_bytes()
+        newest, content = out / "step_00000030.safetensors", (out / "step_00000030.safetensors").read_bytes()
         flipped = bytearray(content)
         flipped[len(content) // 2] ^= 1
         for bad in (content[:-1], content[:100], b"", bytes(flipped), b"not a checkpoint" * 100):
             newest.write_bytes(bad)
             self.refused(1, newest.name, *flags, "--out", work / "elsewhere", "--resume", newest)
         result = self.trained(*flags, "--out", out, "--resume", "auto")
-        self.assertIn("step_00000030.ckpt", result.stderr)  # what was wrong, and ...
+        self.assertIn("step_00000030.safetensors", result.stderr)  # what was wrong, and ...
         self.assertIn("resuming from", result.stdout)
-        self.assertIn("step_00000020.ckpt", result.stdout)
+        self.assertIn("step_00000020.safetensors", result.stdout)
         self.assertEqual(newest.read_bytes(), content)  # ... the same steps again
 
         other = [flag if flag != "32" else "48" for flag in TINY]
         self.refused(1, [newest.name, "another model"], *other, "--steps", 40, "--resume", newest)
         self.refused(1, [newest.name, "--switch_optimizer"], *TINY, "--steps", 40, "--resume", newest, "--optimizer", "dmuon")
         self.trained(*TINY, "--steps", 40, "--resume", newest, "--optimizer", "dmuon", "--switch_optimizer")
+
+    def test_checkpoints_of_the_earlier_format(self):
+        out, old = work / "earlier", work / "earlier" / "step_00000010.ckpt"
+        out.mkdir()
+        old.write_bytes(b"TRAINGPT" + bytes(1000))
+        for flags in (["--resume", old], ["--model", old]):
+            shape = TINY if flags[0] == "--resume" else TINY[6:]
+            self.refused(1, [str(old), "earlier version"], *shape, "--steps", 2, *flags)
+        self.refused(1, [str(out), "earlier version"], *TINY, "--steps", 2, "--out", out, "--resume", "auto")
+        self.assertEqual([path.name for path in out.iterdir()], [old.name])
 
     # ------------------------------------------------------------------------------------------------------------------
     # It says what is wrong
@@ -495,7 +546,7 @@ class Train(unittest.TestCase):
         with subprocess.Popen(command(*TINY, "--steps", 1000000, "--save_every", 5, "--schedule", "constant", "--out", out,
                                       shards=shards), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                               env=environment()) as process:
-            while process.poll() is None and not list(out.glob("*.ckpt")):
+            while process.poll() is None and not list(out.glob("*.safetensors")):
                 time.sleep(0.002)
             shard = shards / "train_000.bin"
             size = shard.stat().st_size
@@ -507,7 +558,7 @@ class Train(unittest.TestCase):
         self.assertRegex(said, "train_000.bin has token 65535 at position [0-9]+,")
         for entry in log(out):  # with what was read before
             self.assertLess(0, entry["loss"])
-        self.assertLessEqual(max(checkpoints(out)), f"step_{len(log(out)):08}.ckpt")
+        self.assertLessEqual(max(checkpoints(out)), f"step_{len(log(out)):08}.safetensors")
 
     def test_tokenizers_must_agree(self):
         two = work / "two_tokenizers"
@@ -526,20 +577,20 @@ class Train(unittest.TestCase):
         self.trained(*TINY, "--steps", 4, "--save_every", 2, "--out", one)
         self.trained(*TINY, "--steps", 4, "--out", other)
         before = checkpoints(other)
-        self.refused(1, str(other), *TINY, "--steps", 6, "--out", other, "--resume", one / "step_00000002.ckpt")
+        self.refused(1, str(other), *TINY, "--steps", 6, "--out", other, "--resume", one / "step_00000002.safetensors")
         self.assertEqual(checkpoints(other), before)
-        self.trained(*TINY, "--steps", 6, "--out", one, "--resume", one / "step_00000002.ckpt")
+        self.trained(*TINY, "--steps", 6, "--out", one, "--resume", one / "step_00000002.safetensors")
         self.refused(1, "256", *TINY, "--steps", 2, "--vocab", 60)
         self.assertEqual(len(self.trained(*TINY, "--steps", 2, "--vocab", 300, "--sample_every", 1, "--sample_tokens", 3)
                              .stdout.split("--- sample")), 3)
-        for path in other.glob("*.ckpt"):
+        for path in other.glob("*.safetensors"):
             path.write_bytes(path.read_bytes()[:-100])
         damaged, lines = checkpoints(other), log(other)
         result = run(*TINY, "--steps", 6, "--out", other, "--resume", "auto")
         self.assertEqual(result.returncode, 1)
         self.assertIn(f"no checkpoint in {other} is good", result.stderr)
         self.assertEqual((checkpoints(other), log(other)), (damaged, lines))
-        plan = subprocess.run([BINARY, "--print_plan", "--model", one / "step_00000006.ckpt"], capture_output=True, text=True)
+        plan = subprocess.run([BINARY, "--print_plan", "--model", one / "step_00000006.safetensors"], capture_output=True, text=True)
         self.assertEqual((plan.returncode, plan.stdout[:5]), (0, "plan:"), plan.stderr)
 
     def test_two_runs_do_not_share_a_directory(self):
