@@ -71,7 +71,7 @@ NVCC_DEFINES := $(DEFINES) $(if $(HAVE_NCCL),-DUSE_NCCL)
 NVCC_FLAGS   := -std=c++17 -O3 --threads 0 $(if $(filter-out default,$(origin CXX)),-ccbin $(lastword $(CXX))) \
                 -Xcompiler $(subst $(space),$(comma),$(strip $(filter-out -Wextra,$(HOST_FLAGS)))) $(GENCODE) $(NVCC_DEFINES) $(INCLUDES)
 # nvcc hands linker options on with -Xlinker, and does not know -pthread
-NVCC_LIBS    := -lcublasLt $(if $(HAVE_NCCL),-lnccl) $(patsubst -Wl$(comma)%,-Xlinker %,$(filter-out -pthread,$(LIBS)))
+NVCC_LIBS    := -lcublasLt -ldl $(if $(HAVE_NCCL),-lnccl) $(patsubst -Wl$(comma)%,-Xlinker %,$(filter-out -pthread,$(LIBS)))
 fp32_define  := -DPRECISION_FP32
 HEADERS      := $(wildcard *.h *.cuh kernels/*.cuh)
 

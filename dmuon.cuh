@@ -560,6 +560,7 @@ class Optimizer {
     // momentum. A norm that is not finite makes the scale 0, and scale 0 skips the whole update.
     template <class PhaseDone>
     void step(float lr, float muon_lr, PhaseDone phase_done) {
+        const typename Backend::Range range("optimizer");
         for (size_t b = 0; b < plan.buckets.size(); b++) start_reduce(b);
         for (std::optional<Ticket>& ticket : reducing) wait_for(ticket);
         phase_done(phase_reduce);
@@ -623,6 +624,9 @@ class Optimizer {
     // Before the weights are used: those outside of the hidden matrices; the matrices of layer l.
     void need_flat() { need(0); }
     void need_layer(int l) { need(plan.bucket_of(l)); }
+    void need_all() {
+        for (size_t b = 0; b < plan.buckets.size(); b++) need(b);
+    }
 
     // --profile: events before and after each wait for weights, two for a bucket; and how many have been recorded.
     using Event = typename Backend::Event;

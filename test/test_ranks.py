@@ -81,7 +81,7 @@ class Run:
     def __init__(self, out):
         with open(out + "/log.jsonl") as file:
             self.log = [json.loads(line) for line in file]
-        self.losses = [line["loss"] for line in self.log]
+        self.losses = [line["loss"] for line in self.log if "loss" in line]
         self.checkpoint = sorted(glob.glob(out + "/step_*.safetensors"))[-1]
         self.meta, self.tensors = read_checkpoint(self.checkpoint)
 
@@ -177,6 +177,34 @@ def test_validation_reads_the_same_on_any_number_of_ranks():
     one = train(1, "--val", WORK + "/source_train.bin", "--eval_tokens", 1, steps=3).log[-1]["val_loss"]
     expect_close_losses([few], [one], TOLERANCE_FP32, "one window on 3 ranks")
     expect(abs(one - losses[0]) > 100 * TOLERANCE_FP32 * one, "the loss of one window is that of 61: %g" % one)
+
+
+def test_scores_are_the_same_on_any_number_of_ranks():
+    """Bits per byte, and HellaSwag: 13 questions of 4 rows, of which no number of ranks but 1, 2 and 4 gets equal shares."""
+    if DEVICE == "cuda":
+        raise Skipped("the tolerance of bf16 would hide other windows")
+    place = WORK + "/scores"
+    os.makedirs(place, exist_ok=True)
+    shutil.copy(WORK + "/source_train.bin", place + "/val.bin")
+    with open(place + "/tokenizer.bin", "wb") as file:  # of as many bytes as the token's last digit says
+        file.write(struct.pack("<256i", 20240328, 2, 256, 10, *[0] * 252) + b"".join(bytes([1 + i % 10]) + b"x" * (1 + i % 10) for i in range(256)))
+    blocks = []
+    with open(place + "/val.bin", "rb") as file:
+        tokens = memoryview(file.read()[1024:60000]).cast("H")
+    for number in range(13):
+        block = struct.pack("<3H", number, number % 4, 4)
+        for piece in range(5):
+            some = tokens[1000 * number + 60 * piece:][:3 + (number * 7 + piece * 5) % 18]
+            block += struct.pack("<%dH" % (len(some) + 1), len(some), *some)
+        blocks.append(struct.pack("<2H", 65535, 4 + len(block)) + block)
+    with open(place + "/hellaswag.bin", "wb") as file:
+        file.write(struct.pack("<256i", 20240522, 1, 13, max(map(len, blocks)), *[0] * 252) + b"".join(blocks))
+    flags = ("--val", place + "/val.bin", "--eval_tokens", 60 * SEQ_LEN + 1, "--hellaswag", place + "/hellaswag.bin")
+    logs = [train(ranks, *flags, steps=3, batch=batch).log for ranks, batch in ((1, 2), (1, 120), (2, 3), (3, 8), (4, 2), (5, 4))]
+    bits = [log[-2]["val_bpb"] for log in logs]
+    expect_close_losses(bits, bits[:1] * len(bits), TOLERANCE_FP32, "bits per byte on other ranks and batches")
+    for log in logs:
+        expect(log[-1] == logs[0][-1] and len(log[-1]) == 4, "HellaSwag on other ranks and batches: %s, %s" % (log[-1], logs[0][-1]))
 
 
 def test_accumulation():
