@@ -63,6 +63,7 @@ constexpr bool is_backend() {
     using Event = typename Backend::Event;
     static_assert(std::is_default_constructible<Event>::value, "Event()");
     METHOD(Event, record, void());
+    METHOD(Event, record_beside, void());  // in the order of the collectives, after all that is enqueued so far
     METHOD(Event, done, bool() const);  // whether the device has passed it; asking does not wait
     // milliseconds of the device from a to b
     constexpr FunctionPointer<float(const Event& a, const Event& b)> ms = &Event::ms;

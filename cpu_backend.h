@@ -173,6 +173,7 @@ struct CpuOps {
     struct Event {
         std::chrono::steady_clock::time_point time;
         void record() { time = std::chrono::steady_clock::now(); }
+        void record_beside() { record(); }
         bool done() const { return true; }
         static float ms(const Event& a, const Event& b) {
             return std::chrono::duration<float, std::milli>(b.time - a.time).count();

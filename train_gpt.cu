@@ -35,6 +35,8 @@
 #ifdef __CUDACC__
 #include "cuda_backend.cuh"
 #endif
+// defines: Timeline
+#include "timeline.h"
 // defines: Plan, newton_schulz, Optimizer, print_plan
 #include "dmuon.cuh"
 
@@ -1148,15 +1150,18 @@ class Trainer {
     };
     struct Slot {
         Event begin, optimizer_begin, end;  // of the step's work on the device
-        std::vector<Event> marks;           // --profile: where phase phases[i] of the optimizer ends
-        std::vector<Phase> phases;
-        typename Optimizer<Backend>::Stalls stalls;  // --profile: where the model waited for weights of the step before
-        Event read;                                  // `host` is filled
+        Timeline<Backend> own_timeline;     // --profile
+        Timeline<Backend>* timeline;        // that of this step: its own, or a traced one
+        Event read;                         // `host` is filled
         Stats* host;
         int64_t step = 0;  // 0: empty
         double lr = 0;
     };
     Slot slots[2];
+    // --profile: two steps in a row are kept for trace.json, since the weights of the first arrive in the second. By
+    // then caches and libraries are warm, if the run is long enough; and one more follows, for the second's weights.
+    Timeline<Backend> traced[2];
+    int64_t traced_last;
     double* sums;           // [2] device: loss, stopping
     double* host_stopping;  // [2] pinned, by slot
     bool stopping = false;  // some rank was asked to stop, and all know
@@ -1187,10 +1192,9 @@ class Trainer {
         host_stopping = static_cast<double*>(Backend::alloc_host(2 * sizeof(double)));
         for (Slot& slot : slots) {
             slot.host = static_cast<Stats*>(Backend::alloc_host(sizeof(Stats)));
-            if (!options.profile) continue;
-            slot.marks = std::vector<Event>(optimizer.phase_calls());
-            slot.stalls.events = std::vector<Event>(2 * optimizer.plan.buckets.size());
         }
+        traced_last = std::min(run.first_step + 11, std::max(run.first_step + 1, options.steps - 1));
+        for (Timeline<Backend>& timeline : traced) timeline.traces_collectives = true;
     }
 
     // Returns the exit code: 0, or 128 + the signal that asked it to stop before its last step.
@@ -1224,8 +1228,17 @@ class Trainer {
             Slot& slot = slots[step % 2];
             const size_t tokens = size_t(options.batch) * options.seq_len;
             slot.begin.record();
-            slot.stalls.recorded = 0;
-            if (options.profile) optimizer.stalls = &slot.stalls;
+            const bool is_traced = step == traced_last || step == traced_last - 1;
+            Timeline<Backend>& timeline = *(slot.timeline = is_traced ? &traced[step % 2] : &slot.own_timeline);
+            timeline.clear();
+            if (options.profile) optimizer.timeline = &timeline;
+            // From one point of a step to the next, by name.
+            size_t reached = options.profile ? timeline.point() : 0;
+            auto until_here = [&](const char* name, int number) {
+                if (!options.profile) return;
+                const size_t begin = std::exchange(reached, timeline.point());
+                timeline.span(name, number, begin, reached);
+            };
             Backend::zero(sums, 2 * sizeof(double));
             for (int m = 0; m < run.accumulation; m++, micro_steps++) {
                 // The host stays at most two micro-steps ahead; the device never waits for it.
@@ -1238,10 +1251,12 @@ class Trainer {
                 uploaded[micro_steps % 3].record();
                 const auto micro_step = [&](bool complete) {
                     model.forward(model.inputs, options.batch, options.seq_len);
+                    until_here("forward", m);
                     // The loss is the mean over all tokens of the step, whoever has them, so plain sums over
                     // micro-steps and ranks give the gradient.
                     model.backward(options.batch, options.seq_len, 1.0f / float(run.total_batch), m > 0, complete);
                     Backend::sum_losses(sums, model.losses, int(tokens));
+                    until_here("backward", m);
                 };
                 if (options.graph) {
                     optimizer.need_all();  // the host's part of forward; that of backward is left to the optimizer
@@ -1250,7 +1265,6 @@ class Trainer {
                     micro_step(m + 1 == run.accumulation);
                 }
             }
-            optimizer.stalls = nullptr;
             slot.optimizer_begin.record();
             host_stopping[step % 2] = stop_signal != 0;
             Backend::upload(&sums[1], &host_stopping[step % 2], sizeof(double));
@@ -1259,12 +1273,10 @@ class Trainer {
             const double share = schedule(options, step),
                          muon_peak = options.muon_lr > 0 ? options.muon_lr : 2 * options.lr;
             slot.lr = options.lr * share;
-            slot.phases.clear();
-            optimizer.step(float(slot.lr), float(muon_peak * share), [&](Phase phase) {
-                if (!options.profile) return;
-                slot.marks[slot.phases.size()].record();
-                slot.phases.push_back(phase);
-            });
+            int phases = 0;
+            optimizer.step(float(slot.lr), float(muon_peak * share),
+                           [&](Phase phase) { until_here(phase_names[phase], phases++); });
+            optimizer.timeline = nullptr;
             slot.end.record();
             Backend::wait(std::move(summed));
             Backend::download(&slot.host->loss, sums, 2 * sizeof(double));
@@ -1391,6 +1403,7 @@ class Trainer {
         const StepRecord step = record(slot, validation, skip);
         say("%s\n", step.printed().c_str());
         log.write(step.json());
+        if (slot.step == std::min(traced_last + 1, options.steps)) write_trace();
         slot.step = 0;
         stopping = stopping || slot.host->stopping > 0;
         skipped = skip ? skipped + 1 : 0;
@@ -1398,6 +1411,15 @@ class Trainer {
             fail(
                 "10 steps in a row had a loss or gradient that is not finite: lower --lr, or resume from an earlier "
                 "checkpoint");
+    }
+
+    void write_trace() const {
+        if (!options.profile || options.out.empty() || world.rank != 0) return;
+        std::vector<const Timeline<Backend>*> steps;
+        const int64_t first = std::max(traced_last - 1, run.first_step + 1);
+        for (int64_t step = first; step <= traced_last; step++) steps.push_back(&traced[step % 2]);
+        Timeline<Backend>::write_trace(options.out + "/trace.json", steps, first,
+                                       strprintf("rank 0 of %d, %s", world.size, options.optimizer.c_str()));
     }
 
     StepRecord record(const Slot& slot, const Validation* validation, bool skip) {
@@ -1422,16 +1444,12 @@ class Trainer {
         if (optimizer.plan.method != Method::adamw) line.add("ns_matrices", double(optimizer.plan.ns_matrices), "%.0f");
         line.print_only(strprintf("%" PRId64 "m%02" PRId64 "s left", left / 60, left % 60));
         if (options.profile) {
-            double phase_ms[phase_count] = {};
-            for (size_t i = 0; i < slot.phases.size(); i++)
-                phase_ms[slot.phases[i]] += Event::ms(i == 0 ? slot.optimizer_begin : slot.marks[i - 1], slot.marks[i]);
-            for (int p = 0; p < phase_count; p++)
-                line.add(phase_names[p] + std::string("_ms"), phase_ms[p], "%.4f",
-                         strprintf("%s %.3f", phase_names[p], phase_ms[p]));
-            double wait_ms = 0;  // outside of the optimizer's time: what the forward pass waited for weights
-            for (size_t i = 0; i < slot.stalls.recorded; i += 2)
-                wait_ms += Event::ms(slot.stalls.events[i], slot.stalls.events[i + 1]);
-            line.add("wait_ms", wait_ms, "%.4f", strprintf("wait %.3f", wait_ms));
+            auto add = [&](const char* name) {
+                const double sum = slot.timeline->total_ms(name);
+                line.add(name + std::string("_ms"), sum, "%.4f", strprintf("%s %.3f", name, sum));
+            };
+            for (const char* name : phase_names) add(name);
+            add("wait");  // outside of the optimizer's time: what the forward pass waited for weights
         }
         if (skip) line.print_only("not finite: update skipped");
         return line;
