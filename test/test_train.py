@@ -638,7 +638,7 @@ int cuGetProcAddress(const char *name, void **function, int version, unsigned lo
         (fake / "driver.c").write_text(self.DRIVER)
         subprocess.run(["gcc", "-w", "-shared", "-fPIC", "-o", fake / "libcuda.so.1", fake / "driver.c"], check=True)
         no_gpu = [flag if flag != "cpu" else "cuda" for flag in TINY]
-        for words, version, error in ((["the NVIDIA driver knows CUDA 12.4 and this program needs", "update the driver"], 12040, 0),
+        for words, version, error in ((["the NVIDIA driver knows CUDA 12.4 and this program needs", "update the driver"], 12040, 100),
                                       (["there is none that the NVIDIA driver knows"], 99000, 100), (["fabricmanager"], 99000, 802)):
             self.refused(1, ["no GPU can be used", "--device cpu", *words], *no_gpu, "--steps", 2, LD_LIBRARY_PATH=str(fake),
                          FAKE_DRIVER=str(version), FAKE_ERROR=str(error))
