@@ -119,6 +119,7 @@ else
     count "test_ranks (no mpirun that works)" 0 0 "$(grep -c '^def test_' test/test_ranks.py)" 0
 fi
 program test_train python3 test/test_train.py ./train_gpt
+program test_generate python3 test/test_generate.py ./train_gpt
 for name in test_comm test_host test_cpu; do
     program $name build/$name
 done
@@ -132,6 +133,7 @@ done
 program test_data python3 test/test_data.py
 program test_hf python3 test/test_hf.py ./train_gpt
 program test_proof python3 test/test_proof.py
+program test_measure python3 test/test_measure.py
 program soak python3 test/soak.py ./train_gpt
 program fuzz test/fuzz.sh 5
 program test_seam python3 test/test_seam.py

@@ -151,6 +151,16 @@ class Train(unittest.TestCase):
         for one, four in zip(log(work / "batch_8"), log(work / "batch_2")):
             self.assertAlmostEqual(one["loss"], four["loss"], delta=1e-4)  # sums of fp32 in another order
 
+    def test_graph_and_memory_change_nothing(self):
+        """--graph, --recompute and --head_rows (a chunk of whole tiles): the same log but for the times, with accumulation too."""
+        def losses(name, *flags):
+            self.trained(*TINY, "--steps", 4, "--batch", 8, "--total_batch", 512, "--optimizer", "dmuon", "--out", work / name, *flags)
+            return [(row["loss"], row["grad_norm"], row.get("val_loss")) for row in log(work / name)]
+        plain = losses("plain")
+        self.assertEqual(losses("graph", "--graph"), plain)
+        self.assertEqual(losses("recompute", "--recompute", "block"), plain)
+        self.assertEqual(losses("chunks", "--head_rows", 128)[0][0], plain[0][0])  # then another order of sums
+
     def test_schedules(self):
         # Every schedule at every step, with and without a warm-up, against its formula.
         def cosine(step, w, n, f):
@@ -203,6 +213,120 @@ class Train(unittest.TestCase):
         self.assertEqual([text.split("\n")[0] for text in samples], ["15", "30"])
         self.assertGreaterEqual(len(samples[1]), 50 / 4)  # at most four bytes to a character
         self.assertEqual(samples, [text.split("\n---")[0] for text in again.split("--- sample at step ")[1:]])
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # It says how good it is
+
+    def test_bits_per_byte(self):
+        # Tokens of 1 to 9 bytes; the one that ends a text is no text.
+        shards, vocab, end = work / "lengths", 300, 299
+        shards.mkdir()
+        lengths = [1 + random.randrange(9) for _ in range(end)] + [5]
+        (shards / "tokenizer.bin").write_bytes(struct.pack("<256i", 20240328, 2, vocab, end, *[0] * 252) +
+                                               b"".join(bytes([n]) + b"x" * n for n in lengths))
+        tokens = {}
+        for split, count in (("train", 5000), ("val", 777)):
+            tokens[split] = [end if random.random() < 0.1 else random.randrange(vocab - 1) for _ in range(count)]
+            (shards / f"{split}_0.bin").write_bytes(struct.pack("<256i", 20240520, 1, count, *[0] * 253) +
+                                                    struct.pack(f"<{count}H", *tokens[split]))
+        flags = [*TINY, "--eval_tokens", 500, "--steps", 2]  # 16 windows of 32 + 1
+        said = self.trained(*flags, "--out", work / "bits", shards=shards).stdout
+        entry = log(work / "bits")[-1]
+        targets = tokens["val"][1:16 * 32 + 1]
+        size = sum(lengths[token] for token in targets if token != end)
+        self.assertAlmostEqual(entry["val_bpb"] / (entry["val_loss"] * len(targets) / (math.log(2) * size)), 1, delta=3e-9)  # 9 digits
+        self.assertIn(f"val {entry['val_loss']:.4f} | {entry['val_bpb']:.4f} bits/byte |", said)
+        self.assertNotIn("no bits per byte", said)
+
+        (shards / "tokenizer.bin").unlink()
+        said = self.trained(*flags, "--vocab", vocab, "--out", work / "no_bits", shards=shards).stdout
+        self.assertNotIn("val_bpb", log(work / "no_bits")[-1])
+        self.assertEqual(log(work / "no_bits")[-1]["val_loss"], entry["val_loss"])
+        self.assertEqual(said.count("no bits per byte"), 1)
+        self.assertNotIn("bits/byte", said)
+
+    def test_hellaswag(self):
+        """Against the losses that --val gives for shards of one row each: the loss of a row is that of its context and that of
+        its ending, so the ending's is a difference."""
+        model, rows = work / "hellaswag_model", work / "row"
+        self.trained(*TINY, "--seq_len", 64, "--steps", 60, "--lr", 0.01, "--out", model)
+        rows.mkdir()
+        shutil.copy(data / "tokenizer.bin", rows)
+        base = [BINARY, "--model", model / "step_00000060.safetensors", "--steps", 0, "--device", "cpu"]
+
+        def evaluated(*flags):
+            done = subprocess.run([*map(str, base), *map(str, flags)], capture_output=True, text=True, env=environment())
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
+            return done.stdout
+
+        def loss_of(row):  # the sum over all tokens but the first, which nothing predicts
+            (rows / "val.bin").write_bytes(struct.pack("<256i", 20240520, 1, len(row), *[0] * 253) + struct.pack(f"<{len(row)}H", *row))
+            said = evaluated("--seq_len", len(row) - 1, "--batch", 1, "--val", rows / "val.bin")
+            return float(re.search(r"^val ([0-9.]+) \|", said, re.M)[1]) * (len(row) - 1)
+
+        text = (work / "text.txt").read_bytes()
+        questions = []
+        while len(questions) < 8:
+            at = random.randrange(len(text) - 100)
+            context = text[at:at + random.randrange(2, 50)]
+            endings = [b" " + text[at:at + n] for at, n in zip(random.sample(range(len(text) - 100), 4), random.sample(range(3, 22), 4))]
+            before = loss_of((context + endings[0])[-65:][:-len(endings[0])])  # a row of 64 + 1 tokens at most
+            if len(context) + max(map(len, endings)) > 65:  # rows that lose their beginning: each context is another
+                befores = [loss_of((context + e)[-65:][:-len(e)]) for e in endings]
+            else:
+                befores = [before] * 4
+            sums = [loss_of((context + e)[-65:]) - b for e, b in zip(endings, befores)]
+            questions.append((context, endings, sums))
+
+        def file_of(labels):
+            blocks = []
+            for number, ((context, endings, _), label) in enumerate(zip(questions, labels)):
+                block = struct.pack("<3H", number, label, 4)
+                for piece in (context, *endings):
+                    block += struct.pack(f"<{len(piece) + 1}H", len(piece), *piece)
+                blocks.append(struct.pack("<2H", 65535, len(block) + 4) + block)
+            path = rows / "hellaswag.bin"
+            path.write_bytes(struct.pack("<256i", 20240522, 1, len(blocks), max(map(len, blocks)), *[0] * 252) + b"".join(blocks))
+            return path
+
+        ways = [sums for _, _, sums in questions], \
+            [[s / len(e) for s, e in zip(sums, endings)] for _, endings, sums in questions], \
+            [[s / (len(e) - 1) for s, e in zip(sums, endings)] for _, endings, sums in questions]  # ASCII, but for the space
+        best = [[values.index(min(values)) for values in way] for way in ways]
+        # Losses have four digits, so those sums are good to 64 * 1e-4; of endings as close as that either may win.
+        sure = [[sorted(values)[1] - min(values) > 0.013 for values in way] for way in ways]
+        for labels in (*best, [random.randrange(4) for _ in questions]):
+            said = evaluated("--seq_len", 64, "--batch", 3, "--hellaswag", file_of(labels))
+            found = re.search(r"^hellaswag of 8 examples \| acc ([0-9.]+) \| acc_norm ([0-9.]+) \(.*\) \| ([0-9.]+) \(", said, re.M)
+            for way in range(3):
+                right = sum(a == b for a, b in zip(best[way], labels)) / 8
+                self.assertAlmostEqual(float(found[way + 1]), right, delta=6e-5 + sure[way].count(False) / 8)
+        self.assertLess(sum(row.count(False) for row in sure), 6)  # or nothing would be tested
+
+        # The same at the end of a run, behind the last step, whose checkpoint is there by then; and in its log.
+        out = work / "hellaswag_run"
+        said = self.trained(*TINY, "--seq_len", 64, "--steps", 60, "--lr", 0.01, "--out", out, "--hellaswag", file_of(best[0])).stdout
+        self.assertLess(said.index("\nsaved "), said.index("\nhellaswag of"))
+        entry = log(out)[-1]
+        self.assertEqual((entry["step"], len(log(out)), len(entry)), (60, 61, 4))
+        self.assertIn(f"acc {entry['hellaswag_acc']:.4f} | acc_norm {entry['hellaswag_acc_norm']:.4f} (", said)
+        self.assertGreaterEqual(entry["hellaswag_acc"], 1 - sure[0].count(False) / 8)
+        self.trained(*TINY, "--seq_len", 64, "--steps", 62, "--lr", 0.01, "--out", out, "--resume", "auto")
+        self.assertEqual([entry["step"] for entry in log(out)], [*range(1, 61), 60, 61, 62])
+
+        # What cannot be.
+        done = subprocess.run([BINARY, "--steps", "0"], capture_output=True, text=True, env=environment())
+        self.assertEqual((done.returncode, done.stderr[:34]), (2, "train_gpt: --steps 0 only evaluates"[:34]))
+        good = file_of(best[0]).read_bytes()
+        for content, words in ((good[:-1], "ends within"), (b"", "0 bytes"), (good[:1024] + b"\0" + good[1025:], "no mark")):
+            (rows / "hellaswag.bin").write_bytes(content)
+            self.refused(1, [str(rows / "hellaswag.bin"), words], *TINY, "--steps", 2, "--hellaswag", rows / "hellaswag.bin")
+        (rows / "hellaswag.bin").write_bytes(good)
+        self.refused(1, "longer than --seq_len 2", *TINY, "--seq_len", 2, "--steps", 2, "--hellaswag", rows / "hellaswag.bin")
+        other = bytearray((data / "tokenizer.bin").read_bytes())
+        other[1024 + 2 * 65 + 1] = ord("B")
+        (rows / "tokenizer.bin").write_bytes(other)
+        self.refused(1, "differ", *TINY, "--steps", 2, "--hellaswag", rows / "hellaswag.bin")
 
     # ------------------------------------------------------------------------------------------------------------------
     # It goes on where it stopped
@@ -503,7 +627,7 @@ class Train(unittest.TestCase):
 
     def test_bad_flags(self):
         for words, flags in ((("--stepz", "--steps"), ["--stepz", 3]), ("--steps", ["--steps"]), ("--steps", ["--steps", "3x"]),
-                             ("--steps", ["--steps", 0]), ("--lr", ["--lr", "nan"]), ("--optimizer", ["--optimizer", "sgd"]),
+                             ("--steps", ["--steps", -1]), (("--out", "--steps"), ["--steps", 0, "--out", "x"]), ("--lr", ["--lr", "nan"]), ("--optimizer", ["--optimizer", "sgd"]),
                              (("--model", "--layers"), ["--model", "d6"]), ("--warmup", ["--steps", 5, "--warmup", 6]),
                              ("--total_batch", ["--total_batch", 100]), ("--ns_steps", ["--ns_steps", 3]),
                              ("--device", ["--gpus", 2]), ("--resume", ["--resume", "auto"])):
