@@ -170,7 +170,7 @@ def print_tables(runs, baseline):
                 print()
 
     print()
-    bits, hellaswag = any(run.bits_per_byte for run in runs), any(run.hellaswag for run in runs)
+    bits, hellaswag = (any(getattr(run, key) is not None for run in runs) for key in ("bits_per_byte", "hellaswag"))
     table(["run", "steps", "final loss"] + ["bits/byte"] * bits + ["hellaswag"] * hellaswag + ["time", "tokens/s"],
           [[run.name, str(run.steps[-1]), f"{run.final():.3f}"] +
            [f"{run.bits_per_byte:.4f}" if run.bits_per_byte else "-"] * bits +
@@ -263,7 +263,7 @@ def draw(runs, baseline, path):
     factor = bits_per_nat(runs)
     if factor:
         second = axes[1].secondary_yaxis("right", functions=(lambda y: y * factor, lambda y: y / factor))
-        second.set_ylabel("of validation: bits per byte")
+        second.set_ylabel("validation loss in bits per byte")
         second.spines["right"].set_visible(True)
     axes[0].set_title("Loss by step")
     axes[1].set_title("Loss by time")
