@@ -6,7 +6,8 @@
 # make soak       200 runs killed and resumed, about 10 minutes; make fuzz: half an hour of libFuzzer (both in short in make test)
 # make mutants    plants deliberate faults in copies of the tree: each must make its test fail; about an hour
 # make lint       the style of every source; needs clang-format 14, clang-tidy 14, shellcheck: scripts/setup.sh --lint
-# make dev        the kernel ladders of dev/; needs nvcc (CUDA Toolkit) to build them and a GPU to run them
+# make dev        the kernel ladders of dev/ and the benchmark of the optimizer; needs nvcc (CUDA Toolkit) to build them and a GPU to
+#                 run them
 #
 # PRECISION=fp32  the exact build of the CUDA backend (default bf16)
 # GPU_ARCH="80 90a"  architectures instead of the installed GPU's
@@ -112,7 +113,7 @@ found:
 
 # fiber.h takes bf16 and half from the toolkit's headers
 TESTS := test_host test_cpu test_comm $(if $(NVCC),test_fiber_fp32 test_fiber_bf16 test_cuda_fp32 test_cuda_bf16)
-tests: train_gpt $(addprefix $(BUILD)/,$(TESTS))
+tests: train_gpt $(addprefix $(BUILD)/,$(TESTS) bench_optimizer_cpu)
 
 TEST_HEADERS := $(HEADERS) $(wildcard test/*.h test/*.cpp) $(BUILD)/config
 FIBER_FLAGS   = $(CXX) -std=c++17 -O2 -g -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi -fno-strict-aliasing -DFIBER $(DEFINES) $(INCLUDES) $(if $(CUDA_DIR),-isystem $(CUDA_DIR)/include)
@@ -123,6 +124,8 @@ $(BUILD)/test_cpu: test/test_cpu.cpp train_gpt.cu $(TEST_HEADERS)
 	$(CPU_CXX) $< -o $@ $(LIBS)
 $(BUILD)/test_comm: test/test_comm.cpp $(TEST_HEADERS)
 	$(CPU_CXX) $< -o $@ $(LIBS)
+$(BUILD)/bench_optimizer_cpu: dev/bench_optimizer.cu train_gpt.cu $(HEADERS) $(BUILD)/config
+	$(CPU_CXX) -x c++ $< -o $@ $(LIBS)
 $(BUILD)/test_fiber_%: test/test_fiber.cpp $(TEST_HEADERS)
 	$(FIBER_FLAGS) $($*_define) $< -o $@ $(LIBS)
 $(BUILD)/test_cuda_%: test/test_cuda.cu train_gpt.cu $(TEST_HEADERS)
@@ -143,6 +146,7 @@ demo:
 
 # --- Kernel ladders ---------------------------------------------------------------------------------------------------------------
 
+$(BUILD)/bench_optimizer: train_gpt.cu
 ifneq ($(NVCC),)
 dev: $(patsubst dev/%.cu,$(BUILD)/%,$(wildcard dev/*.cu))
 $(BUILD)/%: dev/%.cu $(HEADERS) $(wildcard dev/*.h) $(BUILD)/config

@@ -143,6 +143,7 @@ struct CudaRuntime {
         Event(const Event&) = delete;
         ~Event() { cudaEventDestroy(event); }
         void record() { CUDA_CHECK(cudaEventRecord(event, cuda_stream)); }
+        void record_beside() { CudaComm::record(event); }
         bool done() const {
             cudaError_t error = cudaEventQuery(event);
             if (error == cudaErrorNotReady) return false;

@@ -82,7 +82,9 @@ kernels_fp32() { kernels fp32; }
 ladders() {
     local ladder
     part "build of the ladders" make dev
-    for ladder in dev/*.cu; do part "$ladder" "build/$(basename "$ladder" .cu)"; done
+    for ladder in dev/*.cu; do
+        [[ $ladder == */bench_* ]] || part "$ladder" "build/$(basename "$ladder" .cu)"
+    done
 }
 
 sanitize() { # the runs side by side

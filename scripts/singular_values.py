@@ -9,9 +9,7 @@ singular values by about a hundredth), on the momentum itself (with --nesterov 1
 the gradient is not in a checkpoint).
 """
 import argparse
-import json
 import re
-import struct
 import sys
 from pathlib import Path
 
@@ -41,21 +39,14 @@ def coefficients(name):
 
 
 def read_tensor(path, name):
-    """A tensor of a safetensors file: u64 length, that much JSON, then the bytes."""
-    import numpy as np
+    from safetensors import SafetensorError, safe_open
     try:
-        with open(path, "rb") as f:
-            length, = struct.unpack("<Q", f.read(8))
-            if length > path.stat().st_size:
-                raise ValueError
-            header = json.loads(f.read(length))
-            if name not in header:
+        with safe_open(path, "np") as f:
+            if name not in f.keys():
                 fail(f"{path} has no {name}: not of a muon or dmuon run, or of a model with fewer layers")
-            begin, end = header[name]["data_offsets"]
-            f.seek(8 + length + begin)
-            return np.frombuffer(f.read(end - begin), "<f4").reshape(header[name]["shape"])
-    except (OSError, ValueError, struct.error, KeyError, TypeError) as e:
-        fail(f"{path}: {e if isinstance(e, OSError) else 'no whole safetensors file'}")
+            return f.get_tensor(name)
+    except (OSError, SafetensorError) as e:
+        fail(f"{path}: {e}")
 
 
 def layer_matrices(path, layer):
@@ -155,7 +146,7 @@ def main():
     polynomials = coefficients(args.coefficients)
     if not 0 <= args.steps <= (5 if len(polynomials) > 1 else 20):
         parser.error(f"--steps {args.steps}: {args.coefficients} has 0 to {5 if len(polynomials) > 1 else 20}")
-    packages.need("numpy", "matplotlib")
+    packages.need("numpy", "matplotlib", "safetensors")
     matrices = layer_matrices(args.checkpoint, args.layer)
     found = spectra(matrices, polynomials, args.steps)
     print_table(matrices, found)
