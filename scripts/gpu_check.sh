@@ -76,9 +76,10 @@ failed=()
 log=$results/$name.log
 if [[ $dry ]]; then log=/dev/null; else mkdir -p "$results" build; fi
 query() { nvidia-smi --query-gpu="$1" --format=csv,noheader | head -n 1; }
+find_nvcc() { make info | sed -nE 's/^CUDA +([^,]*nvcc),.*/\1/p'; }
 header() {
     local nvcc
-    nvcc=$(make info | sed -nE 's/^CUDA +([^,]*nvcc),.*/\1/p')
+    nvcc=$(find_nvcc)
     echo "gpu: $(query name)"
     echo "gpus: $(nvidia-smi -L | wc -l)"
     echo "driver: $(query driver_version)"
@@ -144,7 +145,7 @@ tiny=(--layers 2 --heads 2 --channels 128 --seq_len 64 --batch 2 --train "$rando
 repeat() {
     local optimizer at=build/gpu_check_repeat
     random_tokens
-    rm -rf $at
+    [[ $dry ]] || rm -rf $at
     for optimizer in adamw dmuon; do
         for run in one two; do
             part "$optimizer, run $run" ./train_gpt --model d6 --batch 8 --seq_len 512 --train "$random/train_*.bin" --device cuda \
@@ -154,7 +155,7 @@ repeat() {
         part "$optimizer: the same bytes" bash -c 'cd "$1" && ls one/*.safetensors && for file in one/*.safetensors; do
             cmp "$file" "two/${file#one/}"; done' - $at/$optimizer
     done
-    rm -rf $at
+    [[ $dry ]] || rm -rf $at
 }
 
 sanitize_run() {
@@ -183,23 +184,24 @@ refused() { # title words command...
 }
 
 refusals() {
-    local gpus left
-    gpus=$(nvidia-smi -L | wc -l)
+    local here=$gpus left
+    [[ $dry ]] || here=$(nvidia-smi -L | wc -l)
     random_tokens
     refused "hidden" 'leaves none' env CUDA_VISIBLE_DEVICES= ./train_gpt "${tiny[@]}" --device cuda --steps 2
-    refused "too few" "$((gpus + 1)) are wanted and $gpus are here" ./train_gpt "${tiny[@]}" --gpus $((gpus + 1)) --steps 2
+    refused "too few" "$((here + 1)) are wanted and $here are here" ./train_gpt "${tiny[@]}" --gpus $((here + 1)) --steps 2
     if command -v mpirun > /dev/null; then
         refused "shared by two ranks" 'share GPU' env CUDA_VISIBLE_DEVICES=0 mpirun --allow-run-as-root --oversubscribe -n 2 \
             ./train_gpt "${tiny[@]}" --device cuda --steps 2
     fi
-    if ((gpus > 1)); then
+    if ((here > 1)); then
         refused "NCCL without a network" 'nccl' env NCCL_SOCKET_IFNAME=nonsense ./train_gpt "${tiny[@]}" --gpus 2 --steps 2
     fi
+    [[ ! $dry ]] || return 0
     printf '%s\n' '#include <unistd.h>' 'int main(int, char **arguments) {' \
         '    size_t free, total, left = size_t(atoi(arguments[1])) << 20; void *memory;' \
         '    if (cudaMemGetInfo(&free, &total) || free < left || cudaMalloc(&memory, free - left)) return 1;' \
         '    write(1, "full\n", 5); pause();' '}' > build/gpu_check_fill.cu
-    part "build of a program that fills a GPU" "${nvcc:-nvcc}" -w build/gpu_check_fill.cu -o build/gpu_check_fill
+    part "build of a program that fills a GPU" "$(find_nvcc)" -w build/gpu_check_fill.cu -o build/gpu_check_fill
     for left in 1 300; do
         coproc filler { exec build/gpu_check_fill $left; }
         read -r -t 60 _ <&"${filler[0]}" || true
