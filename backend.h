@@ -63,10 +63,19 @@ constexpr bool is_backend() {
     using Event = typename Backend::Event;
     static_assert(std::is_default_constructible<Event>::value, "Event()");
     METHOD(Event, record, void());
+    METHOD(Event, record_beside, void());  // in the order of the collectives, after all that is enqueued so far
     METHOD(Event, done, bool() const);  // whether the device has passed it; asking does not wait
     // milliseconds of the device from a to b
     constexpr FunctionPointer<float(const Event& a, const Event& b)> ms = &Event::ms;
     (void)ms;
+    // run(work): work is enqueued, always the same and with the same pointers; from the second time on as one graph. What
+    // `work` does to the host's memory happens in the first two calls alone. Not for collectives.
+    using Graph = typename Backend::Graph;
+    static_assert(std::is_default_constructible<Graph>::value, "Graph()");
+    METHOD(Graph, run, void(const std::function<void()>& work));
+    // What is enqueued while it lives bears its name in NVIDIA's profilers, with a number unless that is -1.
+    static_assert(std::is_constructible<typename Backend::Range, const char* /*name*/, int /*number*/>::value,
+                  "Range(name, number)");
 
     // Collectives, over all ranks; every rank calls the same ones in the same order. They run beside what is enqueued
     // after them, until wait(ticket). While an EnqueueDeadline lives, enqueueing that blocks because a rank is lost ends

@@ -1,9 +1,10 @@
-// cuda_backend.cuh: struct Cuda, the GPU half of the seam. What is here: memory, events, the device, and the model's
-// matrix products on cuBLASLt. What it inherits: the hand-written kernels (gpt_kernels.cuh, attention.cuh,
+// cuda_backend.cuh: struct Cuda, the GPU half of the seam. What is here: memory, events, ranges, the device, and the
+// model's matrix products on cuBLASLt. What it inherits: the hand-written kernels (gpt_kernels.cuh, attention.cuh,
 // ns_kernels.cuh) and the collectives (comm.h). Everything is enqueued on the one stream `cuda_stream`; only
 // synchronize() waits for it. Every operation, with its shapes: backend.h; its twin is struct Cpu (cpu_backend.h).
 #pragma once
 #include <cublasLt.h>
+#include <nvtx3/nvToolsExt.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -142,6 +143,7 @@ struct CudaRuntime {
         Event(const Event&) = delete;
         ~Event() { cudaEventDestroy(event); }
         void record() { CUDA_CHECK(cudaEventRecord(event, cuda_stream)); }
+        void record_beside() { CudaComm::record(event); }
         bool done() const {
             cudaError_t error = cudaEventQuery(event);
             if (error == cudaErrorNotReady) return false;
@@ -153,6 +155,46 @@ struct CudaRuntime {
             CUDA_CHECK(cudaEventElapsedTime(&elapsed, a.event, b.event));
             return elapsed;
         }
+    };
+
+    // The first call loads the kernels and finds the products' algorithms, the second records, this and all later ones
+    // launch what was recorded: the device goes from kernel to kernel without asking the host.
+    class Graph {
+        cudaGraphExec_t recorded = nullptr;
+        bool warm = false;
+
+      public:
+        Graph() = default;
+        Graph(const Graph&) = delete;
+        ~Graph() {
+            if (recorded) cudaGraphExecDestroy(recorded);
+        }
+        void run(const std::function<void()>& work) {
+            if (!warm) {
+                warm = true;
+                return work();
+            }
+            if (!recorded) {
+                cudaGraph_t graph;
+                CUDA_CHECK(cudaStreamBeginCapture(cuda_stream, cudaStreamCaptureModeThreadLocal));
+                work();
+                CUDA_CHECK(cudaStreamEndCapture(cuda_stream, &graph));
+                CUDA_CHECK(cudaGraphInstantiate(&recorded, graph, 0));
+                CUDA_CHECK(cudaGraphDestroy(graph));
+            }
+            CUDA_CHECK(cudaGraphLaunch(recorded, cuda_stream));
+        }
+    };
+
+    // Without a profiler the library's calls return at once.
+    struct Range {
+        explicit Range(const char* name, int number = -1) {
+            char text[32];
+            if (number >= 0) snprintf(text, sizeof text, "%s %d", name, number);
+            nvtxRangePushA(number >= 0 ? text : name);
+        }
+        Range(const Range&) = delete;
+        ~Range() { nvtxRangePop(); }
     };
 };
 

@@ -350,6 +350,13 @@ struct Tokenizer {
         return texts_[size_t(token)];
     }
 
+    // Bytes of text that a token stands for. The token that ends a text stands for none, unless it is a single byte:
+    // the newline of byte shards is text like any other.
+    int text_bytes(int token) const {
+        const size_t bytes = decode(token).size();
+        return token == end_of_text && bytes > 1 ? 0 : int(bytes);
+    }
+
   private:
     std::vector<std::string> texts_;  // (vocab)
 };

@@ -22,7 +22,7 @@
 
 struct Options {
     // data
-    std::string train, val;
+    std::string train, val, hellaswag;
     int seq_len = 1024;
     bool seq_len_given = false;  // else --model CHECKPOINT brings its own
     int vocab = 0;
@@ -66,7 +66,7 @@ struct Options {
     std::string kernels = "auto";
     std::string recompute = "none";
     int head_rows = 0;
-    bool profile = false, tune = true;
+    bool graph = false, profile = false, tune = true;
     double rank_timeout = 300;
     bool help = false, version = false;
 };
@@ -101,8 +101,11 @@ inline const std::vector<Flag>& flag_table() {
     static const double below_one = 0.999999;  // a decay of 1 never forgets, and its bias correction divides by zero
     static const char* const on_off = "0|1";
     static const std::vector<Flag> table = {
-        {"data", "train", &O::train, "GLOB", "token shards to train on, quoted: 'data/fineweb/train_*.bin'; required"},
+        {"data", "train", &O::train, "GLOB",
+         "token shards to train on, quoted: 'data/fineweb/train_*.bin'; required unless --steps is 0"},
         {"data", "val", &O::val, "GLOB", "token shards to evaluate on"},
+        {"data", "hellaswag", &O::hellaswag, "FILE",
+         "score HellaSwag at the end, after the last step was saved; of scripts/data.py hellaswag"},
         {"data", "seq_len", &O::seq_len, "N", "tokens per sequence; --model CHECKPOINT brings its own", 1, 65536},
         {"data", "vocab", &O::vocab, "N", "vocabulary; 0: tokenizer.bin's beside the shards, else 50257", 0, 65536},
 
@@ -117,7 +120,9 @@ inline const std::vector<Flag>& flag_table() {
         {"batch", "batch", &O::batch, "N", "sequences per rank and micro-step: what fits in memory", 1, 65536},
         {"batch", "total_batch", &O::total_batch, "TOKENS",
          "tokens per optimizer step over all ranks, by gradient accumulation; 0: --batch x --seq_len x ranks", 0, 1e9},
-        {"batch", "steps", &O::steps, "N", "optimizer steps in all, those before a resume included", 1, many},
+        {"batch", "steps", &O::steps, "N",
+         "optimizer steps in all, those before a resume included; 0: just evaluate --model on --val and --hellaswag", 0,
+         many},
 
         {"optimizer", "optimizer", &O::optimizer, "adamw|muon|dmuon",
          "AdamW; Muon for the hidden matrices, all of them on every rank; DMuon: the same, each on its owner alone"},
@@ -194,7 +199,10 @@ inline const std::vector<Flag>& flag_table() {
          "on a GPU take the fastest algorithm for each product: timed at the first start and kept in "
          "~/.cache/train_gpt; "
          "0: the library's guess"},
-        {"run", "profile", &O::profile, on_off, "time the phases of each step"},
+        {"run", "graph", &O::graph, on_off,
+         "on one GPU enqueue forward and backward as a CUDA graph: for small models and batches; not with --profile"},
+        {"run", "profile", &O::profile, on_off,
+         "time the phases of each step; two steps in full go to trace.json in --out (scripts/timeline.py draws them)"},
         {"run", "rank_timeout", &O::rank_timeout, "SECONDS", "give up on a rank that is silent for so long", 1, 1e6},
         {"run", "help", &O::help, on_off, "print this and exit"},
         {"run", "version", &O::version, on_off, "print what this build has (CUDA, NCCL, MPI, a BLAS) and exit"},
@@ -353,7 +361,12 @@ inline void check_contradictions(const Options& o, const std::set<std::string>& 
     };
 
     // data and model
-    if (o.train.empty() && !o.print_plan) usage_fail("--train GLOB is missing (scripts/data.py makes shards)");
+    if (o.train.empty() && o.steps > 0 && !o.print_plan)
+        usage_fail("--train GLOB is missing (scripts/data.py makes shards)");
+    if (o.steps == 0 && o.val.empty() && o.hellaswag.empty() && !o.print_plan)
+        usage_fail("--steps 0 only evaluates: add --val or --hellaswag, or more steps");
+    for (const char* name : {"out", "resume", "eval_every", "sample_every", "profile"})
+        only_with(name, o.steps > 0, "--steps above 0");
     for (const char* name : {"eval_every", "eval_tokens"}) only_with(name, !o.val.empty(), "--val");
     const bool by_hand = o.layers || o.heads || o.channels;
     if (by_hand && !o.model.empty()) usage_fail("--model contradicts --layers, --heads, --channels: drop it or them");
@@ -421,6 +434,7 @@ inline void check_contradictions(const Options& o, const std::set<std::string>& 
     }
 
     // run
+    if (o.graph && o.profile) usage_fail("--graph contradicts --profile, which times parts of what would be one");
     if (o.head_rows > 0 && o.head_rows < 128)
         usage_fail("--head_rows %d is too small: at least 128, or 0 for all rows", o.head_rows);
     for (const char* name : {"sample_tokens", "temperature"}) only_with(name, o.sample_every > 0, "--sample_every");

@@ -17,10 +17,7 @@
 #include "common.h"
 #include "kernels/cuda_common.cuh"
 #include "kernels/mma.cuh"
-
-#ifndef FIBER
 #include "kernels/ns_hopper.cuh"
-#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // D = alpha * A op(B) + beta * C + diag * I in 16 bits, on the tensor cores
@@ -380,18 +377,24 @@ class MatrixMove {
         from += size_t(at.row) * ref.ld + at.col;
         if (aligned && at.count > 0) return Quad<float>::load_once(from);
         Quad<float> quad = {};
-        for (int k = 0; k < at.count; k++) quad[k] = from[k];
+        UNROLL  // so that a quad stays in registers
+        for (int k = 0; k < kQuad; k++)
+            if (k < at.count) quad[k] = from[k];
         return quad;
     }
     __device__ void store_once(float* to, Place at, const Quad<float>& quad) const {
         to += size_t(at.row) * ref.ld + at.col;
         if (aligned && at.count > 0) return quad.store_once(to);
-        for (int k = 0; k < at.count; k++) to[k] = quad[k];
+        UNROLL
+        for (int k = 0; k < kQuad; k++)
+            if (k < at.count) to[k] = quad[k];
     }
     __device__ void store(real* to, Place at, const Quad<real>& quad) const {
         to += size_t(at.row) * ref.ld + at.col;
         if (aligned && at.count > 0) return quad.store(to);
-        for (int k = 0; k < at.count; k++) to[k] = quad[k];
+        UNROLL
+        for (int k = 0; k < kQuad; k++)
+            if (k < at.count) to[k] = quad[k];
     }
     // Its element in the tile, which is kept in the matrix's own orientation.
     __device__ float& in_tile(MoveTile& tile, Place at, int k) const { return tile[at.row - n0][at.col - m0 + k]; }
@@ -507,18 +510,14 @@ struct NsKernels {
     // Where the GPU has kernels for it (ns_hopper.cuh).
     class NsChain {
       public:
-        NsChain([[maybe_unused]] int batch, [[maybe_unused]] NsType type, [[maybe_unused]] int* counters) {
-#ifndef FIBER
+        NsChain(int batch, NsType type, int* counters) {
             if (type != NsType::fp32 && hopper_kernels()) chain = new HopperRecorder(type, batch, counters);
-#endif
         }
         NsChain(const NsChain&) = delete;
         ~NsChain() noexcept(false) {
-#ifndef FIBER
             if (!chain) return;
             const std::unique_ptr<HopperRecorder> ended(std::exchange(chain, nullptr));
             ended->launch();
-#endif
         }
     };
     // D (batch, M, N) = alpha * A op(B) + beta * C + diag * I, summed in fp32 and rounded to `type` once. A is (batch,
@@ -527,9 +526,7 @@ struct NsKernels {
     // multiples of 8. The bits of a matrix of D depend on its own operands only, not on the batch it is in.
     static void ns_product(void* D, const void* A, const void* B, const void* C, float alpha, float beta, float diag,
                            int batch, int M, int N, int K, NsProduct kind, NsType type) {
-#ifndef FIBER
         if (chain) return chain->add(kind, D, A, B, C, alpha, beta, diag, M, N, K);
-#endif
         with_type(type, [&](auto zero) {
             using T = decltype(zero);
             auto run = kind == NsProduct::nn ? product<T, NsProduct::nn> : product<T, NsProduct::symmetric_nt>;
@@ -570,9 +567,7 @@ struct NsKernels {
     }
 
   private:
-#ifndef FIBER
     static inline HopperRecorder* chain = nullptr;
-#endif
     // Calls body with a value of the C++ type that `type` names.
     template <typename Body>
     static void with_type(NsType type, Body body) {

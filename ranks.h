@@ -211,6 +211,15 @@ void wait_until(Done done, const char* what) {
     Deadline::got_on();
 }
 
+// Waits, outside of steps, until the device has done all that was enqueued. Collectives may be among it, so this polls
+// with the ranks' deadline like every other wait.
+template <class Backend>
+void finish(const char* what) {
+    typename Backend::Event reached;
+    reached.record();
+    wait_until([&] { return reached.done(); }, what);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // A run that is asked to stop: kill, Ctrl-C, a lost terminal, Slurm's warning before its time limit
 

@@ -3,7 +3,7 @@
 //
 //   1. Model config   sizes, the table of parameter tensors
 //   2. Model          activations, forward, backward; written once over the backend
-//   3. Trainer        schedule; Run: data, sizes, what to go on from; checkpoints, evaluation, samples, log; the loop
+//   3. Trainer        schedule; Run: data, sizes, what to go on from; checkpoints, samples, log; the loop
 //   4. main
 //
 // Every operation of the model is a static function of the backend: struct Cuda (hand-written kernels) or struct Cpu
@@ -25,6 +25,8 @@
 #include "ranks.h"
 // defines: CpuComm, CudaComm
 #include "comm.h"
+// defines: Evaluator, HellaSwag, HellaSwagEvaluator
+#include "evaluate.h"
 // defines: is_backend, the table of all operations
 #include "backend.h"
 // defines: Cpu
@@ -33,6 +35,8 @@
 #ifdef __CUDACC__
 #include "cuda_backend.cuh"
 #endif
+// defines: Timeline
+#include "timeline.h"
 // defines: Plan, newton_schulz, Optimizer, print_plan
 #include "dmuon.cuh"
 
@@ -312,6 +316,7 @@ struct Activations {
 template <class Backend>
 class Model : Activations<typename Backend::real> {
     using real = typename Backend::real;
+    using Range = typename Backend::Range;
     using Acts = Activations<real>;
 
   public:
@@ -342,10 +347,12 @@ class Model : Activations<typename Backend::real> {
     // tokens (B,T) -> lnf (B,T,C)
     void forward(const int* tokens, int B, int T) {
         const int C = config.channels, N = B * T, H = config.heads, L = config.layers;
+        const Range range("forward");
         optimizer.need_flat();
         Backend::embedding_forward(encoded, tokens, params.wte, params.wpe, B, T, C);
         layernorm_1(0, N);
         for (int l = 0; l < L; l++) {
+            const Range of_layer("forward of layer", l);
             const auto& w = params.layers[l];
             Layer& a = layers[l];
             optimizer.need_layer(l);
@@ -368,6 +375,7 @@ class Model : Activations<typename Backend::real> {
 
     // lnf -> losses (N) against targets
     void loss(int B, int T) {
+        const Range range("loss");
         for_each_chunk(B * T, [&](int row, int rows) {
             head(logits, lnf + size_t(row) * config.channels, rows);
             Backend::classifier(losses + row, logits, targets + row, 0.0f, rows, config.vocab, config.padded_vocab(),
@@ -387,12 +395,14 @@ class Model : Activations<typename Backend::real> {
     // owners, layer by layer.
     void backward(int B, int T, float dloss, bool accumulate, bool complete) {
         const int C = config.channels, N = B * T, H = config.heads, L = config.layers, Vp = config.padded_vocab();
+        const Range range("backward");
         if (!accumulate) {
             Backend::zero(grads.wpe, size_t(config.seq_len) * C * sizeof(float));
             float* vectors = grads.layers[0].ln1w;  // lie together, from the first LayerNorm's to the last
             Backend::zero(vectors, (grads.lnfb + C - vectors) * sizeof(float));
         }
         for_each_chunk(N, [&](int row, int rows) {
+            const Range of_head("head");
             const real* x = lnf + size_t(row) * C;
             head(logits, x, rows);
             Backend::classifier(losses + row, logits, targets + row, dloss, rows, config.vocab, Vp, true);
@@ -404,6 +414,7 @@ class Model : Activations<typename Backend::real> {
         Backend::layernorm_backward(dresidual, grads.lnfw, grads.lnfb, grads.layers[L - 1].fcprojb, nullptr, scratch_c,
                                     layers[L - 1].residual3, params.lnfw, lnf_mean, lnf_rstd, N, C, partials);
         for (int l = L - 1; l >= 0; l--) {
+            const Range of_layer("backward of layer", l);
             const auto& w = params.layers[l];
             const auto& dw = grads.layers[l];
             Layer& a = layers[l];
@@ -535,7 +546,7 @@ inline void print_batches(const Plan& plan, const ModelConfig& config, const Opt
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 3. Trainer. In parts: initial weights and the schedule; Run, what a run is made of and goes on from; RunState,
-// weights and optimizer state in a checkpoint; evaluation; samples; StepRecord and StepLog, what a step leaves behind;
+// weights and optimizer state in a checkpoint; samples; StepRecord and StepLog, what a step leaves behind;
 // and the training loop.
 
 // A normal deviate that is a function of (seed, tensor, element) alone, by Box-Muller on hashed counters: every backend
@@ -633,30 +644,38 @@ inline std::string describe_file(const std::string& path) {
 // All that can be known, and refused, before the device is touched and the model is allocated.
 struct Run {
     const Options options;
-    const std::unique_ptr<Shards> train, val;    // val: null without --val
-    const std::unique_ptr<Tokenizer> tokenizer;  // null: none lies beside the shards
+    const std::unique_ptr<Shards> train, val;    // null without --train (--steps 0), without --val
+    const std::unique_ptr<Tokenizer> tokenizer;  // null: none lies beside the data
     const std::string train_digest;              // names, sizes, and a sample of the content of the shards
     std::unique_ptr<Checkpoint> source;          // of the first weights; null: initial_values
     const ModelConfig config;
-    const int64_t total_batch;    // tokens per optimizer step, over all ranks
-    const int accumulation;       // micro-steps per optimizer step
-    const uint64_t eval_windows;  // sequences in an evaluation, over all ranks
-    std::string resumed_from;     // the path of `source` if it gives the optimizer's state and the step too
-    int64_t first_step = 0;       // steps done before this process started
+    const std::unique_ptr<HellaSwag> hellaswag;  // null without --hellaswag
+    const int64_t total_batch;                   // tokens per optimizer step, over all ranks
+    const int accumulation;                      // micro-steps per optimizer step
+    const uint64_t eval_windows;                 // sequences in an evaluation, over all ranks
+    std::string resumed_from;  // the path of `source` if it gives the optimizer's state and the step too
+    int64_t first_step = 0;    // steps done before this process started
 
     explicit Run(const Options& given)
         : options(with_checkpoint_sizes(given)),
-          train(new Shards(options.train, options.seq_len)),
+          train(options.train.empty() ? nullptr : new Shards(options.train, options.seq_len)),
           val(options.val.empty() ? nullptr : new Shards(options.val, options.seq_len)),
           tokenizer(find_tokenizer()),
           train_digest(digest(describe("train", train.get()))),
           config(agreed_config()),
+          hellaswag(options.hellaswag.empty()
+                        ? nullptr
+                        : new HellaSwag(options.hellaswag,
+                                        tokenizer ? std::min(config.vocab, tokenizer->vocab) : config.vocab,
+                                        config.seq_len)),
           total_batch(find_total_batch()),
           accumulation(int(total_batch / (int64_t(options.batch) * options.seq_len * world.size))),
           eval_windows(find_eval_windows()) {
         if (tokenizer && config.vocab < tokenizer->vocab)
             fail("a vocabulary of %d is smaller than the %d tokens of the tokenizer beside the shards", config.vocab,
                  tokenizer->vocab);
+        if (options.graph && world.size > 1)
+            usage_fail("--graph is for one GPU: on several, collectives run beside the backward pass");
         if (options.vocab > 0 && options.vocab != config.vocab)
             fail("--vocab %d contradicts the %d of checkpoint %s", options.vocab, config.vocab, options.model.c_str());
         if (is_checkpoint(options.model)) {
@@ -704,6 +723,7 @@ struct Run {
         for (const Shards* shards : {train.get(), val.get()})
             for (size_t i = 0; shards && i < shards->paths().size(); i++)
                 directories.insert(directory_of(shards->paths()[i]));
+        if (!options.hellaswag.empty()) directories.insert(directory_of(options.hellaswag));
         std::unique_ptr<Tokenizer> found;
         std::string first;
         for (const std::string& directory : directories) {
@@ -712,7 +732,7 @@ struct Run {
             if (lstat(path.c_str(), &info) != 0 && errno == ENOENT) continue;
             std::unique_ptr<Tokenizer> tokenizer(new Tokenizer(path));
             if (found && found->identity != tokenizer->identity)
-                fail("%s and %s differ: shards of one run must be of one tokenizer", first.c_str(), path.c_str());
+                fail("%s and %s differ: the data of one run must be of one tokenizer", first.c_str(), path.c_str());
             if (!found) first = path, found = std::move(tokenizer);
         }
         return found;
@@ -733,6 +753,7 @@ struct Run {
     ModelConfig agreed_config() const {
         std::string facts = describe("train", train.get()) + describe("val", val.get());
         facts += strprintf("tokenizer %s\n", tokenizer ? tokenizer->identity.c_str() : "none");
+        if (!options.hellaswag.empty()) facts += "--hellaswag " + describe_file(options.hellaswag) + "\n";
         if (is_checkpoint(options.model)) facts += "--model " + describe_file(options.model);
         require_same(facts);
         return model_config(options, find_vocab());
@@ -872,15 +893,6 @@ struct Run {
 
 // ---- RunState: weights and optimizer state in a checkpoint ----------------------------------------------------------
 
-// Waits, outside of steps, until the device has done all that was enqueued. Collectives may be among it, so this polls
-// with the ranks' deadline like every other wait.
-template <class Backend>
-void finish(const char* what) {
-    typename Backend::Event reached;
-    reached.record();
-    wait_until([&] { return reached.done(); }, what);
-}
-
 // A checkpoint holds whole tensors by name, so it knows neither ranks nor owners: fp32 weights as
 // "h.0.mlp.c_fc.weight", the optimizer's state as "optimizer.momentum.h.0.mlp.c_fc.weight".
 template <class Backend>
@@ -999,49 +1011,6 @@ class RunState {
         }
         while_others_wait([&] { writer->finish(keep); });
         say("saved %s/step_%08" PRId64 "%s\n", out.c_str(), step, ckpt::kSuffix);
-    }
-};
-
-// ---- Evaluation -----------------------------------------------------------------------------------------------------
-
-// The mean loss over the first --eval_tokens tokens of the validation files, in whole windows, in their order. The
-// ranks have equal shares, give or take a window: neither ranks nor --batch change what is read.
-template <class Backend>
-class Evaluator {
-    const Run& run;
-    Model<Backend>& model;
-    int* host;    // (2,B,T) pinned: inputs, targets
-    double* sum;  // device: of the losses
-
-  public:
-    Evaluator(const Run& run_, Model<Backend>& model_) : run(run_), model(model_) {
-        host = static_cast<int*>(Backend::alloc_host(2 * size_t(run.options.batch) * run.config.seq_len * sizeof(int)));
-        sum = static_cast<double*>(Backend::alloc(sizeof(double), "the sum of validation losses"));
-    }
-
-    double mean_loss() {
-        const int T = run.config.seq_len;
-        int *inputs = host, *targets = host + size_t(run.options.batch) * T;
-        Backend::zero(sum, sizeof(double));
-        const uint64_t ranks = uint64_t(world.size), rank = uint64_t(world.rank);
-        const uint64_t end = run.eval_windows * (rank + 1) / ranks;
-        for (uint64_t first = run.eval_windows * rank / ranks; first < end; first += uint64_t(run.options.batch)) {
-            const int B = int(std::min(uint64_t(run.options.batch), end - first));
-            for (int b = 0; b < B; b++)
-                run.val->read(run.val->in_order(first + uint64_t(b)), inputs + b * T, targets + b * T,
-                              run.config.vocab);
-            Backend::upload(model.inputs, inputs, size_t(B) * T * sizeof(int));
-            Backend::upload(model.targets, targets, size_t(B) * T * sizeof(int));
-            finish<Backend>("an evaluation");  // `host` may be filled again
-            model.forward(model.inputs, B, T);
-            model.loss(B, T);
-            Backend::sum_losses(sum, model.losses, B * T);
-        }
-        double total = 0;
-        Backend::wait(Backend::all_reduce(sum, 1));
-        Backend::download(&total, sum, sizeof total);
-        finish<Backend>("an evaluation");
-        return total / (double(run.eval_windows) * T);
     }
 };
 
@@ -1209,7 +1178,8 @@ class Trainer {
     Optimizer<Backend> optimizer;
     Model<Backend> model;
     RunState<Backend> state;
-    std::unique_ptr<Evaluator<Backend>> evaluator;  // null without --val
+    std::unique_ptr<Evaluator<Backend, Model<Backend>>> evaluator;           // null without --val
+    std::unique_ptr<HellaSwagEvaluator<Backend, Model<Backend>>> hellaswag;  // null without --hellaswag
     StepLog log;
 
     // What the device leaves for the host at the end of a step. The host reads it one step later, so it never waits
@@ -1220,15 +1190,18 @@ class Trainer {
     };
     struct Slot {
         Event begin, optimizer_begin, end;  // of the step's work on the device
-        std::vector<Event> marks;           // --profile: where phase phases[i] of the optimizer ends
-        std::vector<Phase> phases;
-        typename Optimizer<Backend>::Stalls stalls;  // --profile: where the model waited for weights of the step before
-        Event read;                                  // `host` is filled
+        Timeline<Backend> own_timeline;     // --profile
+        Timeline<Backend>* timeline;        // that of this step: its own, or a traced one
+        Event read;                         // `host` is filled
         Stats* host;
         int64_t step = 0;  // 0: empty
         double lr = 0;
     };
     Slot slots[2];
+    // --profile: two steps in a row are kept for trace.json, since the weights of the first arrive in the second. By
+    // then caches and libraries are warm, if the run is long enough; and one more follows, for the second's weights.
+    Timeline<Backend> traced[2];
+    int64_t traced_last;
     double* sums;           // [2] device: loss, stopping
     double* host_stopping;  // [2] pinned, by slot
     bool stopping = false;  // some rank was asked to stop, and all know
@@ -1245,15 +1218,20 @@ class Trainer {
           log(run_) {
         check_memory();
         model.allocate(options.batch);
-        if (run.val) evaluator.reset(new Evaluator<Backend>(run, model));
+        const ModelConfig& config = run.config;
+        if (run.val)
+            evaluator.reset(new Evaluator<Backend, Model<Backend>>(*run.val, run.tokenizer.get(), model,
+                                                                   run.eval_windows, options.batch, config.vocab));
+        if (run.hellaswag)
+            hellaswag.reset(new HellaSwagEvaluator<Backend, Model<Backend>>(*run.hellaswag, run.tokenizer.get(), model,
+                                                                            options.batch, config.seq_len));
         sums = static_cast<double*>(Backend::alloc(2 * sizeof(double), "sums"));
         host_stopping = static_cast<double*>(Backend::alloc_host(2 * sizeof(double)));
         for (Slot& slot : slots) {
             slot.host = static_cast<Stats*>(Backend::alloc_host(sizeof(Stats)));
-            if (!options.profile) continue;
-            slot.marks = std::vector<Event>(optimizer.phase_calls());
-            slot.stalls.events = std::vector<Event>(2 * optimizer.plan.buckets.size());
         }
+        traced_last = std::min(run.first_step + 11, std::max(run.first_step + 1, options.steps - 1));
+        for (Timeline<Backend>& timeline : traced) timeline.traces_collectives = true;
     }
 
     // Returns the exit code: 0, or 128 + the signal that asked it to stop before its last step.
@@ -1261,6 +1239,7 @@ class Trainer {
         state.start();
         run.source.reset();  // --keep may remove the file: its room on the disk must not be held
         print_table();
+        if (options.steps == 0) return evaluate_only();
         if (run.first_step >= options.steps) {
             say("the run is at step %" PRId64 " of %" PRId64
                 ": nothing left to do (--steps is the total, also after a resume)\n",
@@ -1278,14 +1257,25 @@ class Trainer {
             finish<Backend>("the products to be timed");
         }
         int64_t micro_steps = 0;
+        typename Backend::Graph graphs[2];  // --graph: of a step's first micro-step, and of the others
         typename Backend::EnqueueDeadline deadline;
         note_stop_signals();
         for (int64_t step = run.first_step + 1; step <= options.steps; step++) {
+            const typename Backend::Range range("step", int(step % INT_MAX));
             Slot& slot = slots[step % 2];
             const size_t tokens = size_t(options.batch) * options.seq_len;
             slot.begin.record();
-            slot.stalls.recorded = 0;
-            if (options.profile) optimizer.stalls = &slot.stalls;
+            const bool is_traced = step == traced_last || step == traced_last - 1;
+            Timeline<Backend>& timeline = *(slot.timeline = is_traced ? &traced[step % 2] : &slot.own_timeline);
+            timeline.clear();
+            if (options.profile) optimizer.timeline = &timeline;
+            // From one point of a step to the next, by name.
+            size_t reached = options.profile ? timeline.point() : 0;
+            auto until_here = [&](const char* name, int number) {
+                if (!options.profile) return;
+                const size_t begin = std::exchange(reached, timeline.point());
+                timeline.span(name, number, begin, reached);
+            };
             Backend::zero(sums, 2 * sizeof(double));
             for (int m = 0; m < run.accumulation; m++, micro_steps++) {
                 // The host stays at most two micro-steps ahead; the device never waits for it.
@@ -1296,14 +1286,22 @@ class Trainer {
                 Backend::upload(model.targets, batch.targets, tokens * sizeof(int));
                 Backend::upload(model.order, batch.order, tokens * sizeof(int));
                 uploaded[micro_steps % 3].record();
-                model.forward(model.inputs, options.batch, options.seq_len);
-                // The loss is the mean over all tokens of the step, whoever has them, so plain sums over micro-steps
-                // and ranks give the gradient.
-                model.backward(options.batch, options.seq_len, 1.0f / float(run.total_batch), m > 0,
-                               m + 1 == run.accumulation);
-                Backend::sum_losses(sums, model.losses, int(tokens));
+                const auto micro_step = [&](bool complete) {
+                    model.forward(model.inputs, options.batch, options.seq_len);
+                    until_here("forward", m);
+                    // The loss is the mean over all tokens of the step, whoever has them, so plain sums over
+                    // micro-steps and ranks give the gradient.
+                    model.backward(options.batch, options.seq_len, 1.0f / float(run.total_batch), m > 0, complete);
+                    Backend::sum_losses(sums, model.losses, int(tokens));
+                    until_here("backward", m);
+                };
+                if (options.graph) {
+                    optimizer.need_all();  // the host's part of forward; that of backward is left to the optimizer
+                    graphs[m > 0].run([&] { micro_step(false); });
+                } else {
+                    micro_step(m + 1 == run.accumulation);
+                }
             }
-            optimizer.stalls = nullptr;
             slot.optimizer_begin.record();
             host_stopping[step % 2] = stop_signal != 0;
             Backend::upload(&sums[1], &host_stopping[step % 2], sizeof(double));
@@ -1312,12 +1310,10 @@ class Trainer {
             const double share = schedule(options, step),
                          muon_peak = options.muon_lr > 0 ? options.muon_lr : 2 * options.lr;
             slot.lr = options.lr * share;
-            slot.phases.clear();
-            optimizer.step(float(slot.lr), float(muon_peak * share), [&](Phase phase) {
-                if (!options.profile) return;
-                slot.marks[slot.phases.size()].record();
-                slot.phases.push_back(phase);
-            });
+            int phases = 0;
+            optimizer.step(float(slot.lr), float(muon_peak * share),
+                           [&](Phase phase) { until_here(phase_names[phase], phases++); });
+            optimizer.timeline = nullptr;
             slot.end.record();
             Backend::wait(std::move(summed));
             Backend::download(&slot.host->loss, sums, 2 * sizeof(double));
@@ -1329,8 +1325,8 @@ class Trainer {
             auto due = [&](int64_t every) { return last || (every > 0 && step % every == 0); };
             report(slots[(step - 1) % 2]);  // the previous step, while this one runs
             if (evaluator && due(options.eval_every)) {
-                const double val_loss = evaluator->mean_loss();
-                report(slot, &val_loss);
+                const Validation validation = evaluator->run();
+                report(slot, &validation);
             }
             if (options.sample_every > 0 && due(options.sample_every)) {
                 report(slot);
@@ -1343,6 +1339,7 @@ class Trainer {
             }
             if (last || stopping) report(slot);
             if (stopping && !last) return stopped(step);
+            if (last && hellaswag && !score_hellaswag(step)) return stopped(step);
         }
         return 0;
     }
@@ -1382,16 +1379,28 @@ class Trainer {
                           Activations<typename Backend::real>::layer_bytes(config, Recompute(levels.size()))));
         row("recompute", strprintf("%s; bytes kept of a token in a layer: %s", options.recompute.c_str(),
                                    join(levels, ", ").c_str()));
-        row("train", strprintf("%s: %" PRIu64 " tokens, %" PRIu64 " windows%s", options.train.c_str(),
-                               run.train->tokens(), run.train->windows(),
-                               run.tokenizer ? "" : " (no tokenizer.bin beside them: samples are token numbers)"));
+        if (run.train)
+            row("train", strprintf("%s: %" PRIu64 " tokens, %" PRIu64 " windows", options.train.c_str(),
+                                   run.train->tokens(), run.train->windows()));
         if (run.val)
             row("val", strprintf("%s: %" PRIu64 " tokens, %" PRIu64 " windows; an evaluation reads %" PRIu64,
                                  options.val.c_str(), run.val->tokens(), run.val->windows(), run.eval_windows));
-        row("step", strprintf("%" PRId64 " tokens: %d sequences x %d tokens x %d ranks x %d micro-steps",
-                              run.total_batch, options.batch, options.seq_len, world.size, run.accumulation));
-        row("optimizer", strprintf("%s, steps %" PRId64 " to %" PRId64, options.optimizer.c_str(), run.first_step + 1,
-                                   options.steps));
+        if (hellaswag)
+            row("hellaswag",
+                strprintf("%s: %zu examples", options.hellaswag.c_str(), run.hellaswag->examples.size()) +
+                    (hellaswag->rows_cut() == 0
+                         ? ""
+                         : strprintf("; %zu of %zu endings do not fit with their context into --seq_len: its "
+                                     "beginning is cut off",
+                                     hellaswag->rows_cut(), hellaswag->row_count())));
+        if (!run.tokenizer)
+            row("tokenizer", "no tokenizer.bin beside the data: samples are token numbers, no bits per byte");
+        if (options.steps > 0)
+            row("step", strprintf("%" PRId64 " tokens: %d sequences x %d tokens x %d ranks x %d micro-steps",
+                                  run.total_batch, options.batch, options.seq_len, world.size, run.accumulation));
+        if (options.steps > 0)
+            row("optimizer", strprintf("%s, steps %" PRId64 " to %" PRId64, options.optimizer.c_str(),
+                                       run.first_step + 1, options.steps));
         if (!options.out.empty())
             row("out", options.out +
                            (options.save_every > 0
@@ -1421,13 +1430,14 @@ class Trainer {
 
     // Prints and logs a step once the device has finished it; does nothing for a slot that is empty or already
     // reported.
-    void report(Slot& slot, const double* val_loss = nullptr) {
+    void report(Slot& slot, const Validation* validation = nullptr) {
         if (slot.step == 0) return;
         wait_until([&] { return slot.read.done(); }, "a step to finish");
         const bool skip = slot.host->clip[0] == 0;
-        const StepRecord step = record(slot, val_loss, skip);
+        const StepRecord step = record(slot, validation, skip);
         say("%s\n", step.printed().c_str());
         log.write(step.json());
+        if (slot.step == std::min(traced_last + 1, options.steps)) write_trace();
         slot.step = 0;
         stopping = stopping || slot.host->stopping > 0;
         skipped = skip ? skipped + 1 : 0;
@@ -1437,7 +1447,16 @@ class Trainer {
                 "checkpoint");
     }
 
-    StepRecord record(const Slot& slot, const double* val_loss, bool skip) {
+    void write_trace() const {
+        if (!options.profile || options.out.empty() || world.rank != 0) return;
+        std::vector<const Timeline<Backend>*> steps;
+        const int64_t first = std::max(traced_last - 1, run.first_step + 1);
+        for (int64_t step = first; step <= traced_last; step++) steps.push_back(&traced[step % 2]);
+        Timeline<Backend>::write_trace(options.out + "/trace.json", steps, first,
+                                       strprintf("rank 0 of %d, %s", world.size, options.optimizer.c_str()));
+    }
+
+    StepRecord record(const Slot& slot, const Validation* validation, bool skip) {
         const double loss = slot.host->loss / double(run.total_batch), norm = slot.host->clip[1];
         const double ms = Event::ms(slot.begin, slot.end), optimizer_ms = Event::ms(slot.optimizer_begin, slot.end);
         const double rate = double(run.total_batch) / ms * 1e3, peak = Backend::peak_flops() * world.size;
@@ -1448,7 +1467,7 @@ class Trainer {
         StepRecord line;
         line.add("step", double(slot.step), "%.0f", strprintf("step %5" PRId64 "/%" PRId64, slot.step, options.steps));
         line.add("loss", loss, "%.9g", "loss " + number("%.4f", loss));
-        if (val_loss) line.add("val_loss", *val_loss, "%.9g", "val " + number("%.4f", *val_loss));
+        if (validation) add(line, *validation);
         line.add("grad_norm", norm, "%.9g", "norm " + number("%.3f", norm));
         line.add("lr", slot.lr, "%.9g", strprintf("lr %.2e", slot.lr));
         line.add("step_ms", ms, "%.4f", strprintf("%.2f ms (optimizer %.2f)", ms, optimizer_ms));
@@ -1459,19 +1478,53 @@ class Trainer {
         if (optimizer.plan.method != Method::adamw) line.add("ns_matrices", double(optimizer.plan.ns_matrices), "%.0f");
         line.print_only(strprintf("%" PRId64 "m%02" PRId64 "s left", left / 60, left % 60));
         if (options.profile) {
-            double phase_ms[phase_count] = {};
-            for (size_t i = 0; i < slot.phases.size(); i++)
-                phase_ms[slot.phases[i]] += Event::ms(i == 0 ? slot.optimizer_begin : slot.marks[i - 1], slot.marks[i]);
-            for (int p = 0; p < phase_count; p++)
-                line.add(phase_names[p] + std::string("_ms"), phase_ms[p], "%.4f",
-                         strprintf("%s %.3f", phase_names[p], phase_ms[p]));
-            double wait_ms = 0;  // outside of the optimizer's time: what the forward pass waited for weights
-            for (size_t i = 0; i < slot.stalls.recorded; i += 2)
-                wait_ms += Event::ms(slot.stalls.events[i], slot.stalls.events[i + 1]);
-            line.add("wait_ms", wait_ms, "%.4f", strprintf("wait %.3f", wait_ms));
+            auto add = [&](const char* name) {
+                const double sum = slot.timeline->total_ms(name);
+                line.add(name + std::string("_ms"), sum, "%.4f", strprintf("%s %.3f", name, sum));
+            };
+            for (const char* name : phase_names) add(name);
+            add("wait");  // outside of the optimizer's time: what the forward pass waited for weights
         }
         if (skip) line.print_only("not finite: update skipped");
         return line;
+    }
+
+    void add(StepRecord& line, const Validation& validation) const {
+        line.add("val_loss", validation.loss, "%.9g", "val " + number("%.4f", validation.loss));
+        if (run.tokenizer)
+            line.add("val_bpb", validation.bits_per_byte, "%.9g",
+                     number("%.4f", validation.bits_per_byte) + " bits/byte");
+    }
+
+    // Prints the scores, and gives them a line of their own in the log: the model is saved by then, and this may take
+    // long. False if the run was asked to stop.
+    bool score_hellaswag(int64_t step) {
+        const auto scores = hellaswag->run([&](size_t rows, double seconds) {
+            say("hellaswag: %zu of %zu endings, %.0f s left\n", rows, hellaswag->row_count(), seconds);
+        });
+        if (!scores) return false;
+        StepRecord line;
+        line.add("step", double(step), "%.0f", strprintf("hellaswag of %zu examples", run.hellaswag->examples.size()));
+        line.add("hellaswag_acc", scores->acc, "%.6f", strprintf("acc %.4f", scores->acc));
+        line.add("hellaswag_acc_norm", scores->acc_norm, "%.6f",
+                 strprintf("acc_norm %.4f (by tokens: llm.c)", scores->acc_norm));
+        if (run.tokenizer)
+            line.add("hellaswag_acc_norm_chars", scores->acc_norm_chars, "%.6f",
+                     strprintf("%.4f (by characters: lm-eval)", scores->acc_norm_chars));
+        say("%s\n", line.printed().c_str());
+        log.write(line.json());
+        return true;
+    }
+
+    // --steps 0
+    int evaluate_only() {
+        if (evaluator) {
+            StepRecord line;
+            add(line, evaluator->run());
+            say("%s\n", line.printed().c_str());
+        }
+        if (hellaswag) score_hellaswag(0);
+        return 0;
     }
 
     // Forward and backward multiply and add each parameter once and twice per token; attention adds 6 L C T (causal).
@@ -1571,7 +1624,11 @@ int main(int argc, char** argv) {
     try {
         keep_standard_streams();
         const Options options = parse_flags(argc, argv);
-        if (options.help || options.version || options.print_plan) return print_what_is_asked(options), 0;
+        if (options.help || options.version || options.print_plan) {
+            print_what_is_asked(options);
+            _exit(
+                0);  // OpenBLAS's destructor waits for its threads, which under a memory limit (ulimit -v) never start
+        }
         start_ranks(argv, options.gpus, options.rank_timeout, [&] { use_cuda(options, options.gpus); });
         require_same(program_and_flags(options));
 #ifdef __CUDACC__

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """The peer: the same training in PyTorch, beside ./train_gpt on the same machine in the same run.
 
-    python3 dev/peer_pytorch.py [--model d12] [--batch 32]                 how fast
+    python3 dev/peer_pytorch.py [--model d12] [--batch 32] [--only step|optimizer] [--repeats 20] [--compile whole|blocks]   how fast
     python3 dev/peer_pytorch.py --data DIR [--model d12] [--batch 32] [--steps 600]   what loss: on train_*.bin and val_*.bin
 
 Prints one JSON line per measurement. How fast: tokens per second of GPT-2 with torch.compile, flash attention (SDPA) and fused
 AdamW in bf16, and milliseconds of the optimizer step alone: fused AdamW, Muon one matrix after the other, and Muon with all
-matrices of a shape in one batch under torch.compile (Newton-Schulz: five bf16 steps with Polar Express coefficients).
+matrices of a shape in one batch under torch.compile (Newton-Schulz: five bf16 steps with Polar Express coefficients). --compile
+blocks compiles one block, which all layers share, and the head, instead of the whole model: its time does not grow with the layers,
+and the step is somewhat slower. What was compiled is kept in build/torch_cache for the next start.
 What loss: the validation loss after training with AdamW and with Muon, fp32 weights under bf16 autocast, with the settings of
 `scripts/gpu_check.sh train`; windows and their order are drawn anew, so it is another run of the same experiment.
 """
@@ -14,6 +16,11 @@ import argparse
 import glob
 import json
 import math
+import os
+import time
+from pathlib import Path
+
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).resolve().parent.parent / "build" / "torch_cache"))
 
 import numpy as np
 import torch
@@ -55,8 +62,20 @@ class GPT(torch.nn.Module):
         x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
+        return self.head(x, targets)
+
+    def head(self, x, targets):
         logits = F.linear(self.ln_f(x), self.wte.weight)
         return F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets.view(-1))
+
+
+def compiled_model(model, args):
+    if args.compile == "whole":
+        return torch.compile(model)
+    for block in model.blocks:
+        block.compile()
+    model.head = torch.compile(model.head)
+    return model
 
 
 def orthogonalise(x):  # (..., m, n), m <= n
@@ -94,8 +113,8 @@ def say(args, what, value, unit):
     print(json.dumps({"peer": f"PyTorch {torch.__version__}", "model": args.model, "what": what, unit: round(value, 3)}), flush=True)
 
 
-def measure_speed(args):
-    layers, heads, channels = SIZES[args.model]
+def measure_optimizers(args):
+    layers, _, channels = SIZES[args.model]
     lr = torch.tensor(1e-3, device="cuda")
 
     # The optimizer step alone, on fp32 weights and gradients of the hidden matrices with Q, K and V apart (Muon's) or of all (AdamW's)
@@ -115,12 +134,14 @@ def measure_speed(args):
 
     say(args, "Muon, one matrix after the other", median_ms(one_by_one, 10), "optimizer_ms")
     say(args, "Muon, batched by shape, compiled", median_ms(batched), "optimizer_ms")
-    del stacks
 
+
+def measure_step(args):
+    layers, heads, channels = SIZES[args.model]
     model = GPT(layers, heads, channels).cuda().bfloat16()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
     tokens = torch.randint(0, 50257, (args.batch, 1025), device="cuda")
-    forward = torch.compile(model)
+    forward = compiled_model(model, args)
 
     def step():
         forward(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).backward()
@@ -128,7 +149,11 @@ def measure_speed(args):
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
 
-    ms = median_ms(step)
+    begin = time.time()
+    step()
+    torch.cuda.synchronize()
+    say(args, f"first step, with compilation of {args.compile}", time.time() - begin, "s")
+    ms = median_ms(step, args.repeats)
     say(args, f"training step, B={args.batch} T=1024", args.batch * 1024 / ms * 1e3, "tokens_per_s")
     say(args, "AdamW, fused (bf16 weights without fp32 masters)", median_ms(optimizer.step), "optimizer_ms")
 
@@ -218,11 +243,17 @@ def main():
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--data", help="directory with shards of GPT-2 tokens; without it speed is measured")
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--only", choices=("step", "optimizer"), help="how fast: of the two just this")
+    parser.add_argument("--repeats", type=int, default=20, help="how fast: timed steps")
+    parser.add_argument("--compile", choices=("whole", "blocks"), default="whole")
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(1)
     if not args.data:
-        measure_speed(args)
+        if args.only != "step":
+            measure_optimizers(args)
+        if args.only != "optimizer":
+            measure_step(args)
         return
     for name, muon in (("AdamW", False), ("Muon, batched by shape", True)):
         say(args, f"{name}: validation loss after {args.steps} steps", final_loss(args, muon), "val_loss")

@@ -34,12 +34,10 @@
 #include <type_traits>
 
 #include "../common.h"
+#include "attention_hopper.cuh"
 #include "attention_scalar.cuh"
 #include "cuda_common.cuh"
 #include "mma.cuh"
-#ifndef FIBER
-#include "attention_hopper.cuh"
-#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Tiles
@@ -440,13 +438,7 @@ __global__ void __launch_bounds__(KeyTiles<HD>::threads, kKeyBlocks<HD>)
 
 struct Attention {
     // Whether heads of this size are for the kernels of attention_hopper.cuh on this GPU.
-    static bool on_hopper(int hd) {
-#ifdef FIBER
-        return hd < 0;
-#else
-        return sizeof(real) == 2 && (hd == 64 || hd == 128) && hopper_kernels();
-#endif
-    }
+    static bool on_hopper(int hd) { return sizeof(real) == 2 && (hd == 64 || hd == 128) && hopper_kernels(); }
 
     static void attention_forward(real* out /*(B,T,C)*/, float* lse /*(B,H,T)*/,
                                   const real* qkv /*(B,T,3C): q|k|v, head h at columns h*hd*/, int B, int T, int C,
@@ -456,10 +448,8 @@ struct Attention {
         const float scale = 1.0f / std::sqrt(float(hd));
         auto flash = [&](auto head_dim) {
             constexpr int HD = decltype(head_dim)::value;
-#ifndef FIBER
             if constexpr (HD >= 64)
                 if (on_hopper(HD)) return hopper_forward<HD>(out, lse, qkv, B, T, C, H);
-#endif
             using Tiles = QueryTiles<HD>;
             LAUNCH(flash_forward_kernel<HD>, grid<Tiles::own_rows>(B, T, H), Tiles::threads, flash_bytes<Tiles>(1), out,
                    lse, qkv, T, C, scale);
@@ -481,10 +471,8 @@ struct Attention {
         const float scale = 1.0f / std::sqrt(float(hd));
         auto flash = [&](auto head_dim) {
             constexpr int HD = decltype(head_dim)::value;
-#ifndef FIBER
             if constexpr (HD >= 64)
                 if (on_hopper(HD)) return hopper_backward<HD>(dqkv, delta, dout, qkv, out, lse, B, T, C, H);
-#endif
             using Queries = QueryTiles<HD>;
             using Keys = KeyTiles<HD>;
             LAUNCH(flash_dq_kernel<HD>, grid<Queries::own_rows>(B, T, H), Queries::threads, flash_bytes<Queries>(2),

@@ -93,12 +93,15 @@ struct HopperItems {
     __device__ Item at(int i) const {
         const int first_head = i / (group * blocks) * group, within = i % (group * blocks);
         const int heads_of_group = min(group, heads - first_head);
-        const int head = first_head + within % heads_of_group, shorter_ones = within / heads_of_group;
+        const int head = first_head + within % heads_of_group, longer_ones = within / heads_of_group;
         Item item;
         item.b = head / H;
         item.h = head % H;
-        item.first = (own_queries ? blocks - 1 - shorter_ones : shorter_ones) * warpgroups;
-        item.own = min(warpgroups, tiles - item.first);
+        // Where warpgroups do not divide tiles, a block with fewer of them is the shortest: of the queries the first
+        // rows.
+        const int before = longer_ones * warpgroups;
+        item.own = min(warpgroups, tiles - before);
+        item.first = own_queries ? tiles - before - item.own : before;
         item.start = own_queries ? item.first + item.own - 1 : item.first;
         item.step = own_queries ? -1 : 1;
         item.passing = own_queries ? item.start + 1 : tiles - item.start;
@@ -217,6 +220,9 @@ struct HopperConsumer {
     unsigned i = 0;  // items, also those of others
     unsigned n = 0;  // tiles of the ring, also those that were let pass
     int b, h, place /*of the own tile in the block*/, own_tile, tiles /*to compute: the diagonal one, and others*/;
+
+    __device__ HopperConsumer(typename Tiles::Shared& shared_, const HopperItems& items_)
+        : shared(shared_), items(items_) {}
 
     // Waits for the next item in which this warpgroup has a tile, and lets pass what is above the diagonal. Places in
     // the block change from item to item, since the last one of the queries, or the first one of the keys, has most
@@ -357,7 +363,7 @@ __global__ void __launch_bounds__(Tiles::threads, 1)
     }
     take_registers<Tiles::registers>();
     using Consumer = HopperConsumer<Tiles>;
-    Consumer my{*shared, items};
+    Consumer my(*shared, items);
     const float scale_log2 = scale * kLog2e;
 
     while (my.next_item()) {
@@ -474,7 +480,7 @@ __global__ void __launch_bounds__(Tiles::threads, 1)
     }
     take_registers<Tiles::registers>();
     using Consumer = HopperConsumer<Tiles>;
-    Consumer my{*shared, items};
+    Consumer my(*shared, items);
     const float scale_log2 = scale * kLog2e;
 
     while (my.next_item()) {
@@ -588,7 +594,7 @@ __global__ void __launch_bounds__(Tiles::threads, 1)
     }
     take_registers<Tiles::registers>();
     using Consumer = HopperConsumer<Tiles>;
-    Consumer my{*shared, items};
+    Consumer my(*shared, items);
     const float scale_log2 = scale * kLog2e;
 
     while (my.next_item()) {

@@ -230,15 +230,12 @@ __device__ inline void hopper_transpose(T* half, int warp) {
 // The counters of the chain, by one thread of a block each: what one has stored and counted, another that has seen the
 // count may load.
 __device__ inline void hopper_count(int* counter) {
-    asm volatile("fence.proxy.async;" ::: "memory");
-    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+    proxy_fence();
+    counter_add(counter);
 }
 __device__ inline void hopper_wait_for(const int* counter, int value) {
-    int seen;
-    do {
-        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-    } while (seen < value);
-    asm volatile("fence.proxy.async;" ::: "memory");
+    counter_wait(counter, value);
+    proxy_fence();
 }
 #endif
 
@@ -333,7 +330,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1) hopper_chain_kernel(const _
             if (product.c < 0) {
                 mbarrier_arrive(&shared->staging_in);
             } else {
-                asm volatile("fence.proxy.async;" ::: "memory");
+                proxy_fence();
                 mbarrier_arrive_expect(&shared->staging_in, kHopperRows * width * 2);
                 for (int col = 0; col < width; col += kBoxCols)
                     tma_load(staging + col * kHopperRows, &chain.maps[product.c], tile.matrix, tile.row, tile.col + col,

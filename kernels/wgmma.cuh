@@ -5,8 +5,9 @@
 //   wgmma             products of tiles in shared memory by a warpgroup (4 warps, the first a multiple of 4)
 //   the rest          stmatrix, registers handed from one warpgroup to another, barriers of some warps
 // Kernels that use them have their bodies between #if HOPPER and #endif, so that other architectures compile; where
-// hopper_kernels() is false the launchers take the mma.sync kernels. Sources: PTX ISA 8.x, sections on
-// mbarrier, cp.async.bulk.tensor and wgmma (the layouts of its operands in shared memory).
+// hopper_kernels() is false the launchers take the mma.sync kernels. With -DFIBER the same functions come from the
+// emulation in test/fiber_hopper.h. Sources: PTX ISA 8.x, sections on mbarrier, cp.async.bulk.tensor and wgmma (the
+// layouts of its operands in shared memory).
 #pragma once
 #include <cuda.h>  // CUtensorMap; the library itself is not linked
 
@@ -14,7 +15,7 @@
 #include "mma.cuh"
 
 // sm_90a alone has these instructions: the "a" says that no later architecture need have them.
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(FIBER)
 #define HOPPER 1
 #else
 #define HOPPER 0
@@ -24,6 +25,7 @@
 // mbarriers. A barrier completes a phase when `arrivals` threads have arrived and all the bytes that were announced
 // have landed; then the next phase begins. A wait names the parity of the phase that it waits for: 0, 1, 0, ..
 
+#ifndef FIBER
 __device__ inline void mbarrier_init(uint64_t* barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
@@ -49,6 +51,7 @@ __device__ inline void mbarrier_wait(uint64_t* barrier, int parity) {
             : "memory");
     } while (!done);
 }
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // TMA. A tensor is (batch, rows, cols) of 16-bit elements, a box 64 columns (128 bytes) by box_rows rows of one matrix.
@@ -61,6 +64,7 @@ __host__ __device__ constexpr int box_at(int row, int col) {
     return row * kBoxCols + (((col / 8) ^ (row % 8)) * 8 + col % 8);
 }
 
+#ifndef FIBER
 // Strides in elements; the address and the strides in bytes must be multiples of 16.
 inline CUtensorMap tensor_map(const void* data, bool half /*fp16, else bf16*/, size_t cols, size_t rows, size_t batch,
                               size_t row_stride, size_t batch_stride, int box_rows) {
@@ -111,6 +115,20 @@ __device__ inline void tma_prefetch(const CUtensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// Between global memory that TMA reads or writes and ordinary accesses: behind a wait for TMA's stores and before the
+// word is passed on, and behind the word and before TMA's loads. Blocks pass it on by counters:
+__device__ inline void proxy_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
+__device__ inline void counter_add(int* counter) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+}
+__device__ inline void counter_wait(const int* counter, int value) {
+    int seen;
+    do {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+    } while (seen < value);
+}
+#endif
+
 // ---------------------------------------------------------------------------------------------------------------------
 // wgmma: d (64, N) += A (64, 16) B (16, N) by a warpgroup, T bf16 or fp16, sums fp32. Warp w of it has rows
 // 16w..16w+15, laid out as mma.sync's results: with g = lane/4 and t = lane%4, d[4j + 0, 1] = (g, 8j + 2t and + 1),
@@ -138,6 +156,7 @@ __device__ inline uint64_t mn_major_step(uint64_t descriptor, int steps) { retur
 // A wgmma runs in the background: wgmma_begin before the first of a series (after the registers in it were written),
 // wgmma_commit behind the last, and nothing touches its registers or shared memory before wgmma_wait<n> says that all
 // but the newest n committed series are done.
+#ifndef FIBER
 __device__ inline void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int n>
@@ -205,9 +224,12 @@ __device__ inline void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t
     if constexpr (N == 128) WGMMA_REGISTERS(128, "bf16", WGMMA_NAMES_64, WGMMA_SUMS_64, 64, 65, 66, 67, 68, 69, 70);
 }
 
+#endif
+
 // ---------------------------------------------------------------------------------------------------------------------
 // The rest
 
+#ifndef FIBER
 // The counterparts of ldmatrix_x4 and ldmatrix_x4_trans: lane l passes the address of row l%8 of matrix l/8.
 __device__ inline void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
@@ -240,10 +262,14 @@ __device__ inline void barrier_sync(int id, int threads) {
 __device__ inline void barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+#endif
 
 // Whether kernels written with these instructions run here: on a GPU of sm_90, in a build for sm_90a (PTX of an older
 // architecture, compiled by the driver, has empty bodies in their place), and not under --kernels portable.
 inline bool portable_kernels = false;
+#ifdef FIBER
+inline bool hopper_kernels() { return !portable_kernels; }
+#else
 __global__ void hopper_probe_kernel() {}
 inline bool hopper_kernels() {
     static const bool can_run = [] {
@@ -258,3 +284,4 @@ inline bool hopper_kernels() {
     }();
     return can_run && !portable_kernels;
 }
+#endif

@@ -7,6 +7,7 @@
     scripts/data.py fineweb10B --tokenizer gpt2 --shards 10   web text, GPT-2 tokens already, 100M to a shard
     scripts/data.py linux --tokenizer gpt2 --tokens 160e6  the kernel's C and documents (GPL), from a Debian package of 140 MB
     scripts/data.py text:PATH --val_frac 0.04              your own: a file (plain, .xz, .gz), a directory, or a URL
+    scripts/data.py hellaswag --tokenizer gpt2             not to train on: 10,042 questions, for train_gpt --hellaswag
 
 Bytes need nothing but Python; GPT-2's BPE comes from the package tiktoken (installed into .venv on first need). What is
 held out is the last of the text, whole documents of it where there are several. --pack FILE.xz also writes the documents as
@@ -15,6 +16,7 @@ one text: on a machine without a network, text:FILE.xz makes the same shards of 
 Shard (llm.c's format):  256 int32 {20240520, 1, number of tokens, 0...}, then the tokens as uint16.
 tokenizer.bin (llm.c's): 256 int32 {20240328, 2, vocabulary, end-of-text token, 0...}, then for each token one byte of
 length and its bytes. Every document is preceded by the end-of-text token: 50256 under gpt2, a newline under byte.
+hellaswag.bin (llm.c's format for multiple choice): evaluate.h has it.
 """
 import argparse
 import array
@@ -51,6 +53,8 @@ GITHUB_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565e
 TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-%s.txt"
 FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_%s_%06d.bin"
 FINEWEB_SHARDS = 103  # training shards that exist there
+HELLASWAG = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+HELLASWAG_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # TensorFlow Datasets has the same
 DATASETS = ("tinyshakespeare", "austen", "tinystories", "fineweb10B", "linux")
 
 SEPARATOR = b"<|endoftext|>"  # between the documents of one text file
@@ -225,7 +229,8 @@ def r_character_vector(data):
 
 def linux_documents(downloads):
     """The sources of Linux, from Debian's package linux-source: files .c, .h, .rst and .txt, in the order of a hash of their
-    paths, so that the first of them are a fair sample of all, and the last, which are held out, are too.
+    paths, so that the first of them are a fair sample of all, and the last, which are held out, are too. Linux 6.1.192 has
+    59,782 documents in 787 MB; 160.1 M GPT-2 tokens are 345 MB, and 61 MB as --pack writes them.
 
     Left out: registers of chips, written by generators (drivers/gpu/drm/amd/include, every directory asic_reg), files above
     half a megabyte (nearly all are tables), what is not UTF-8, and what is there already under another name.
@@ -523,6 +528,49 @@ def fineweb_shards(args, out, have):
     return files
 
 
+def llmc_question(example):
+    """[context, four endings] as llm.c words them: the text as it is, a space in between."""
+    return [example["ctx"]] + [" " + ending for ending in example["endings"]]
+
+
+def lm_eval_question(example):
+    """The same as lm-eval 0.4 words them: the activity in front, a capital for the second part of the context, and without the
+    marks of the part that comes from WikiHow: "[title]" becomes a full stop, others go. A space at the end of the context goes
+    to the endings."""
+    def clean(text):
+        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+    context = clean(f"{example['activity_label']}: {example['ctx_a']} {example['ctx_b'].capitalize()}")
+    spaces = context[len(context.rstrip()):] + " "
+    return [context.rstrip()] + [spaces + clean(ending) for ending in example["endings"]]
+
+
+def hellaswag_files(args, out, tokenizer):
+    """The questions in the words of llm.c and of lm-eval, a file for each."""
+    wordings = {"hellaswag.bin": llmc_question, "hellaswag_lm_eval.bin": lm_eval_question}
+    path, examples = download(HELLASWAG, args.downloads / "hellaswag_val.jsonl", HELLASWAG_SHA256), []
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            example = json.loads(line)
+            if len(example["endings"]) != 4 or example["label"] not in range(4):
+                raise ValueError("not four endings of which one is right")
+            examples.append((example["label"], *([piece.encode() for piece in question(example)] for question in wordings.values())))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        fail(f"{path}: line {len(examples) + 1} is no question of HellaSwag ({e!r}): delete it and try again")
+
+    for wording, name in enumerate(wordings, 1):
+        encoded = tokenizer.encode(piece for example in examples for piece in example[wording])
+        blocks = []
+        for number, example in enumerate(examples):
+            block = struct.pack("<3H", number, example[0], 4)
+            for _ in range(5):
+                tokens = next(encoded)
+                block += struct.pack("<H", len(tokens) // 2) + tokens
+            blocks.append(struct.pack("<2H", 65535, 4 + len(block)) + block)
+        write_atomic(out / name, [header(20240522, 1, len(examples), max(map(len, blocks)))] + blocks)
+    return list(wordings)
+
+
 def fingerprint(where):
     """Of a text on this machine: shards are made again when it has changed."""
     digest = hashlib.sha256()
@@ -568,7 +616,7 @@ def shard_tokens(path):
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", metavar="DATASET", help=f"{', '.join(DATASETS)} or text:PATH")
+    parser.add_argument("dataset", metavar="DATASET", help=f"{', '.join(DATASETS)}, text:PATH or hellaswag")
     parser.add_argument("--tokenizer", choices=("byte", "gpt2"), default="byte")
     parser.add_argument("--val_frac", type=float, metavar="X",
                         help="the last X of the tokens are held out for validation [0.1; tinystories and fineweb10B bring their own]")
@@ -596,8 +644,10 @@ def parse_arguments():
                 named = False
             if not named or re.search(r"[\s\x00-\x1f]", where):
                 parser.error(f"{where!r} is no address")
-    elif args.dataset not in DATASETS:
-        parser.error(f"no dataset {args.dataset!r}: there are {', '.join(DATASETS)} and text:PATH")
+    elif args.dataset not in (*DATASETS, "hellaswag"):
+        parser.error(f"no dataset {args.dataset!r}: there are {', '.join(DATASETS)}, text:PATH and hellaswag")
+    if kind == "hellaswag" and args.val_frac is not None:
+        parser.error("hellaswag has nothing to train on: leave --val_frac out")
     if kind == "fineweb10B" and args.tokenizer != "gpt2":
         parser.error("fineweb10B is GPT-2 tokens: add --tokenizer gpt2")
     if kind in ("fineweb10B", "tinystories") and args.val_frac is not None:
@@ -629,7 +679,7 @@ def main():
     settings = {"dataset": args.dataset, "tokenizer": args.tokenizer}
     if args.dataset == "fineweb10B":
         settings["shards"] = args.shards
-    else:
+    elif args.dataset != "hellaswag":
         settings.update(val_frac=args.val_frac, shard_tokens=args.shard_tokens)
         if args.tokens:
             settings["tokens"] = args.tokens
@@ -655,7 +705,10 @@ def main():
         try:
             tokenizer = ByteTokenizer() if args.tokenizer == "byte" else Gpt2Tokenizer(args.downloads)
             write_tokenizer(staging, tokenizer)
-            names = fineweb_shards(args, staging, good) if args.dataset == "fineweb10B" else text_shards(args, staging, tokenizer)
+            if args.dataset == "fineweb10B":
+                names = fineweb_shards(args, staging, good)
+            else:
+                names = (hellaswag_files if args.dataset == "hellaswag" else text_shards)(args, staging, tokenizer)
         except BaseException as e:
             if args.dataset != "fineweb10B":
                 shutil.rmtree(staging, ignore_errors=True)
@@ -663,6 +716,8 @@ def main():
             if not isinstance(e, Unreachable):
                 raise
             say(str(e))
+            if args.dataset == "hellaswag":
+                fail(f"hellaswag can't be had here; {args.downloads}/hellaswag_val.jsonl is taken where it lies")
             others = [d for d in DATASETS if d != args.dataset and reachable(d, args.downloads)] + ["text:PATH"]
             fail(f"{args.dataset} can't be had here; these can: {', '.join(others)}")
         new = {name: describe(staging / name if (staging / name).exists() else out / name) for name in names + ["tokenizer.bin"]}
@@ -676,6 +731,10 @@ def main():
         shutil.rmtree(staging, ignore_errors=True)
         write_atomic(manifest, [json.dumps({"settings": settings, "files": new}, indent=1).encode()])
         files = new
+
+    if args.dataset == "hellaswag":
+        say(f"{shard_tokens(out / 'hellaswag.bin'):,} questions; in lm-eval's words: {out / 'hellaswag_lm_eval.bin'}")
+        return print(f"--hellaswag {shlex.quote(str(out / 'hellaswag.bin'))}")
 
     def total(split):
         return sum(shard_tokens(out / name) for name in files if name.startswith(split + "_"))

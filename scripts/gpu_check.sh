@@ -82,7 +82,9 @@ kernels_fp32() { kernels fp32; }
 ladders() {
     local ladder
     part "build of the ladders" make dev
-    for ladder in dev/*.cu; do part "$ladder" "build/$(basename "$ladder" .cu)"; done
+    for ladder in dev/*.cu; do
+        [[ $ladder == */bench_* ]] || part "$ladder" "build/$(basename "$ladder" .cu)"
+    done
 }
 
 sanitize() { # the runs side by side
@@ -135,13 +137,8 @@ train_pytorch() {
     part "PyTorch, 124M on $(basename "$data")" python3 dev/peer_pytorch.py --data "$data" --steps "$steps"
 }
 
-# As the figures of others were measured: uniform tokens below 2^15, one shard of 4M.
 random=build/gpu_check_random
-random_tokens() {
-    mkdir -p "$random"
-    python3 -c 'import os, struct, sys; n = 1 << 22; b = bytearray(os.urandom(2 * n)); b[1::2] = bytes(x & 127 for x in b[1::2])
-open(sys.argv[1], "wb").write(struct.pack("<256i", 20240520, 1, n, *[0] * 253) + b)' "$random/train_000.bin"
-}
+random_tokens() { python3 scripts/random_tokens.py "$random/train_000.bin"; }
 
 rows=(d12:4 d12:64 d24:16 d36:8 d48:16) # model:sequences of a GPU in a micro-step
 

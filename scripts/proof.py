@@ -5,8 +5,9 @@
     scripts/proof.py DIR --best NAME     the rate at which that optimizer's run with the first seed ends lowest
     scripts/proof.py DIR --ablations     DIR has runs VARIANT_seedN: final loss and optimizer time of each
 
-Loss is the validation loss; between two evaluations the curve is a straight line. Seconds are those of training steps. Tuned:
-the rate that was best with one seed. Spread: the highest final loss of the seeds less the lowest.
+Loss is the validation loss; between two evaluations the curve is a straight line. What needs fewer steps to a loss is read off
+curves of one length: no run had its schedule shortened to end there. Seconds are those of training steps. Tuned: the rate that
+was best with one seed. Spread: the highest final loss of the seeds less the lowest.
 """
 import argparse
 import re

@@ -5,6 +5,7 @@
 #   --data      fineweb (the default where it can be reached), linux (what is taken elsewhere), or a directory of GPT-2 shards. For a
 #               machine without a network: scripts/data.py linux --tokenizer gpt2 --tokens 160e6 --val_frac 0.02 --pack linux.txt.xz,
 #               and there: scripts/data.py text:linux.txt.xz --tokenizer gpt2 --val_frac 0.02 --out DIR
+#               (a mixture is a directory with links to the shards of several)
 #   --gpus      GPUs for each run [all of this machine]
 #   --minutes   ends in time, with the run that is under way saved; exit status 3: there is more to do
 #   --ablate    instead: the choices inside DMuon, one at a time, at 30 M parameters with two seeds
@@ -41,6 +42,7 @@ done
 [[ ! $minutes || $minutes =~ ^[0-9]+(\.[0-9]+)?$ ]] || usage "--minutes $minutes: a number"
 out=${out:-runs/$([[ $ablate ]] && echo ablations || echo proof)}
 found=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true)
+[[ " $size" != *" --device cpu"* ]] || found=0
 gpus=${gpus:-$found}
 ((found > 0)) || [[ $size ]] || fail "no GPU here; --size '--device cpu --layers 2 ...' tries the script without one"
 ((gpus <= found)) || fail "--gpus $gpus: this machine has $found"

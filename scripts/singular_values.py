@@ -9,9 +9,7 @@ singular values by about a hundredth), on the momentum itself (with --nesterov 1
 the gradient is not in a checkpoint).
 """
 import argparse
-import json
 import re
-import struct
 import sys
 from pathlib import Path
 
@@ -41,21 +39,14 @@ def coefficients(name):
 
 
 def read_tensor(path, name):
-    """A tensor of a safetensors file: u64 length, that much JSON, then the bytes."""
-    import numpy as np
+    from safetensors import SafetensorError, safe_open
     try:
-        with open(path, "rb") as f:
-            length, = struct.unpack("<Q", f.read(8))
-            if length > path.stat().st_size:
-                raise ValueError
-            header = json.loads(f.read(length))
-            if name not in header:
+        with safe_open(path, "np") as f:
+            if name not in f.keys():
                 fail(f"{path} has no {name}: not of a muon or dmuon run, or of a model with fewer layers")
-            begin, end = header[name]["data_offsets"]
-            f.seek(8 + length + begin)
-            return np.frombuffer(f.read(end - begin), "<f4").reshape(header[name]["shape"])
-    except (OSError, ValueError, struct.error, KeyError, TypeError) as e:
-        fail(f"{path}: {e if isinstance(e, OSError) else 'no whole safetensors file'}")
+            return f.get_tensor(name)
+    except (OSError, SafetensorError) as e:
+        fail(f"{path}: {e}")
 
 
 def layer_matrices(path, layer):
@@ -69,8 +60,7 @@ def layer_matrices(path, layer):
 
 
 def newton_schulz(x, polynomials, steps):
-    """x (m, n) over its Frobenius norm -> nearly its polar factor."""
-    x = x.T if x.shape[0] > x.shape[1] else x
+    """x (m, n), m <= n, over its Frobenius norm -> nearly its polar factor."""
     for k in range(steps):
         a, b, c = polynomials[min(k, len(polynomials) - 1)]
         gram = x @ x.T
@@ -79,16 +69,17 @@ def newton_schulz(x, polynomials, steps):
 
 
 def spectra(matrices, polynomials, steps):
-    """{name: (singular values of the matrix over its norm, those after Newton-Schulz)}, from the largest down."""
+    """{name: (before, after, along)}: the singular values of the matrix over its norm, and those after Newton-Schulz, from the
+    largest down; and what Newton-Schulz has made of each of `before`, along the same two singular vectors."""
     import numpy as np
-
-    def values(x):
-        return np.linalg.svd(x.astype(np.float64), compute_uv=False)
     found = {}
     for name, matrix in matrices.items():
         norm = np.linalg.norm(matrix.astype(np.float64))
         x = (matrix / norm if norm else matrix).astype(np.float32)
-        found[name] = values(x), values(newton_schulz(x, polynomials, steps))
+        x = x.T if x.shape[0] > x.shape[1] else x
+        y = newton_schulz(x, polynomials, steps).astype(np.float64)
+        u, before, v = np.linalg.svd(x.astype(np.float64), full_matrices=False)
+        found[name] = before, np.linalg.svd(y, compute_uv=False), np.einsum("mi,mn,in->i", u, y, v)
     return found
 
 
@@ -96,7 +87,7 @@ def print_table(matrices, found):
     import numpy as np
     print(f"{'matrix':<8}{'shape':>12}   {'before: largest':>15}{'median':>10}{'smallest':>10}   "
           f"{'after: largest':>14}{'median':>8}{'smallest':>10}   {'in 0.7 to 1.3':>13}")
-    for name, (before, after) in found.items():
+    for name, (before, after, _) in found.items():
         rows, columns = matrices[name].shape
         within = np.mean((after > 0.7) & (after < 1.3))
         print(f"{name:<8}{f'{rows} x {columns}':>12}   {before[0]:>15.4f}{np.median(before):>10.2g}{before[-1]:>10.2g}   "
@@ -113,23 +104,25 @@ def draw(found, polynomials, steps, title, path):
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
     figure.suptitle(title, fontsize=10)
     colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(found)))
-    floor = max(min(before[-1] for before, _ in found.values()) / 2, 1e-7)
-    for (name, (before, after)), color in zip(found.items(), colors):
+    floor = 1e-5  # what is smaller comes out smaller than anybody sees
+    for (name, (before, after, along)), color in zip(found.items(), colors):
         order = np.linspace(0, 100, len(before))
         axes[0].semilogy(order, before, color=color, label=name)
         axes[1].plot(order, after, color=color, label=name)
-        axes[2].semilogx(before, after, ".", color=color, markersize=3)
-    s = p = np.geomspace(floor, 1, 500)
+        axes[2].semilogx(before, along, ".", color=color, markersize=4)
+    s = p = np.geomspace(floor, 1, 3000)
     for k in range(steps):
         a, b, c = polynomials[min(k, len(polynomials) - 1)]
         p = a * p + b * p**3 + c * p**5
-    axes[2].semilogx(s, p, color="#b8b8b8", linewidth=4, zorder=0, label=f"the {steps} polynomials")
+    axes[2].semilogx(s, p, color="#c8c8c8", linewidth=1.5, zorder=0, label=f"the {steps} polynomials")
     axes[0].set_title("Momentum over its norm")
     axes[1].set_title("After Newton-Schulz")
     axes[2].set_title("Each value, before and after")
     for ax in axes[:2]:
         ax.set_xlabel("singular values, the largest first (%)")
         ax.legend(frameon=False, ncols=2)
+    axes[0].set_ylim(floor, 1)
+    axes[2].set_xlim(floor, 1)
     axes[2].set_xlabel("before")
     axes[2].set_ylabel("after")
     axes[2].legend(frameon=False, loc="lower right")
@@ -153,7 +146,7 @@ def main():
     polynomials = coefficients(args.coefficients)
     if not 0 <= args.steps <= (5 if len(polynomials) > 1 else 20):
         parser.error(f"--steps {args.steps}: {args.coefficients} has 0 to {5 if len(polynomials) > 1 else 20}")
-    packages.need("numpy", "matplotlib")
+    packages.need("numpy", "matplotlib", "safetensors")
     matrices = layer_matrices(args.checkpoint, args.layer)
     found = spectra(matrices, polynomials, args.steps)
     print_table(matrices, found)

@@ -132,9 +132,11 @@ done
 program test_data python3 test/test_data.py
 program test_hf python3 test/test_hf.py ./train_gpt
 program test_proof python3 test/test_proof.py
+program test_measure python3 test/test_measure.py
 program soak python3 test/soak.py ./train_gpt
 program fuzz test/fuzz.sh 5
 program test_seam python3 test/test_seam.py
+check faults python3 test/mutants.py --check
 program lint make -s lint
 while ((${#running[@]})); do collect; done
 

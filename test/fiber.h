@@ -2,12 +2,16 @@
 //
 // It tests semantics: indexing, tails, barriers, reductions, rounding, alignment. It does not test timing or memory
 // races, though it makes both easier to see: between two barriers a thread runs as far as it can before the next one
-// starts, and the order of blocks and threads and the moment at which cp.async copies land alternate from launch to
-// launch. Blocks run one after the other, so __shared__ is a static variable. wgmma and TMA are not emulated.
+// starts, and the order of blocks and threads and the moment at which copies in the background land alternate from
+// launch to launch.
 //
-// In reading order: the switch between fibers, the scheduler of one block, barriers and warp collectives, the launch,
-// the vocabulary of CUDA (threadIdx, shuffles, intrinsics, the few runtime calls), and the instructions that mma.cuh
-// wraps.
+// The GPU that it makes believe is a Hopper of three multiprocessors. Blocks with more dynamic shared memory than would
+// leave room for a second one run three at once, and may wait for each other. All others run one after the other, so
+// that __shared__ is a static variable.
+//
+// In reading order: the switch between fibers, the scheduler, barriers and warp collectives, the launch, the vocabulary
+// of CUDA (threadIdx, shuffles, intrinsics, the few runtime calls), and the instructions that mma.cuh wraps. Those of
+// wgmma.cuh are in fiber_hopper.h.
 // Compile with: g++ -std=c++17 -O2 -DFIBER -fno-strict-aliasing -Wno-unknown-pragmas -I <toolkit>/include
 #pragma once
 #include <cuda_bf16.h>  // the toolkit's bf16 and half types have host code, with round to nearest even
@@ -22,11 +26,14 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
+#include <string>
+#include <utility>
 #include <vector>
 
 namespace fiber {
 
-constexpr int kWarp = 32, kMaxThreads = 1024;
+constexpr int kWarp = 32, kMaxThreads = 1024 /*of a block*/, kMultiprocessors = 3;
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kSharedBytes = 227 * 1024;  // what one block may ask for on sm_90
 
@@ -65,9 +72,9 @@ inline void make_context(Context* context, char* stack, size_t bytes, void (*ent
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The threads of the one block that runs, and a stack of those that can go on.
+// The blocks that run and their threads, and a stack of those that can go on.
 
-enum class Wait { none, block_barrier, warp_collective, done };
+enum class Wait { none, block_barrier, warp_collective, condition, done };
 
 struct PendingCopy {  // cp.async that has not landed yet
     void* to;
@@ -83,11 +90,18 @@ struct Collective {              // what a thread hands in when it reaches a war
     void (*run)(Thread* lanes, unsigned active) = nullptr;
 };
 
+struct Condition {  // what a thread waits for that no other thread of its warp or block reports
+    bool (*holds)(const void*) = nullptr;
+    std::string (*describe)(const void*) = nullptr;
+    const void* arguments = nullptr;  // on the stack of the waiting thread
+};
+
 struct Thread {
     Context context;
     uint3 index{};
     Wait wait = Wait::done;
     Collective collective;
+    Condition condition;
     std::vector<PendingCopy> copies;
     int copy_group = 0;
 };
@@ -96,19 +110,43 @@ struct Warp {
     unsigned live = 0, arrived = 0;  // bit masks of lanes
 };
 
+// One that runs, on "multiprocessor" i: its threads are number i * kMaxThreads and the following.
+struct Block {
+    uint3 index{};
+    int live = 0, at_barrier = 0;  // threads
+    bool reversed = false, late_copies = false;
+};
+
+struct Background {  // a copy by TMA that has not landed yet
+    int block;
+    std::function<void()> land;
+};
+
 struct Machine {
-    Thread threads[kMaxThreads];
-    Warp warps[kMaxThreads / kWarp];
+    Thread threads[kMultiprocessors * kMaxThreads];
+    Warp warps[kMultiprocessors * kMaxThreads / kWarp];
+    Block blocks[kMultiprocessors];
     Context scheduler;
     std::vector<int> ready;  // the last one runs next: a warp whose lanes have met goes on before other warps start
-    int current = 0, count = 0, live = 0, at_barrier = 0, made = 0;
+    std::vector<Background> background;
+    int current = 0, count = 0 /*threads of a block*/, running = 0 /*blocks, at most*/, made[kMultiprocessors] = {};
+    size_t shared_bytes = 0;
     const std::function<void()>* body = nullptr;
     const char* kernel = "";
-    bool reversed = false, late_copies = false;
     unsigned launches = 0;
+
+    Thread& thread() { return threads[current]; }
+    Block& block() { return blocks[current / kMaxThreads]; }
 };
 inline Machine machine;
-alignas(1024) inline unsigned char dynamic_shared[kSharedBytes];
+alignas(1024) inline unsigned char dynamic_shared[kMultiprocessors][kSharedBytes];
+inline unsigned char* shared_memory() { return dynamic_shared[machine.current / kMaxThreads]; }
+
+// fiber_hopper.h: when a block starts, when a thread of it and when the whole block has ended, when all have.
+inline void hopper_start_block(int block);
+inline void hopper_end_thread();
+inline void hopper_end_block(int block);
+inline void hopper_end_launch();
 
 }  // namespace fiber
 
@@ -130,18 +168,23 @@ inline void die(const char* format, ...) {
 }
 
 [[noreturn]] inline void report_deadlock() {
-    std::fprintf(stderr, "fiber: no thread can go on: the threads of a block wait at different places\n");
-    for (int w = 0; w * kWarp < machine.count; w++) {
-        int barrier = 0, done = 0, collective = 0;
-        const char* name = "";
-        for (int t = w * kWarp; t < std::min(machine.count, (w + 1) * kWarp); t++) {
-            const Thread& thread = machine.threads[t];
-            barrier += thread.wait == Wait::block_barrier;
-            done += thread.wait == Wait::done;
-            if (thread.wait == Wait::warp_collective) collective++, name = thread.collective.name;
+    std::fprintf(stderr, "fiber: no thread can go on: they wait at different places, or for what never comes\n");
+    for (int b = 0; b < machine.running; b++) {
+        if (machine.blocks[b].live == 0) continue;
+        for (int first = 0; first < machine.count; first += kWarp) {
+            std::map<std::string, int> waits;
+            for (int i = first; i < std::min(machine.count, first + kWarp); i++) {
+                const Thread& thread = machine.threads[b * kMaxThreads + i];
+                waits[thread.wait == Wait::block_barrier ? "at __syncthreads"
+                      : thread.wait == Wait::warp_collective
+                          ? std::string("at a warp collective ") + thread.collective.name
+                      : thread.wait == Wait::condition ? "at " + thread.condition.describe(thread.condition.arguments)
+                                                       : "returned"]++;
+            }
+            std::fprintf(stderr, "  block %u, warp %d:", machine.blocks[b].index.x, first / kWarp);
+            for (const auto& [what, threads] : waits) std::fprintf(stderr, " %d %s;", threads, what.c_str());
+            std::fprintf(stderr, "\n");
         }
-        std::fprintf(stderr, "  warp %d: %d at __syncthreads, %d at a warp collective %s, %d returned\n", w, barrier,
-                     collective, name, done);
     }
     die("deadlock");
 }
@@ -151,35 +194,71 @@ inline void make_ready(int t) {
     machine.ready.push_back(t);
 }
 
-// Leaves the running thread, which has said what it waits for, and continues the next one that can run. The scheduler
-// is only returned to when all threads of the block have returned.
+// The next thread that can go on becomes the current one.
+inline Context* take_next() {
+    const int to = machine.ready.back();
+    machine.ready.pop_back();
+    machine.current = to;
+    threadIdx = machine.threads[to].index;
+    blockIdx = machine.block().index;
+    return &machine.threads[to].context;
+}
+
+// Leaves the running thread, which has said what it waits for, and continues the next one that can run; where there is
+// none, the scheduler.
 inline void run_next() {
-    int from = machine.current;
-    if (machine.ready.empty()) {
-        if (machine.live > 0) report_deadlock();
-        switch_context(&machine.threads[from].context, &machine.scheduler);
-    } else {
-        int to = machine.ready.back();
-        machine.ready.pop_back();
-        if (to == from) return;
-        machine.current = to;
-        threadIdx = machine.threads[to].index;
-        switch_context(&machine.threads[from].context, &machine.threads[to].context);
+    const int from = machine.current;
+    Context* to = machine.ready.empty() ? &machine.scheduler : take_next();
+    if (to != &machine.threads[from].context) switch_context(&machine.threads[from].context, to);
+}
+
+// Waits until holds(), which must not ask who the current thread is. It is asked again when nobody else can go on.
+template <class Holds, class Describe>
+void wait_until(const Holds& holds, const Describe& describe) {
+    using Both = std::pair<const Holds&, const Describe&>;
+    const Both both(holds, describe);
+    while (!holds()) {
+        Thread& thread = machine.thread();
+        thread.wait = Wait::condition;
+        thread.condition = {[](const void* of) { return static_cast<const Both*>(of)->first(); },
+                            [](const void* of) { return static_cast<const Both*>(of)->second(); }, &both};
+        run_next();
     }
 }
 
+// Nobody can go on: whose condition holds by now can; else the next copy in the background lands.
+inline bool make_progress() {
+    for (int b = 0; b < machine.running; b++) {
+        for (int i = 0; machine.blocks[b].live > 0 && i < machine.count; i++) {
+            const int t = b * kMaxThreads + (machine.blocks[b].reversed ? i : machine.count - 1 - i);
+            const Thread& thread = machine.threads[t];
+            if (thread.wait == Wait::condition && thread.condition.holds(thread.condition.arguments)) make_ready(t);
+        }
+    }
+    if (!machine.ready.empty()) return true;
+    if (machine.background.empty()) return false;
+    // In no order that could be relied upon: the first one, or the last one.
+    const size_t which = machine.launches & 4 ? 0 : machine.background.size() - 1;
+    const Background next = machine.background[which];
+    machine.background.erase(machine.background.begin() + which);
+    next.land();
+    return true;
+}
+
 inline void release_block_barrier() {
-    if (machine.at_barrier == 0 || machine.at_barrier < machine.live) return;
-    machine.at_barrier = 0;
+    Block& block = machine.block();
+    if (block.at_barrier == 0 || block.at_barrier < block.live) return;
+    block.at_barrier = 0;
+    const int first = machine.current / kMaxThreads * kMaxThreads;
     for (int i = 0; i < machine.count; i++) {
-        int t = machine.reversed ? i : machine.count - 1 - i;
+        int t = first + (block.reversed ? i : machine.count - 1 - i);
         if (machine.threads[t].wait == Wait::block_barrier) make_ready(t);
     }
 }
 
 inline void block_barrier() {
-    machine.threads[machine.current].wait = Wait::block_barrier;
-    machine.at_barrier++;
+    machine.thread().wait = Wait::block_barrier;
+    machine.block().at_barrier++;
     release_block_barrier();
     run_next();
 }
@@ -223,9 +302,10 @@ inline void thread_main() {
         (*machine.body)();
         int t = machine.current;
         Warp& warp = machine.warps[t / kWarp];
+        hopper_end_thread();
         machine.threads[t].copies.clear();
         machine.threads[t].wait = Wait::done;
-        machine.live--;
+        machine.block().live--;
         warp.live &= ~(1u << t % kWarp);
         release_block_barrier();  // nobody waits for a thread that has returned
         for (int l = 0; l < kWarp; l++)
@@ -245,60 +325,78 @@ inline void check_aligned(const void* pointer, size_t bytes, const char* what) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The launch: blocks one after the other.
+// The launch
 
-inline void make_threads(int count) {
+inline void make_threads(int block, int count) {
     // Stacks are kept for the life of the process. The odd stride spreads their tops over the sets of the CPU's cache.
     constexpr size_t stride = kStackBytes + 4096 + 192;
     static char* stacks = nullptr;
     if (!stacks) {
-        void* memory = mmap(nullptr, kMaxThreads * stride, PROT_READ | PROT_WRITE,
+        void* memory = mmap(nullptr, kMultiprocessors * kMaxThreads * stride, PROT_READ | PROT_WRITE,
                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED) die("no memory for the stacks");
         stacks = static_cast<char*>(memory);
     }
-    for (; machine.made < count; machine.made++)
-        make_context(&machine.threads[machine.made].context, stacks + machine.made * stride, kStackBytes, thread_main);
+    for (int& made = machine.made[block]; made < count; made++) {
+        const int t = block * kMaxThreads + made;
+        make_context(&machine.threads[t].context, stacks + t * stride, kStackBytes, thread_main);
+    }
 }
 
-inline void run_block(size_t shared_bytes) {
-    machine.live = machine.count;
-    machine.at_barrier = 0;
-    machine.ready.clear();
-    std::memset(dynamic_shared, 0xff, shared_bytes);  // NaN: shared memory starts undefined
-    for (int w = 0; w * kWarp < machine.count; w++) machine.warps[w] = Warp{};
+// The order of blocks and threads and the copies alternate from launch to launch, so that tests meet each of them.
+inline void start_block(int b, size_t order, size_t blocks) {
+    const unsigned variant = machine.launches;
+    const size_t number = variant & 1 ? blocks - 1 - order : order;
+    Block& block = machine.blocks[b];
+    block.index = {unsigned(number % gridDim.x), unsigned(number / gridDim.x % gridDim.y),
+                   unsigned(number / gridDim.x / gridDim.y)};
+    block.live = machine.count;
+    block.at_barrier = 0;
+    block.late_copies = (variant >> 1 ^ order) & 1;
+    block.reversed = (variant ^ order >> 1) & 1;
+    std::memset(dynamic_shared[b], 0xff, machine.shared_bytes);  // NaN: shared memory starts undefined
+    const int first = b * kMaxThreads;
+    for (int w = 0; w * kWarp < machine.count; w++) machine.warps[first / kWarp + w] = Warp{};
+    hopper_start_block(b);
     for (int i = 0; i < machine.count; i++) {
-        int t = machine.reversed ? i : machine.count - 1 - i;
-        machine.threads[t].index = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
-        machine.warps[t / kWarp].live |= 1u << t % kWarp;
-        make_ready(t);
+        const unsigned t = block.reversed ? i : machine.count - 1 - i;
+        machine.threads[first + t].index = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
+        machine.warps[(first + t) / kWarp].live |= 1u << t % kWarp;
+        make_ready(first + int(t));
     }
-    machine.current = machine.ready.back();
-    machine.ready.pop_back();
-    threadIdx = machine.threads[machine.current].index;
-    switch_context(&machine.scheduler, &machine.threads[machine.current].context);
 }
 
 inline void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
     machine.kernel = kernel;
     machine.count = block.x * block.y * block.z;
-    size_t blocks = size_t(grid.x) * grid.y * grid.z;
+    const size_t blocks = size_t(grid.x) * grid.y * grid.z;
     if (machine.count < 1 || machine.count > kMaxThreads) die("%d threads in a block", machine.count);
     if (blocks < 1 || grid.y > 65535 || grid.z > 65535) die("grid (%u,%u,%u)", grid.x, grid.y, grid.z);
     if (shared_bytes > kSharedBytes)
         die("%zu bytes of dynamic shared memory; a block may have %zu", shared_bytes, kSharedBytes);
-    make_threads(machine.count);
+    machine.running = shared_bytes > kSharedBytes / 2 ? int(std::min(blocks, size_t(kMultiprocessors))) : 1;
+    for (int b = 0; b < machine.running; b++) make_threads(b, machine.count);
     machine.body = &body;
+    machine.shared_bytes = shared_bytes;
     blockDim = block;
     gridDim = grid;
-    unsigned variant = machine.launches++;  // the order and the copies alternate, so that tests meet each of them
-    for (size_t i = 0; i < blocks; i++) {
-        size_t b = variant & 1 ? blocks - 1 - i : i;
-        blockIdx = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y)};
-        machine.late_copies = (variant >> 1 ^ i) & 1;
-        machine.reversed = (variant ^ i >> 1) & 1;
-        run_block(shared_bytes);
+    std::vector<bool> under_way(machine.running, false);
+    for (size_t started = 0, ended = 0; ended < blocks;) {
+        for (int b = 0; b < machine.running; b++) {
+            if (machine.blocks[b].live > 0) continue;
+            if (under_way[b]) {
+                ended++;
+                hopper_end_block(b);
+            }
+            under_way[b] = started < blocks;
+            if (under_way[b]) start_block(b, started++, blocks);
+        }
+        if (ended == blocks) break;
+        if (machine.ready.empty() && !make_progress()) report_deadlock();
+        if (!machine.ready.empty()) switch_context(&machine.scheduler, take_next());
     }
+    hopper_end_launch();
+    machine.launches++;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -349,7 +447,7 @@ inline unsigned ballot(const char* name, unsigned mask, bool predicate) {
 #ifndef __launch_bounds__
 #define __launch_bounds__(...)
 #endif
-#define DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(fiber::dynamic_shared)
+#define DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(fiber::shared_memory())
 
 inline void __syncthreads() { fiber::block_barrier(); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
@@ -376,6 +474,10 @@ T __shfl_up_sync(unsigned mask, T value, int delta, int width = warpSize) {
     return fiber::shuffle("__shfl_up_sync", mask, value, source < (lane & ~(width - 1)) ? lane : source);
 }
 inline unsigned __ballot_sync(unsigned mask, bool p) { return fiber::ballot("__ballot_sync", mask, p); }
+inline int __any_sync(unsigned mask, bool p) { return fiber::ballot("__any_sync", mask, p) != 0; }
+
+inline int atomicAdd(int* p, int value) { return std::exchange(*p, *p + value); }
+inline unsigned atomicInc(unsigned* p, unsigned last) { return std::exchange(*p, *p >= last ? 0 : *p + 1); }
 
 template <class T>
 T __ldg(const T* p) {
@@ -418,10 +520,24 @@ inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_
     std::memset(p, value, bytes);
     return cudaSuccess;
 }
+inline cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    if (attribute != cudaDevAttrMultiProcessorCount) return cudaErrorInvalidValue;
+    *value = fiber::kMultiprocessors;
+    return cudaSuccess;
+}
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) {
     return error == cudaErrorMemoryAllocation ? "out of memory" : "no error";
 }
+}
+template <class T>
+cudaError_t cudaGetSymbolAddress(void** address, T& symbol) {
+    *address = &symbol;
+    return cudaSuccess;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -502,14 +618,14 @@ inline void land(const PendingCopy& copy) {
 inline void cp_async_16(void* shared, const void* global, bool valid) {
     check_aligned(shared, 16, "cp.async: shared address");
     if (valid) check_aligned(global, 16, "cp.async: global address");
-    Thread& thread = machine.threads[machine.current];
+    Thread& thread = machine.thread();
     PendingCopy copy{shared, valid ? global : nullptr, thread.copy_group};
-    if (machine.late_copies) thread.copies.push_back(copy);
+    if (machine.block().late_copies) thread.copies.push_back(copy);
     else land(copy);
 }
-inline void cp_async_commit() { machine.threads[machine.current].copy_group++; }
+inline void cp_async_commit() { machine.thread().copy_group++; }
 inline void cp_async_wait(int newest) {  // all but the `newest` last committed groups have landed
-    Thread& thread = machine.threads[machine.current];
+    Thread& thread = machine.thread();
     size_t landed = 0;
     while (landed < thread.copies.size() && thread.copies[landed].group < thread.copy_group - newest)
         land(thread.copies[landed++]);
@@ -517,3 +633,5 @@ inline void cp_async_wait(int newest) {  // all but the `newest` last committed 
 }
 
 }  // namespace fiber
+
+#include "fiber_hopper.h"

@@ -1,6 +1,6 @@
 // libFuzzer over the files that the program reads: whatever is in them, they are read or refused with an Error; never a
-// crash, a hang, or a read outside. test/fuzz.sh builds and runs it. FUZZ=shard, tokenizer or checkpoint chooses the
-// reader; FUZZ_SEEDS=DIR writes some good files there to start from, and exits.
+// crash, a hang, or a read outside. test/fuzz.sh builds and runs it. FUZZ=shard, tokenizer, hellaswag or checkpoint
+// chooses the reader; FUZZ_SEEDS=DIR writes some good files there to start from, and exits.
 #define TRAIN_GPT_NO_MAIN
 #include "../train_gpt.cu"
 
@@ -31,6 +31,23 @@ static void read_tokenizer() {
     for (int token = 0; token < tokenizer.vocab; token++)
         if (tokenizer.decode(token).empty()) abort();
     tokenizer.decode(tokenizer.end_of_text);
+}
+
+static void read_hellaswag() {
+    const int vocab = 300, seq_len = 20;
+    const HellaSwag file(path, vocab, seq_len);
+    for (const HellaSwag::Example& example : file.examples) {
+        if (example.label < 0 || example.label > 3) abort();
+        auto look = [&](const HellaSwag::Piece& piece) {
+            if (piece.count < 1) abort();
+            for (int k = 0; k < piece.count; k++)
+                if (file.tokens.at(piece.begin + size_t(k)) >= vocab) abort();
+        };
+        look(example.context);
+        for (const HellaSwag::Piece& ending : example.endings) look(ending);
+    }
+    const std::vector<double> losses(file.examples.size() * HellaSwag::kEndings, 1.0);
+    hellaswag_scores(file, nullptr, losses.data());
 }
 
 static void read_checkpoint() {
@@ -93,6 +110,13 @@ static void write_seeds(const std::string& to) {
     std::string tokenizer = words({20240328, 2, 20, 3});
     for (int i = 0; i < 20; i++) tokenizer += char(1 + i % 5) + std::string(size_t(1 + i % 5), char(i));
     write_file(to + "/tokenizer/20", tokenizer);
+    for (int examples : {1, 3}) {
+        std::string body;
+        for (int i = 0; i < examples; i++)  // mark, bytes, number, right ending, endings, context, four endings
+            for (int word : {65535, 42, i, i, 4, 3, 1, 2, 299, 1, 7, 2, 8, 9, 1, 7, 4, 1, 1, 1, 1})
+                body += {char(word), char(word >> 8)};
+        write_file(to + strprintf("/hellaswag/%d", examples), words({20240522, 1, examples, 42}) + body);
+    }
     Meta meta;
     for (const char* key : {"step", "layers", "heads", "seq_len", "vocab", "optimizer_steps", "seed", "total_batch"})
         meta[key] = "2";
@@ -122,7 +146,7 @@ extern "C" int LLVMFuzzerInitialize(int*, char***) {
     std::filesystem::create_directories(directory);
     atexit([] { std::filesystem::remove_all(directory); });
     if (const char* to = getenv("FUZZ_SEEDS")) {
-        for (const char* kind : {"/shard", "/tokenizer", "/checkpoint"})
+        for (const char* kind : {"/shard", "/tokenizer", "/hellaswag", "/checkpoint"})
             std::filesystem::create_directories(to + std::string(kind));
         write_seeds(to);
         exit(0);
@@ -130,9 +154,10 @@ extern "C" int LLVMFuzzerInitialize(int*, char***) {
     const std::string kind = getenv("FUZZ") ? getenv("FUZZ") : "";
     reader = kind == "shard"        ? read_shard
              : kind == "tokenizer"  ? read_tokenizer
+             : kind == "hellaswag"  ? read_hellaswag
              : kind == "checkpoint" ? read_checkpoint
                                     : nullptr;
-    if (!reader) fprintf(stderr, "FUZZ=shard, tokenizer or checkpoint\n"), exit(2);
+    if (!reader) fprintf(stderr, "FUZZ=shard, tokenizer, hellaswag or checkpoint\n"), exit(2);
     return 0;
 }
 

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 seconds=${1:-10}
-kinds=(shard tokenizer checkpoint)
+kinds=(shard tokenizer hellaswag checkpoint)
 dir=build/fuzz
 mkdir -p $dir
 

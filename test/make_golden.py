@@ -5,7 +5,8 @@
 
 1. A tiny GPT-2 of odd sizes, in double precision from weights that fp32 holds exactly: logits, loss, every gradient.
 2. Ten AdamW steps of it: two micro-steps each, clipping, weight decay on 2-D tensors; losses, norms, final weights.
-3. Two Muon steps on a few matrices: by the formula in double precision, and by torch.optim.Muon.
+3. Two Muon steps on a few matrices: by the formula in double precision, and by torch.optim.Muon. Then by the formula alone
+   with the other polynomials, and on a matrix of Q, K and V that is orthogonalised in three, as one, or head by head.
 
 The file is a row of records: a line "name type d0 d1 ...\n" (type f32 or i32), then the values, little-endian.
 """
@@ -141,10 +142,22 @@ LR, MOMENTUM, MUON_DECAY = 0.02, 0.95, 0.1
 record("muon/settings", torch.tensor([LR, MOMENTUM, MUON_DECAY]))
 
 
-def newton_schulz(x):
-    a, b, c = 3.4445, -4.7750, 2.0315
+# Keller Jordan's, the same at each step; You Jiacheng's; Polar Express (arXiv 2505.16932, table of the appendix), whose p(x)
+# becomes p(x / 1.05), so that rounding cannot push a singular value out of where the polynomials are good.
+POLYNOMIALS = {
+    "keller": [(3.4445, -4.7750, 2.0315)] * 5,
+    "you": [(4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046),
+            (2.8366, -3.0525, 1.2012)],
+    "polar_express": [(a / 1.05, b / 1.05**3, c / 1.05**5) for a, b, c in (
+        (8.28721201814563, -23.595886519098837, 17.300387312530933), (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137), (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (2.300652019954817, -1.6689039845747493, 0.4188073119525673))],
+}
+
+
+def newton_schulz(x, polynomials="keller"):
     x = x / x.norm()
-    for _ in range(5):
+    for a, b, c in POLYNOMIALS[polynomials]:
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x
@@ -182,6 +195,38 @@ for i, (rows, cols) in enumerate([(24, 24), (13, 29), (41, 7), (33, 96)]):
         record(f"muon/{i}/torch/{scale}", parameter)
         difference = (parameter.double() - w).norm() / (w - start).norm()
         print(f"muon {rows}x{cols} {scale}: torch.optim.Muon is {difference:.4f} of the update from the formula")
+
+# The same matrices with the other polynomials, and (3C, C) of Q, K and V in C/8 heads of 8 rows each
+CHANNELS, HEAD = 16, 8
+start = random(3 * CHANNELS, CHANNELS, scale=0.1)
+spectrum = torch.diag(1e-3 / torch.arange(1, CHANNELS + 1))
+grads = [(random(3 * CHANNELS, CHANNELS) @ spectrum @ random(CHANNELS, CHANNELS)).float().double() for _ in range(2)]
+record("muon/qkv/start", start)
+for step, grad in enumerate(grads):
+    record(f"muon/qkv/grad{step}", grad)
+
+
+def of_record(name):  # as the test reads it, in fp32
+    header, values = next(r.split(b"\n", 1) for r in records if r.startswith(name.encode() + b" "))
+    shape = [int(d) for d in header.split()[2:]]
+    return torch.frombuffer(bytearray(values), dtype=torch.float32).reshape(shape).double()
+
+
+for matrix, parts in [(str(i), {"split": 1}) for i in range(4)] + [("qkv", {"split": 3, "fused": 1, "heads": 3 * CHANNELS // HEAD})]:
+    start, grads = of_record(f"muon/{matrix}/start"), [of_record(f"muon/{matrix}/grad{step}") for step in range(2)]
+    for mode, pieces in parts.items():
+        for polynomials in POLYNOMIALS:
+            for scale in ("keller", "moonlight"):
+                w, momentum = start.clone(), torch.zeros_like(start)
+                for grad in grads:
+                    momentum = MOMENTUM * momentum + grad
+                    updates = []
+                    for x in (grad + MOMENTUM * momentum).chunk(pieces):
+                        rows, cols = x.shape
+                        factor = math.sqrt(max(1, rows / cols)) if scale == "keller" else 0.2 * math.sqrt(max(rows, cols))
+                        updates.append(factor * newton_schulz(x, polynomials))
+                    w = w * (1 - LR * MUON_DECAY) - LR * torch.cat(updates)
+                record(f"muon/{matrix}/{mode}/{polynomials}/{scale}", w)
 
 path = sys.argv[1] if len(sys.argv) > 1 else "golden.bin"
 with open(path, "wb") as file:

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Runs that are killed again and again, and resumed each time, end with the bits of a run that was left alone.
 
-    python3 test/soak.py TRAIN_GPT [--kills N] [--seed N]     without --kills: as many as fit in about 40 s
+    python3 test/soak.py TRAIN_GPT [--kills N] [--seed N] [--minutes N] [--device cuda]
+                                                without --kills and --minutes: as many as fit in about 20 s
 
 CPU runs on 1 and on 3 ranks. Each story is one run: started with --resume auto, killed (SIGKILL to a rank or to mpirun, at a
 random moment or as soon as a save is under way) or asked to stop (SIGTERM and its like), some times over, then left to
 finish. Its last checkpoint must be that of the uninterrupted run byte for byte, and its log too, but for the times in it.
-Then runs on 4 ranks are killed and go on with 1, 2, 3 and 5. Ends with `N passed, N failed, N skipped`.
+Then runs on 4 ranks are killed and go on with 1, 2, 3 and 5. Ends with `N passed, N failed, N skipped`. With --device cuda one
+rank, and as many as there are GPUs, by --gpus.
 """
 import argparse
 import json
@@ -26,8 +28,12 @@ ENV = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 STEPS, SEQUENCES = 120, 12  # sequences per step: 1, 2, 3, 4 ranks divide them
 KILLS_PER_STORY = 5
-# Another number of ranks adds the same fp32 gradients in another order: 1e-7 of a value, which the steps after it grow.
-TOLERANCE = 1e-4
+# Another number of ranks adds the same fp32 gradients in another order: 1e-7 of a value, which the steps after it may grow.
+# Seen in twelve runs: 1e-8 to 8e-8 of a loss.
+TOLERANCE = 2e-6
+# Open MPI 4.1.4 on PMIx 4.2.2: once in 340 runs that were ended early mpirun stayed when its last rank was gone, its main thread
+# in PMIx_server_finalize, which waits for a thread that waits for a lock (seen in a debugger). Such an mpirun is ended, and counted.
+ALONE = 10  # seconds that mpirun may stay without a rank
 
 
 class Failed(Exception):
@@ -35,7 +41,7 @@ class Failed(Exception):
 
 
 def flags(optimizer, out):
-    return [*map(str, [PROGRAM, "--device", "cpu", "--train", DATA / "train_*.bin", "--val", DATA / "val_*.bin", "--layers", 2,
+    return [*map(str, [PROGRAM, "--device", DEVICE, "--train", DATA / "train_*.bin", "--val", DATA / "val_*.bin", "--layers", 2,
                        "--heads", 2, "--channels", 64, "--seq_len", 32, "--batch", 1, "--total_batch", SEQUENCES * 32, "--steps",
                        STEPS, "--optimizer", optimizer, "--lr", 0.003, "--eval_every", 25, "--save_every", 4,
                        "--rank_timeout", 20, "--out", out, "--resume", "auto"])]
@@ -44,6 +50,8 @@ def flags(optimizer, out):
 def command(ranks, arguments):
     if ranks == 1:
         return arguments
+    if DEVICE == "cuda":
+        return [*arguments, "--gpus", str(ranks)]
     return ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", str(ranks), *arguments]
 
 
@@ -64,6 +72,8 @@ def in_session(session):
 class Process:
     """A run under way, in a session of its own: nothing of it is left when the block is left."""
 
+    mpirun_stayed = 0  # how often, without a rank
+
     def __init__(self, ranks, arguments):
         self.said = tempfile.TemporaryFile("w+", errors="replace")
         self.process = subprocess.Popen(command(ranks, arguments), stdout=self.said, stderr=self.said, env=ENV, start_new_session=True,
@@ -80,13 +90,19 @@ class Process:
         return "".join(line for line in self.said if not line.startswith(("step ", "| ")))[-3000:]
 
     def __exit__(self, *_):
-        end = time.time() + 40
-        while in_session(self.process.pid) and time.time() < end:
+        end, alone = time.time() + 40, None  # since when mpirun is
+        while (left := in_session(self.process.pid)) and time.time() < end:
             self.process.poll()
+            alone = (alone or time.time()) if left == {self.process.pid: "mpirun"} else None
+            if alone and time.time() > alone + ALONE:
+                Process.mpirun_stayed += 1
+                break
             time.sleep(0.005)
         left = in_session(self.process.pid)
         for pid in left:
             os.kill(pid, signal.SIGKILL)
+        if left == {self.process.pid: "mpirun"}:
+            left = {}
         self.process.wait()
         said = self.output()
         self.said.close()
@@ -123,6 +139,10 @@ def unfinished(out):
         return any(name.endswith(".safetensors.tmp") for name in os.listdir(out))
     except OSError:
         return False
+
+
+def count_gpus():
+    return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.count("GPU ")
 
 
 class Soak:
@@ -181,13 +201,13 @@ class Soak:
 
     def other_ranks(self, ranks):
         """Killed on 4 ranks, goes on on another number: the losses of 4, to rounding."""
-        more = ["--total_batch", str(60 * 32), "--ns_dtype", "fp32"]  # 5 ranks divide that too
+        more = ["--total_batch", str(60 * 32), "--ns_dtype", "fp32", "--steps", "60"]  # 5 ranks divide that too
         whole, out = WORK / "whole_4", WORK / "elastic"
         if not whole.exists():
             finish(4, flags("dmuon", whole) + more)
         shutil.rmtree(out, ignore_errors=True)
         arguments = flags("dmuon", out) + more
-        at = self.chance.randrange(8, STEPS - 40)
+        at = self.chance.randrange(4, 40)
         with Process(4, arguments) as run:
             while run.process.poll() is None and not any(path.name > f"step_{at:08}" for path in out.glob("step_*.safetensors")):
                 time.sleep(0.001)
@@ -202,14 +222,16 @@ class Soak:
 
 
 def main():
-    global PROGRAM, WORK, DATA
+    global PROGRAM, WORK, DATA, DEVICE
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("program", type=lambda path: Path(path).resolve())
     parser.add_argument("--kills", type=int, help="at least so many, however long that takes")
+    parser.add_argument("--minutes", type=float, help="kills for so long, on one rank and then on several")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of the moments and the signals [a new one]")
     args = parser.parse_args()
-    PROGRAM = args.program
-    have_mpi = shutil.which("mpirun") and " mpi" in subprocess.run([PROGRAM, "--version"], capture_output=True, text=True).stdout
+    PROGRAM, DEVICE = args.program, args.device
+    have_mpi = DEVICE == "cpu" and shutil.which("mpirun") and " mpi" in subprocess.run([PROGRAM, "--version"], capture_output=True, text=True).stdout
     print(f"seed {args.seed}", flush=True)
 
     with tempfile.TemporaryDirectory(prefix="soak_") as work:
@@ -238,15 +260,21 @@ def main():
                 soak.story(("adamw", "dmuon")[told % 2], ranks, math.inf if args.kills else until)
                 told += 1
 
-        check("killed on 1 rank", lambda: stories(1, begin + 14, 0.6))
-        if have_mpi:
-            check("killed on 3 ranks", lambda: stories(3, begin + 28, 0.4))
-            for ranks in (1, 2, 3, 5) if args.kills else [soak.chance.choice((1, 2, 3, 5))]:
+        seconds = 60 * args.minutes if args.minutes else 10
+        gpus = count_gpus() if DEVICE == "cuda" else 0
+        check("killed on 1 rank", lambda: stories(1, begin + (0.5 if have_mpi or gpus > 1 else 1) * seconds, 0.6))
+        if gpus > 1:
+            check(f"killed on {gpus} ranks", lambda: stories(gpus, begin + seconds, 0.4))
+        elif have_mpi and not gpus:
+            check("killed on 3 ranks", lambda: stories(3, begin + seconds, 0.4))
+            for ranks in (1, 2, 3, 5) if args.kills or args.minutes else [soak.chance.choice((1, 2, 3, 5))]:
                 check(f"killed on 4 ranks, resumed on {ranks}", lambda: soak.other_ranks(ranks))
         else:
             counts["skipped"] += 2
         if soak.worst:
             print(f"on another number of ranks losses differ by {soak.worst:.1e} of their value at most, allowed is {TOLERANCE:.0e}")
+        if Process.mpirun_stayed:
+            print(f"mpirun stayed without a rank {Process.mpirun_stayed} times, and was ended after {ALONE} s")
         print(f"{soak.kills} kills, {soak.in_saves} of them inside a save, and {soak.stops} requests to stop in {time.time() - begin:.0f} s")
     print(", ".join(f"{count} {what}" for what, count in counts.items()))
     return counts["failed"] > 0

@@ -192,12 +192,8 @@ void test_kernels(const Truth& truth, const Reals& qkv, const Reals& dout, int B
 
 // While one exists, the portable kernels are launched.
 struct PortableKernels {
-#ifdef FIBER
-    PortableKernels() {}
-#else
     PortableKernels() { portable_kernels = true; }
     ~PortableKernels() { portable_kernels = false; }
-#endif
 };
 
 // Q and K are normal with standard deviation `amplitude`, V and dO with 1. Where there are kernels of

@@ -7,3 +7,4 @@
 #include "test_kernels.cpp"
 #include "test_matmul.cpp"
 #include "test_ns.cpp"
+#include "test_wgmma.cpp"

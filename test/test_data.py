@@ -203,6 +203,64 @@ class Data(unittest.TestCase):
         self.refused(1, "did not make", f"text:{self.dir}/text.txt", "--out", other)
         self.assertEqual((other / "train_000.bin").read_bytes(), b"someone's")
 
+    QUESTIONS = [{"activity_label": "Washing a dog", "ctx_a": "A man fills  a tub.", "ctx_b": "the Dog", "ctx": "A man fills  a tub. the Dog",
+                  "label": 2, "endings": ["runs.", "sits [title] in the d\u00e9j\u00e0 vu.", "is washed [step] by  him.", "[substeps] barks."]},
+                 {"activity_label": "Health", "ctx_a": "[header] How to sleep [title] Go to bed. [step]", "ctx_b": "",
+                  "ctx": "[header] How to sleep [title] Go to bed. [step]", "label": 0, "endings": ["Sleep.", "Eat", "Run", "Sit"]}]
+    WORDED = {"hellaswag.bin": [["A man fills  a tub. the Dog", " runs.", " sits [title] in the d\u00e9j\u00e0 vu.", " is washed [step] by  him.",
+                                 " [substeps] barks."],
+                                ["[header] How to sleep [title] Go to bed. [step]", " Sleep.", " Eat", " Run", " Sit"]],
+              # by hand after lm_eval/tasks/hellaswag/utils.py of lm-eval 0.4; the space behind "bed." was before "[step]"
+              "hellaswag_lm_eval.bin": [["Washing a dog: A man fills a tub. The dog", " runs.", " sits. in the d\u00e9j\u00e0 vu.", " is washed by him.",
+                                         "  barks."],
+                                        ["Health: How to sleep. Go to bed.", "  Sleep.", "  Eat", "  Run", "  Sit"]]}
+
+    def hellaswag(self, tokenizer, decode):
+        downloads = self.dir / "downloads"
+        downloads.mkdir()
+        (downloads / "hellaswag_val.jsonl").write_text("".join(json.dumps(question) + "\n" for question in self.QUESTIONS))
+        result = run("hellaswag", "--tokenizer", tokenizer, "--out", self.out, "--downloads", downloads)
+        self.assertEqual((result.returncode, result.stdout), (0, f"--hellaswag {self.out}/hellaswag.bin\n"), result.stderr)
+        self.assertIn("2 questions", result.stderr)
+        for name, worded in self.WORDED.items():
+            content = (self.out / name).read_bytes()
+            header = struct.unpack("<256i", content[:1024])
+            words, found, longest = list(memoryview(content[1024:]).cast("H")), [], 0
+            while words:
+                mark, size, number, label, endings = words[:5]
+                self.assertEqual((mark, number, label, endings), (65535, len(found), self.QUESTIONS[number]["label"], 4))
+                self.assertEqual(size % 2, 0)
+                rest, words, pieces, longest = words[5:size // 2], words[size // 2:], [], max(longest, size)
+                for _ in range(5):
+                    pieces.append(decode(rest[1:1 + rest[0]]))
+                    rest = rest[1 + rest[0]:]
+                self.assertEqual(rest, [])
+                found.append(pieces)
+            self.assertEqual(found, worded)
+            self.assertEqual(header[:4], (20240522, 1, 2, longest))
+        self.assertIn("is there already", run("hellaswag", "--tokenizer", tokenizer, "--out", self.out, "--downloads", downloads).stderr)
+        return downloads
+
+    def test_hellaswag(self):
+        downloads = self.hellaswag("byte", lambda tokens: bytes(tokens).decode())
+        self.assertEqual(tokenizer(self.out)[1], 10)
+        self.refused(2, "leave --val_frac out", "hellaswag", "--val_frac", "0.1")
+        for line in ("{}", "[]", "no json", json.dumps({**self.QUESTIONS[0], "label": "2"}), json.dumps({**self.QUESTIONS[0], "endings": ["a"]}),
+                     json.dumps({**self.QUESTIONS[0], "ctx": 7})):
+            (downloads / "hellaswag_val.jsonl").write_text(json.dumps(self.QUESTIONS[0]) + "\n" + line + "\n")
+            self.refused(1, "line 2 is no question of HellaSwag", "hellaswag", "--out", self.dir / "other", "--downloads", downloads)
+            self.assertFalse((self.dir / "other").exists())
+
+    def test_hellaswag_gpt2(self):
+        if importlib.util.find_spec("tiktoken") is None:
+            self.skipTest("no tiktoken")
+        import tiktoken
+        try:
+            bpe = tiktoken.get_encoding("gpt2")
+        except Exception as e:
+            self.skipTest(f"no GPT-2 vocabulary: {e}")
+        self.hellaswag("gpt2", bpe.decode)
+
     def test_r_character_vector(self):
         def value(version):
             lines = ((64, b"plain"), (8, "d\u00e9j\u00e0".encode()), (4, b"d\xe9j\xe0"), (64, b""))
@@ -273,6 +331,12 @@ class Data(unittest.TestCase):
         for before, after in zip(pieces, pieces[1:]):
             self.assertRegex(before[-2:] + after[:1], rb"[!-~]\n[!-~]")
 
+    def test_a_text_of_several_pieces(self):
+        text = b"a line of it\n" * (2 * data.BLOCK // 13 + 1)  # and one document
+        (self.dir / "long.txt").write_bytes(text)
+        self.make(self.dir / "long.txt")
+        self.assertEqual(decode(self.out), text)
+
     def test_gpt2(self):
         path = self.dir / "text.txt"
         text = TEXT * 4 + "  odd   spaces\n \n\n\tand 12345's\u00a0ends\n".encode() * 1000  # several pieces
@@ -327,9 +391,9 @@ class Download(unittest.TestCase):
         self.addCleanup(server.shutdown)
         self.url = f"http://127.0.0.1:{server.server_port}"
 
-    def fetch(self, name="text.txt"):
+    def fetch(self, name="text.txt", dataset=None):
         """As the command does, in this process: without waiting between tries or asking other sources."""
-        arguments = ["data.py", f"text:{self.url}/{name}", "--out", f"{self.dir}/out", "--downloads", f"{self.dir}/downloads"]
+        arguments = ["data.py", dataset or f"text:{self.url}/{name}", "--out", f"{self.dir}/out", "--downloads", f"{self.dir}/downloads"]
         no_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
         self.stderr = io.StringIO()
         with mock.patch.object(sys, "argv", arguments), mock.patch("time.sleep"), mock.patch("data.reachable", lambda *_: True), \
@@ -400,6 +464,14 @@ class Download(unittest.TestCase):
         self.assertEqual(self.fetch(), 0)
         self.assertEqual(decode(self.dir / "out"), TEXT)
 
+    def test_hellaswag_is_checked(self):
+        """What comes from the public address must be what it is known to be."""
+        with mock.patch.object(data, "HELLASWAG", f"{self.url}/hellaswag_val.jsonl"):
+            self.assertEqual(self.fetch(dataset="hellaswag"), 1)
+        self.assertIn("not the expected content", self.stderr.getvalue())
+        self.assertIn("hellaswag_val.jsonl is taken where it lies", self.stderr.getvalue().splitlines()[-1])
+        self.assertFalse((self.dir / "out").exists())
+
     def test_the_query_of_an_address_is_no_suffix(self):
         self.raw = [b"HTTP/1.1 200 OK\r\n\r\n" + gzip.compress(TEXT)]
         self.assertEqual(self.fetch("text.gz?download=1"), 0)
@@ -463,6 +535,13 @@ class Compare(unittest.TestCase):
         self.assertIn(f"left out {empty}/log.jsonl: the run has no finished step yet", stderr)
         self.assertIn("some", stdout)
         self.assertIn("no run is left", self.compare(1, null, empty)[1])
+
+    def test_where_a_run_reaches_a_loss(self):
+        run = compare.Run(self.run_of("line", *self.steps(50)))  # 5, 4.98, 4.96 ...; 2 ms a step
+        for loss, step in ((4.5, 26), (4.51, 25.5), (4.505, 25.75), (6, 1)):
+            self.assertAlmostEqual(run.reach(loss)[0], step, delta=1e-9)
+            self.assertAlmostEqual(run.reach(loss)[1], 0.002 * step, delta=1e-9)
+        self.assertIsNone(run.reach(4))
 
     def test_a_picture_that_cannot_be_written(self):
         if importlib.util.find_spec("matplotlib") is None:

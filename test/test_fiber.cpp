@@ -4,3 +4,4 @@
 #include "test_attention.cpp"
 #include "test_kernels.cpp"
 #include "test_ns.cpp"
+#include "test_wgmma.cpp"

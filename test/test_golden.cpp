@@ -422,6 +422,54 @@ void check_muon() {
     }
 }
 
+// Two Muon steps with each set of polynomials, each scale, and each way to take Q, K and V. In fp32: 16 bits would hide
+// a wrong coefficient.
+template <class Backend>
+void check_muon_variants() {
+    const std::vector<float>& settings = file()["muon/settings"];
+    const std::vector<std::string> matrices = {"0", "1", "2", "3", "qkv"};
+    std::vector<TensorSpec> specs = {{"vector", TensorKind::bias, 1, 8}};
+    for (int i = 0; i < 5; i++) {
+        const std::vector<int>& shape = file().shape("muon/" + matrices[i] + "/start");
+        specs.push_back({"matrix" + matrices[i], TensorKind::matrix, shape[0], shape[1], i});
+    }
+    specs[5].split = 3, specs[5].head_rows = 8;
+    for (const char* mode : {"split", "fused", "heads"})
+        for (const char* polynomials : {"keller", "polar_express", "you"})
+            for (const char* scale : {"keller", "moonlight"})
+                for (const char* ns : {"standard", "gram"}) {
+                    const std::string what = strprintf("%s, %s, %s scale, %s", mode, polynomials, scale, ns);
+                    CAPTURE(what);
+                    Options options;
+                    options.optimizer = "dmuon", options.muon_qkv = mode, options.muon_scale = scale, options.ns = ns;
+                    options.ns_coefficients = polynomials, options.ns_dtype = "fp32", options.grad_clip = 0;
+                    options.muon_momentum = settings[1], options.muon_weight_decay = settings[2];
+                    Optimizer<Backend> optimizer(specs, options);
+                    for (int i = 0; i < 5; i++)
+                        set_master<Backend>(optimizer, i + 1, file()["muon/" + matrices[i] + "/start"]);
+                    for (int step = 0; step < 2; step++) {
+                        for (int i = 0; i < 5; i++)
+                            for (int part = 0; part < specs[i + 1].split; part++) {
+                                const std::vector<float>& all =
+                                    file()["muon/" + matrices[i] + "/grad" + std::to_string(step)];
+                                const size_t count = all.size() / specs[i + 1].split, begin = part * count;
+                                to_device<Backend>(
+                                    optimizer.grads + optimizer.plan.offset_of(i + 1, begin),
+                                    std::vector<float>(all.begin() + begin, all.begin() + begin + count));
+                            }
+                        optimizer.step(0.0f, settings[0], [](Phase) {});
+                    }
+                    for (int i = 0; i < 5; i++) {
+                        CAPTURE(matrices[i]);
+                        const std::string way = i < 4 ? "split" : mode;
+                        const std::vector<float>& want =
+                            file()["muon/" + matrices[i] + "/" + way + "/" + polynomials + "/" + scale];
+                        CHECK(update_error(get_master<Backend>(optimizer, i + 1), want,
+                                           file()["muon/" + matrices[i] + "/start"]) < 1e-4);
+                    }
+                }
+}
+
 }  // namespace golden
 
 #ifdef __CUDACC__
@@ -443,3 +491,6 @@ TEST_CASE("golden: ten AdamW steps, collectives as late as can be") {
     CpuComm::at_wait = false;
 }
 TEST_CASE("golden: two Muon steps") { golden::check_muon<GoldenBackend>(); }
+TEST_CASE("golden: Muon's polynomials, scales and ways to take Q, K and V") {
+    golden::check_muon_variants<GoldenBackend>();
+}

@@ -1,5 +1,5 @@
-// test_host.cpp: the rooms that know no GPU: flags.h, dataloader.h, checkpoint.h. Meant to run under AddressSanitizer
-// and UBSan as well. All files are made in a temporary directory and removed.
+// test_host.cpp: the rooms that know no GPU: flags.h, dataloader.h, evaluate.h, checkpoint.h. Meant to run under
+// AddressSanitizer and UBSan as well. All files are made in a temporary directory and removed.
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 #include <fcntl.h>
@@ -20,6 +20,7 @@
 
 #include "../checkpoint.h"
 #include "../dataloader.h"
+#include "../evaluate.h"
 #include "../flags.h"
 
 namespace fs = std::filesystem;
@@ -352,6 +353,7 @@ TEST_CASE("flags: contradictions name the flags") {
         {"--resume auto", "--resume auto|--out"},
         {"--switch_optimizer", "--switch_optimizer|--resume"},
         {"--gpus 2 --device cpu", "--gpus|--device cpu"},
+        {"--graph --profile", "--graph|--profile"},
         {"--head_rows 127", "--head_rows 127 is too small|128"},
     };
     for (const auto& c : cases) {
@@ -431,7 +433,7 @@ struct SmallData {
     std::unique_ptr<Shards> shards;
     SmallData() {
         write_shard(dir / "x_train_000.bin", counting(37 * T + 1, 0));
-        write_shard(dir / "x_train_001.bin", counting(11 * T + 3, 1000));
+        write_shard(dir / "x_train_001.bin", counting(11 * T + 4, 1000));  // lacks one token for a twelfth window
         write_shard(dir / "x_train_002.bin", counting(3, 2000));
         write_shard(dir / "x_train_003.bin", counting(T + 1, 3000));
         write_shard(dir / "x_val_000.bin", counting(5 * T, 4000));  // not in the glob
@@ -472,7 +474,7 @@ TEST_CASE("loader: an epoch is every window once, in a new order each time") {
     SmallData data;
     const uint64_t windows = data.shards->windows();
     CHECK(windows == 49);
-    CHECK(data.shards->tokens() == 149 + 47 + 3 + 5);
+    CHECK(data.shards->tokens() == 149 + 48 + 3 + 5);
     CHECK(data.shards->paths().size() == 4);
     std::set<int> expected;
     for (int w = 0; w < 37; w++) expected.insert(w * 4);
@@ -765,6 +767,11 @@ TEST_CASE("tokenizer: every token comes back") {
     CHECK(tokenizer.end_of_text == 256);
     for (int i = 0; i < 258; i++) CHECK(tokenizer.decode(i) == texts[size_t(i)]);
     for (int i : {-1, 258, 1 << 30}) CHECK(mentions(error_of([&] { tokenizer.decode(i); }), "outside"));
+    CHECK(tokenizer.text_bytes(65) == 1);
+    CHECK(tokenizer.text_bytes(257) == 255);
+    CHECK(tokenizer.text_bytes(256) == 0);  // "<|endoftext|>" is no text,
+    write_file(dir / "bytes.bin", tokenizer_bytes(20240328, 2, 256, 10, Args(texts.begin(), texts.begin() + 256)));
+    CHECK(Tokenizer(dir / "bytes.bin").text_bytes(10) == 1);  // a newline is
 
     CHECK(tokenizer.identity == Tokenizer(dir / "tokenizer.bin").identity);
     texts[7] = "?";
@@ -809,6 +816,310 @@ TEST_CASE("tokenizer: malformed files are refused by name") {
     fs::create_symlink(dir / "nowhere", dir / "dangling");
     CHECK(mentions(error_of([&] { Tokenizer tokenizer(dir / "dangling"); }), "cannot open"));
 }
+
+// ----------------------------------------------------------------------------------------------------
+// evaluate.h
+
+struct Question {
+    int label;
+    std::vector<uint16_t> context, endings[4];
+};
+
+static std::string hellaswag_bytes(const std::vector<Question>& questions, const std::vector<int32_t>& header = {}) {
+    std::vector<uint16_t> all;
+    size_t longest = 0;
+    for (size_t i = 0; i < questions.size(); i++) {
+        const Question& question = questions[i];
+        std::vector<uint16_t> one = {65535, 0, uint16_t(i), uint16_t(question.label), 4};
+        auto add = [&](const std::vector<uint16_t>& tokens) {
+            one.push_back(uint16_t(tokens.size()));
+            one.insert(one.end(), tokens.begin(), tokens.end());
+        };
+        add(question.context);
+        for (auto& ending : question.endings) add(ending);
+        one[1] = uint16_t(2 * one.size());
+        longest = std::max(longest, 2 * one.size());
+        all.insert(all.end(), one.begin(), one.end());
+    }
+    std::string content = shard_bytes(20240522, 1, uint32_t(questions.size()), all);
+    const int32_t bytes = int32_t(longest);
+    memcpy(&content[12], &bytes, sizeof bytes);
+    if (!header.empty()) memcpy(&content[0], header.data(), header.size() * sizeof(int32_t));  // its first fields
+    return content;
+}
+
+// Questions of tokens below vocab, contexts and endings of 1 to the given numbers of tokens.
+static std::vector<Question> random_questions(int count, int vocab, int context, int ending, unsigned seed) {
+    std::mt19937 random(seed);
+    std::vector<Question> questions(static_cast<size_t>(count));
+    auto fill = [&](std::vector<uint16_t>& tokens, int most) {
+        tokens.resize(1 + random() % unsigned(most));
+        for (uint16_t& token : tokens) token = uint16_t(random() % unsigned(vocab));
+    };
+    for (Question& question : questions) {
+        question.label = int(random() % 4);
+        fill(question.context, context);
+        for (auto& tokens : question.endings) fill(tokens, ending);
+    }
+    return questions;
+}
+
+TEST_CASE("hellaswag: the file comes back") {
+    TempDir dir;
+    const std::vector<Question> questions = random_questions(37, 500, 30, 20, 1);
+    write_file(dir / "h.bin", hellaswag_bytes(questions));
+    const HellaSwag file(dir / "h.bin", 500, 20);
+    REQUIRE(file.examples.size() == 37);
+    auto tokens = [&](const HellaSwag::Piece& piece) {
+        const auto begin = file.tokens.begin() + std::ptrdiff_t(piece.begin);
+        return std::vector<uint16_t>(begin, begin + piece.count);
+    };
+    for (size_t i = 0; i < questions.size(); i++) {
+        CHECK(file.examples[i].label == questions[i].label);
+        CHECK(tokens(file.examples[i].context) == questions[i].context);
+        for (int e = 0; e < 4; e++) CHECK(tokens(file.examples[i].endings[e]) == questions[i].endings[e]);
+    }
+}
+
+TEST_CASE("hellaswag: malformed files are refused by name") {
+    TempDir dir;
+    const std::string path = dir / "h.bin";
+    auto refused = [&](const std::string& content, const std::string& says) {
+        write_file(path, content);
+        const std::string message = error_of([&] { HellaSwag file(path, 500, 20); });
+        CAPTURE(message);
+        CHECK(message.substr(0, 3) == "1: ");
+        CHECK(mentions(message, path));
+        CHECK(mentions(message, says));
+    };
+    const std::vector<Question> questions = random_questions(3, 500, 5, 4, 2);
+    const std::string whole = hellaswag_bytes(questions);
+    for (size_t size = 0; size < whole.size(); size += size < 1000 ? 125 : 1)
+        refused(whole.substr(0, size), size < 1024 ? "header" : "ends ");
+    refused(whole + "x", "1 bytes after");
+    refused(whole + "xyz", "3 bytes after");
+    refused(hellaswag_bytes(questions, {20240520}), "is a token shard");
+    refused(hellaswag_bytes(questions, {7}), "magic number 7");
+    refused(hellaswag_bytes(questions, {20240522, 2}), "version 2");
+    for (int count : {0, -1, 65537}) refused(hellaswag_bytes(questions, {20240522, 1, count}), "examples");
+    refused(hellaswag_bytes(questions, {20240522, 1, 2}), "after its last example");
+    refused(hellaswag_bytes(questions, {20240522, 1, 4}), "ends before the mark of example 3 of 4");
+    refused(hellaswag_bytes(questions, {20240522, 1, 3, 6}), "longest example has 6 bytes");
+
+    auto changed = [&](const std::function<void(std::vector<Question>&)>& change) {
+        std::vector<Question> others = questions;
+        change(others);
+        return hellaswag_bytes(others);
+    };
+    refused(changed([](auto& q) { q[1].label = 4; }), "ending 4 of example 1");
+    refused(changed([](auto& q) { q[2].endings[3].back() = 500; }), "token 500 in example 2");
+    refused(changed([](auto& q) { q[0].context[0] = 65535; }), "token 65535 in example 0");
+    refused(changed([](auto& q) { q[1].context.clear(); }), "no tokens in the context of example 1");
+    refused(changed([](auto& q) { q[1].endings[2].clear(); }), "no tokens in an ending of example 1");
+    refused(changed([](auto& q) { q[1].endings[2].assign(21, 3); }), "ending of 21 tokens in example 1");
+    auto word = [&](size_t at, uint16_t value) {  // of the first example
+        std::string content = whole;
+        memcpy(&content[1024 + 2 * at], &value, sizeof value);
+        return content;
+    };
+    refused(word(0, 65534), "no mark at example 0");
+    refused(word(1, 2), "says that example 0 has 2 bytes");
+    refused(word(2, 1), "number 1 at example 0");
+    refused(word(4, 3), "3 endings");
+    refused(word(5, 65535), "ends within the context of example 0");
+    CHECK(mentions(error_of([&] { HellaSwag file(dir / "none", 500, 20); }), "cannot open HellaSwag file"));
+    CHECK(mentions(error_of([&] { HellaSwag file(dir.path, 500, 20); }), "is not a file"));
+    refused("", "has 0 bytes");
+}
+
+// A backend for evaluation alone. Ranks take turns: each adds to what those before it have left, so the last one has
+// the sums over all.
+struct TurnsBackend {
+    struct Event {
+        void record() {}
+        bool done() const { return true; }
+    };
+    static inline std::vector<double> left;
+    static void* alloc(size_t bytes, const char*) { return test_alloc(bytes); }
+    static void* alloc_host(size_t bytes) { return test_alloc(bytes); }
+    static void upload(void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
+    static void download(void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
+    static void zero(void* to, size_t bytes) { memset(to, 0, bytes); }
+    static void sum_losses(double* sum, const float* losses, int n) {
+        *sum = std::accumulate(losses, losses + n, *sum);
+    }
+    static int all_reduce(double* x, size_t n) {
+        if (world.rank == 0) left.assign(n, 0);
+        for (size_t i = 0; i < n; i++) x[i] = left[i] += x[i];
+        return 0;
+    }
+    static void wait(int) {}
+};
+
+// Its losses depend on the target and on every token of the row before it; small integers, whose sums are exact in any
+// order.
+struct FakeModel {
+    std::vector<int> input_room, target_room;
+    std::vector<float> loss_room;
+    const int seq_len;
+    int *inputs, *targets, seen_B = 0, seen_T = 0;
+    float* losses;
+    FakeModel(int batch, int seq_len_)
+        : input_room(size_t(batch) * size_t(seq_len_)),
+          target_room(input_room),
+          loss_room(input_room.size()),
+          seq_len(seq_len_),
+          inputs(input_room.data()),
+          targets(target_room.data()),
+          losses(loss_room.data()) {}
+    void forward(const int* tokens, int B, int T) {
+        REQUIRE((tokens == inputs && T <= seq_len && size_t(B) * size_t(T) <= input_room.size()));
+        seen_B = B, seen_T = T;
+    }
+    static float loss_of(const std::vector<int>& before, int target) {
+        uint64_t hash = 7;
+        for (int token : before) hash = mix(hash * 31 + uint64_t(token));
+        return float(mix(hash + uint64_t(target)) % 64);
+    }
+    void loss(int B, int T) {
+        REQUIRE((B == seen_B && T == seen_T));
+        for (int b = 0; b < B; b++)
+            for (int t = 0; t < T; t++)
+                losses[b * T + t] = loss_of({inputs + b * T, inputs + b * T + t + 1}, targets[b * T + t]);
+    }
+};
+
+template <class Body>
+static void as_each_rank(int ranks, Body body) {
+    const World before = world;
+    for (world.rank = 0, world.size = ranks; world.rank < ranks; world.rank++) body();
+    world = before;
+}
+
+TEST_CASE("hellaswag: scores by their definition, on any number of ranks, batches and contexts") {
+    TempDir dir;
+    Args texts;  // of one or two parts, with spaces and characters of several bytes among them
+    std::mt19937 random(3);
+    const Args parts = {"a", " ", "bc", "\xc3\xa9", "\xe2\x82\xac", "\xf0\x9f\x98\x80"};
+    for (int i = 0; i < 200; i++) texts.push_back(parts[random() % 6] + (random() % 2 ? parts[random() % 3] : ""));
+    write_file(dir / "tokenizer.bin", tokenizer_bytes(20240328, 2, 200, 0, texts));
+    const Tokenizer tokenizer(dir / "tokenizer.bin");
+    const std::vector<Question> questions = random_questions(199, 200, 90, 25, 6);
+    write_file(dir / "h.bin", hellaswag_bytes(questions));
+
+    std::vector<int> counts[3];
+    for (const int T : {25, 64, 100, 130}) {
+        // From the definition, on the questions as they were written.
+        int right[3] = {}, cut = 0;
+        for (const Question& question : questions) {
+            double by[3][4];  // the sum, per token, per character
+            for (int e = 0; e < 4; e++) {
+                std::vector<int> row(question.context.begin(), question.context.end());
+                row.insert(row.end(), question.endings[e].begin(), question.endings[e].end());
+                cut += int(row.size()) > T + 1;
+                while (int(row.size()) > T + 1) row.erase(row.begin());
+                double sum = 0;
+                const size_t ending = question.endings[e].size();
+                for (size_t t = row.size() - ending; t < row.size(); t++)
+                    sum += FakeModel::loss_of({row.begin(), row.begin() + std::ptrdiff_t(t)}, row[t]);
+                std::string text;
+                for (uint16_t token : question.endings[e]) text += texts[token];
+                if (text[0] == ' ') text.erase(0, 1);
+                int characters = 0;
+                for (size_t i = 0; i < text.size(); characters++) {
+                    const int lead = uint8_t(text[i]);
+                    i += lead < 0x80 ? 1 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : 4;
+                }
+                by[0][e] = sum, by[1][e] = sum / double(ending), by[2][e] = sum / std::max(characters, 1);
+            }
+            for (int way = 0; way < 3; way++)
+                right[way] += std::min_element(by[way], by[way] + 4) - by[way] == question.label;
+        }
+        CHECK((cut > 0) == (T < 114));
+        for (int way = 0; way < 3; way++) counts[way].push_back(right[way]);
+
+        const HellaSwag file(dir / "h.bin", 200, T);
+        for (int ranks : {1, 2, 3, 7})
+            for (int batch : {1, 5, 64}) {
+                std::optional<HellaSwagScores> scores;
+                as_each_rank(ranks, [&] {
+                    FakeModel model(batch, T);
+                    HellaSwagEvaluator<TurnsBackend, FakeModel> evaluator(file, &tokenizer, model, batch, T);
+                    CHECK(int(evaluator.rows_cut()) == cut);
+                    scores = evaluator.run([](size_t, double) {});
+                });
+                REQUIRE(scores);
+                CHECK(scores->acc == right[0] / 199.0);
+                CHECK(scores->acc_norm == right[1] / 199.0);
+                CHECK(scores->acc_norm_chars == right[2] / 199.0);
+            }
+    }
+    CHECK(std::set<std::vector<int>>(counts, counts + 3).size() == 3);  // or one could stand for another
+}
+
+TEST_CASE("hellaswag: losses that are equal, or not finite; no tokenizer; a request to stop") {
+    TempDir dir;
+    std::vector<Question> questions(2, Question{0, {1}, {{1, 1}, {1}, {1, 1, 1, 1}, {1}}});
+    questions[1].label = 3;
+    write_file(dir / "h.bin", hellaswag_bytes(questions));
+    const HellaSwag file(dir / "h.bin", 2, 4);
+    auto scores = [&](const std::vector<double>& losses) { return hellaswag_scores(file, nullptr, losses.data()); };
+    const HellaSwagScores equal = scores({4, 4, 8, 5, 4, 4, 8, 5});
+    CHECK(equal.acc == 0.5);       // the first of 4 and 4
+    CHECK(equal.acc_norm == 0.5);  // the first of 2, 4, 2, 5
+    CHECK(std::isnan(equal.acc_norm_chars));
+    const HellaSwagScores odd = scores({NAN, NAN, NAN, NAN, NAN, INFINITY, NAN, 9});
+    CHECK(odd.acc == 0.5);
+    CHECK(odd.acc_norm == 0.5);
+
+    FakeModel model(1, 4);
+    HellaSwagEvaluator<TurnsBackend, FakeModel> evaluator(file, nullptr, model, 1, 4);
+    CHECK(evaluator.run([](size_t, double) {}));
+    stop_signal = SIGTERM;
+    CHECK(!evaluator.run([](size_t, double) {}));
+    stop_signal = 0;
+}
+
+TEST_CASE("evaluation: nats per token and bits per byte of the same windows, on any number of ranks and batches") {
+    TempDir dir;
+    const int T = 6, vocab = 50;
+    Args texts;
+    for (int i = 0; i < vocab; i++) texts.push_back(std::string(size_t(1 + i % 7), 'x'));
+    write_file(dir / "tokenizer.bin", tokenizer_bytes(20240328, 2, vocab, 13, texts));
+    const Tokenizer tokenizer(dir / "tokenizer.bin");
+    std::mt19937 random(5);
+    std::vector<uint16_t> first(20 * T + 3), second(11 * T + 1);
+    for (auto* tokens : {&first, &second})
+        for (uint16_t& token : *tokens) token = uint16_t(random() % vocab);
+    write_shard(dir / "val_0.bin", first);
+    write_shard(dir / "val_1.bin", second);
+    const Shards shards(dir / "val_*.bin", T);
+
+    for (uint64_t windows : {1, 17, 31}) {
+        double nats = 0, bytes = 0;
+        for (uint64_t w = 0; w < windows; w++) {
+            const uint16_t* window = w < 20 ? &first[w * T] : &second[(w - 20) * T];
+            for (int t = 0; t < T; t++) {
+                nats += double(FakeModel::loss_of({window, window + t + 1}, window[t + 1]));
+                bytes += window[t + 1] == 13 ? 0 : double(texts[window[t + 1]].size());
+            }
+        }
+        for (int ranks : {1, 2, 5, 40})
+            for (int batch : {1, 4, 100})
+                for (const Tokenizer* known : {&tokenizer, static_cast<const Tokenizer*>(nullptr)}) {
+                    Validation found = {};
+                    as_each_rank(ranks, [&] {
+                        FakeModel model(batch, T);
+                        found = Evaluator<TurnsBackend, FakeModel>(shards, known, model, windows, batch, vocab).run();
+                    });
+                    CHECK(found.loss == nats / double(windows * T));
+                    if (known) CHECK(found.bits_per_byte == nats / (std::log(2.0) * bytes));
+                    else CHECK(std::isnan(found.bits_per_byte));
+                }
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------
 
 TEST_CASE("printable: nothing that steers a terminal, nothing that is lost") {
     const auto bytes = [](std::initializer_list<int> list) {

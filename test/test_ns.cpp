@@ -4,7 +4,7 @@
 //   2. norm_sums, muon_inverse_norms, muon_momentum and muon_update against their definitions in double: tiles of
 //   larger
 //      matrices, lying and standing, gradients of 1e-20 to 1e+10, gradient and momentum that cancel;
-//   3. the same bits in a batch of three as alone;
+//   3. the same bits in a batch of three as alone; more products in a chain than a launch takes;
 //   4. the whole Newton-Schulz iteration of dmuon.cuh against the exact polynomial of known singular values.
 // Outputs start as NaN with guard zones on both sides (device_buffer.h), so that a store that is missing or astray is
 // seen.
@@ -201,6 +201,49 @@ TEST_CASE("ns_product against sums in double, alone and in a batch") {
     for (const Product& p : products)
         for (NsType type : kTypes)
             for (Path path : kPaths) check_product(p, type, path);
+}
+
+// X_{k+1} = S X_k / 4 + X_0, |S| about 1, for more products than two launches of a chain take. Each rounds once, and
+// what it was given wrong it divides by four: the error ends below 4/3 of a rounding, of norms.
+TEST_CASE("a chain of more products than a launch takes") {
+    const int M = 72, N = 136, batch = 2, products = 2 * kNsChainProducts + 3;
+    const size_t matrix = size_t(M) * N;
+    for (NsType type : {NsType::bf16, NsType::fp16}) {
+        CAPTURE(name_of(type));
+        const Bytes S = encode(normal(batch * size_t(M) * M, 1, 0.5f / std::sqrt(float(M))), type),
+                    start = encode(normal(batch * matrix, 2), type);
+        const Floats s = decode(S, type), x0 = decode(start, type);
+        const DeviceBuffer<unsigned char> device_s(S), first(start), other(start.size()), last(start.size());
+        const DeviceBuffer<int> counters(ns_chain_counters(batch));
+        const unsigned char* x = first;
+        {
+            NsKernels::NsChain chain(batch, type, counters);
+            for (int k = 0; k < products; k++) {
+                unsigned char* next = k % 2 ? last : other;
+                NsKernels::ns_product(next, device_s, x, first, 0.25f, 1, 0, batch, M, N, M, NsProduct::nn, type);
+                x = next;
+            }
+        }
+        const Floats got = decode((products % 2 ? other : last).download(), type);
+        double error = 0, squares = 0;
+        for (int b = 0; b < batch; b++) {
+            Doubles want(x0.begin() + b * matrix, x0.begin() + (b + 1) * matrix), product(matrix);
+            for (int k = 0; k < products; k++) {
+                std::fill(product.begin(), product.end(), 0.0);
+                for (int i = 0; i < M; i++)
+                    for (int j = 0; j < M; j++)
+                        for (int c = 0; c < N; c++)
+                            product[i * N + c] += s[(b * M + i) * M + j] * want[j * size_t(N) + c];
+                for (size_t i = 0; i < matrix; i++) want[i] = product[i] / 4 + x0[b * matrix + i];
+            }
+            for (size_t i = 0; i < matrix; i++) {
+                error += (got[b * matrix + i] - want[i]) * (got[b * matrix + i] - want[i]);
+                squares += want[i] * want[i];
+            }
+        }
+        CHECK(std::sqrt(error / squares) <= 1.34 * unit(type));
+        CHECK(counters.guards_intact());
+    }
 }
 
 #ifndef FIBER

@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""End to end, without a GPU: the program as a user starts it, on the text of this repository's own sources.
+"""End to end, without a GPU: the program as a user starts it, on a text that is made up.
 
     python3 test/test_train.py ./train_gpt [NAME...]     all tests, or those
 """
+import bisect
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
+import random
 import re
 import resource
 import shutil
@@ -22,19 +25,41 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BINARY = None
-SOURCES = ("*.h", "*.cuh", "*.cu", "Makefile", "README.md", "scripts/*", "test/*.cpp", "test/*.h", "test/*.py", "dev/*.md")
 
 # A model of 0.1 M parameters: 60 steps in a second or two
 TINY = ["--layers", "2", "--heads", "2", "--channels", "32", "--seq_len", "32", "--batch", "4", "--device", "cpu",
         "--eval_tokens", "512"]
 
 
+def invented_text(sentences=12000):
+    """0.5 MB of a made-up language, always the same: "sobush nefe pinta ri, ri pinto nefe." Rare words and common ones; what
+    comes after the comma is known to who looks back. Who knows its words and rules still needs 0.313 nats a byte (the sum of
+    the logarithms of its choices)."""
+    chance = random.Random(7)
+
+    def word(syllables, ending=""):
+        return "".join("bdfgklmnprstvz"[int(chance.random() * 14)] + "aeiou"[int(chance.random() * 5)] for _ in range(syllables)) + ending
+
+    nouns = [word(1 + i % 3) for i in range(80)]
+    verbs = [word(1 + i % 2, "n") for i in range(40)]
+    adjectives = [word(2, "sh") for i in range(30)]
+    shares = {n: list(itertools.accumulate(1 / (k + 1) for k in range(n))) for n in (80, 40, 30)}
+
+    def pick(words):  # the k-th with a weight of 1/k
+        return words[bisect.bisect_right(shares[len(words)], chance.random() * shares[len(words)][-1])]
+
+    def sentence():
+        a, b, verb, adjective = pick(nouns), pick(nouns), pick(verbs), pick(adjectives)
+        return f"{adjective} {a} {verb}ta {b}, {b} {verb}to {a}.\n"
+
+    return "".join(sentence() for _ in range(sentences))
+
+
 def setUpModule():
     global temporary, work, data
     temporary = tempfile.TemporaryDirectory()
     work = Path(temporary.name)
-    text = b"<|endoftext|>".join(path.read_bytes() for pattern in SOURCES for path in sorted(ROOT.glob(pattern)) if path.is_file())
-    (work / "text.txt").write_bytes(text)
+    (work / "text.txt").write_text(invented_text())
     data = work / "data"
     subprocess.run([sys.executable, ROOT / "scripts/data.py", f"text:{work}/text.txt", "--out", data], check=True,
                    stdout=subprocess.DEVNULL)
@@ -93,20 +118,20 @@ class Train(unittest.TestCase):
               "--device", "cpu", "--eval_every", 0, "--eval_tokens", 16384]
 
     def test_learns(self):
-        # The mean loss of the last 20 steps, all on windows not seen before. Measured over seeds and versions of this text, and
-        # with gradients made wrong on purpose, under adamw and dmuon:
-        #     right 2.40-2.44, 1.80-1.83      no gradient to the queries 2.52, 2.22      scores without 1/sqrt(hd) 2.47, 2.09
-        #     no row term in the softmax 3.45, 2.74         LayerNorm without the term of its variance 3.44, 2.40
-        #     LayerNorm overwriting the residual gradient 3.41, 2.43
-        # A GELU or a bias that is a little wrong learns as well as a right one: that is what the golden test is for.
-        for optimizer, rates, bound in (("adamw", ["--lr", 2e-3], 2.6), ("dmuon", ["--lr", 3e-3, "--muon_lr", 2e-2], 1.95)):
+        # The mean loss of the last 20 steps, all on windows not seen before, over three seeds: adamw 0.967 to 1.016, dmuon 0.439 to
+        # 0.450. The bands are about three times as wide: another machine's rounding is another seed. What is wrong leaves them
+        # on either side; with no gradient to the queries 1.21 and 0.74. A GELU or a bias that is a little wrong learns as well as
+        # a right one: that is what the golden test is for.
+        for optimizer, rates, usual, band in (("adamw", ["--lr", 2e-3], 0.99, 0.08), ("dmuon", ["--lr", 3e-3, "--muon_lr", 2e-2], 0.445, 0.02)):
             out = work / f"learns_{optimizer}"
             self.trained(*self.LEARNS, "--optimizer", optimizer, *rates, "--out", out)
             entries = log(out)
             self.assertEqual([entry["step"] for entry in entries], list(range(1, 201)))
-            self.assertAlmostEqual(entries[0]["loss"], 5.45, delta=0.2)  # ln 256 = 5.545, and the tied head favours a repeated byte
-            self.assertLess(sum(entry["loss"] for entry in entries[-20:]) / 20, bound, optimizer)
-            self.assertLess(entries[-1]["val_loss"], bound + 0.6, optimizer)  # on other files: 0.53 above, and it moves with them
+            self.assertAlmostEqual(entries[0]["loss"], 5.55, delta=0.15)  # ln 256 = 5.545
+            loss = sum(entry["loss"] for entry in entries[-20:]) / 20
+            self.assertAlmostEqual(loss, usual, delta=band, msg=optimizer)
+            # Other text of the same language, and the weights of the last step for those of the last twenty: within 0.018.
+            self.assertAlmostEqual(entries[-1]["val_loss"], loss, delta=0.05, msg=optimizer)
 
         # The comparison reads these logs.
         sys.path.insert(0, str(ROOT / "scripts"))
@@ -123,6 +148,16 @@ class Train(unittest.TestCase):
             self.trained(*TINY, "--batch", batch, "--total_batch", 8 * 32, "--steps", 20, "--out", work / f"batch_{batch}")
         for one, four in zip(log(work / "batch_8"), log(work / "batch_2")):
             self.assertAlmostEqual(one["loss"], four["loss"], delta=1e-4)  # sums of fp32 in another order
+
+    def test_graph_and_memory_change_nothing(self):
+        """--graph, --recompute and --head_rows (a chunk of whole tiles): the same log but for the times, with accumulation too."""
+        def losses(name, *flags):
+            self.trained(*TINY, "--steps", 4, "--batch", 8, "--total_batch", 512, "--optimizer", "dmuon", "--out", work / name, *flags)
+            return [(row["loss"], row["grad_norm"], row.get("val_loss")) for row in log(work / name)]
+        plain = losses("plain")
+        self.assertEqual(losses("graph", "--graph"), plain)
+        self.assertEqual(losses("recompute", "--recompute", "block"), plain)
+        self.assertEqual(losses("chunks", "--head_rows", 128)[0][0], plain[0][0])  # then another order of sums
 
     def test_schedules(self):
         # Every schedule at every step, with and without a warm-up, against its formula.
@@ -149,6 +184,16 @@ class Train(unittest.TestCase):
                 for rate, right in zip(rates, expected):
                     self.assertAlmostEqual(rate / right, 1, delta=1e-8)  # nine digits are logged
 
+    def test_muon_weight_decay(self):
+        losses = {}
+        for decay in (-1, 3, 0):
+            out = work / f"muon_decay_{decay}"
+            self.trained(*TINY, "--optimizer", "dmuon", "--steps", 6, "--lr", 0.01, "--weight_decay", 3, "--muon_weight_decay", decay,
+                         "--out", out)
+            losses[decay] = [entry["loss"] for entry in log(out)]
+        self.assertEqual(losses[-1], losses[3])  # -1: as --weight_decay
+        self.assertGreater(abs(losses[0][-1] - losses[3][-1]), 1e-4)  # 0 is none, and no -1
+
     def test_sample_prints_all_of_it(self):
         # An untrained model at a high temperature writes any byte: none may be lost, and none may steer the terminal.
         result = subprocess.run(command(*TINY, "--steps", 1, "--lr", 0, "--sample_every", 1, "--sample_tokens", 2000, "--temperature", 9),
@@ -166,6 +211,120 @@ class Train(unittest.TestCase):
         self.assertEqual([text.split("\n")[0] for text in samples], ["15", "30"])
         self.assertGreaterEqual(len(samples[1]), 50 / 4)  # at most four bytes to a character
         self.assertEqual(samples, [text.split("\n---")[0] for text in again.split("--- sample at step ")[1:]])
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # It says how good it is
+
+    def test_bits_per_byte(self):
+        # Tokens of 1 to 9 bytes; the one that ends a text is no text.
+        shards, vocab, end = work / "lengths", 300, 299
+        shards.mkdir()
+        lengths = [1 + random.randrange(9) for _ in range(end)] + [5]
+        (shards / "tokenizer.bin").write_bytes(struct.pack("<256i", 20240328, 2, vocab, end, *[0] * 252) +
+                                               b"".join(bytes([n]) + b"x" * n for n in lengths))
+        tokens = {}
+        for split, count in (("train", 5000), ("val", 777)):
+            tokens[split] = [end if random.random() < 0.1 else random.randrange(vocab - 1) for _ in range(count)]
+            (shards / f"{split}_0.bin").write_bytes(struct.pack("<256i", 20240520, 1, count, *[0] * 253) +
+                                                    struct.pack(f"<{count}H", *tokens[split]))
+        flags = [*TINY, "--eval_tokens", 500, "--steps", 2]  # 16 windows of 32 + 1
+        said = self.trained(*flags, "--out", work / "bits", shards=shards).stdout
+        entry = log(work / "bits")[-1]
+        targets = tokens["val"][1:16 * 32 + 1]
+        size = sum(lengths[token] for token in targets if token != end)
+        self.assertAlmostEqual(entry["val_bpb"] / (entry["val_loss"] * len(targets) / (math.log(2) * size)), 1, delta=3e-9)  # 9 digits
+        self.assertIn(f"val {entry['val_loss']:.4f} | {entry['val_bpb']:.4f} bits/byte |", said)
+        self.assertNotIn("no bits per byte", said)
+
+        (shards / "tokenizer.bin").unlink()
+        said = self.trained(*flags, "--vocab", vocab, "--out", work / "no_bits", shards=shards).stdout
+        self.assertNotIn("val_bpb", log(work / "no_bits")[-1])
+        self.assertEqual(log(work / "no_bits")[-1]["val_loss"], entry["val_loss"])
+        self.assertEqual(said.count("no bits per byte"), 1)
+        self.assertNotIn("bits/byte", said)
+
+    def test_hellaswag(self):
+        """Against the losses that --val gives for shards of one row each: the loss of a row is that of its context and that of
+        its ending, so the ending's is a difference."""
+        model, rows = work / "hellaswag_model", work / "row"
+        self.trained(*TINY, "--seq_len", 64, "--steps", 60, "--lr", 0.01, "--out", model)
+        rows.mkdir()
+        shutil.copy(data / "tokenizer.bin", rows)
+        base = [BINARY, "--model", model / "step_00000060.safetensors", "--steps", 0, "--device", "cpu"]
+
+        def evaluated(*flags):
+            done = subprocess.run([*map(str, base), *map(str, flags)], capture_output=True, text=True, env=environment())
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
+            return done.stdout
+
+        def loss_of(row):  # the sum over all tokens but the first, which nothing predicts
+            (rows / "val.bin").write_bytes(struct.pack("<256i", 20240520, 1, len(row), *[0] * 253) + struct.pack(f"<{len(row)}H", *row))
+            said = evaluated("--seq_len", len(row) - 1, "--batch", 1, "--val", rows / "val.bin")
+            return float(re.search(r"^val ([0-9.]+) \|", said, re.M)[1]) * (len(row) - 1)
+
+        text = (work / "text.txt").read_bytes()
+        questions = []
+        while len(questions) < 8:
+            at = random.randrange(len(text) - 100)
+            context = text[at:at + random.randrange(2, 50)]
+            endings = [b" " + text[at:at + n] for at, n in zip(random.sample(range(len(text) - 100), 4), random.sample(range(3, 22), 4))]
+            before = loss_of((context + endings[0])[-65:][:-len(endings[0])])  # a row of 64 + 1 tokens at most
+            if len(context) + max(map(len, endings)) > 65:  # rows that lose their beginning: each context is another
+                befores = [loss_of((context + e)[-65:][:-len(e)]) for e in endings]
+            else:
+                befores = [before] * 4
+            sums = [loss_of((context + e)[-65:]) - b for e, b in zip(endings, befores)]
+            questions.append((context, endings, sums))
+
+        def file_of(labels):
+            blocks = []
+            for number, ((context, endings, _), label) in enumerate(zip(questions, labels)):
+                block = struct.pack("<3H", number, label, 4)
+                for piece in (context, *endings):
+                    block += struct.pack(f"<{len(piece) + 1}H", len(piece), *piece)
+                blocks.append(struct.pack("<2H", 65535, len(block) + 4) + block)
+            path = rows / "hellaswag.bin"
+            path.write_bytes(struct.pack("<256i", 20240522, 1, len(blocks), max(map(len, blocks)), *[0] * 252) + b"".join(blocks))
+            return path
+
+        ways = [sums for _, _, sums in questions], \
+            [[s / len(e) for s, e in zip(sums, endings)] for _, endings, sums in questions], \
+            [[s / (len(e) - 1) for s, e in zip(sums, endings)] for _, endings, sums in questions]  # ASCII, but for the space
+        best = [[values.index(min(values)) for values in way] for way in ways]
+        # Losses have four digits, so those sums are good to 64 * 1e-4; of endings as close as that either may win.
+        sure = [[sorted(values)[1] - min(values) > 0.013 for values in way] for way in ways]
+        for labels in (*best, [random.randrange(4) for _ in questions]):
+            said = evaluated("--seq_len", 64, "--batch", 3, "--hellaswag", file_of(labels))
+            found = re.search(r"^hellaswag of 8 examples \| acc ([0-9.]+) \| acc_norm ([0-9.]+) \(.*\) \| ([0-9.]+) \(", said, re.M)
+            for way in range(3):
+                right = sum(a == b for a, b in zip(best[way], labels)) / 8
+                self.assertAlmostEqual(float(found[way + 1]), right, delta=6e-5 + sure[way].count(False) / 8)
+        self.assertLess(sum(row.count(False) for row in sure), 6)  # or nothing would be tested
+
+        # The same at the end of a run, behind the last step, whose checkpoint is there by then; and in its log.
+        out = work / "hellaswag_run"
+        said = self.trained(*TINY, "--seq_len", 64, "--steps", 60, "--lr", 0.01, "--out", out, "--hellaswag", file_of(best[0])).stdout
+        self.assertLess(said.index("\nsaved "), said.index("\nhellaswag of"))
+        entry = log(out)[-1]
+        self.assertEqual((entry["step"], len(log(out)), len(entry)), (60, 61, 4))
+        self.assertIn(f"acc {entry['hellaswag_acc']:.4f} | acc_norm {entry['hellaswag_acc_norm']:.4f} (", said)
+        self.assertGreaterEqual(entry["hellaswag_acc"], 1 - sure[0].count(False) / 8)
+        self.trained(*TINY, "--seq_len", 64, "--steps", 62, "--lr", 0.01, "--out", out, "--resume", "auto")
+        self.assertEqual([entry["step"] for entry in log(out)], [*range(1, 61), 60, 61, 62])
+
+        # What cannot be.
+        done = subprocess.run([BINARY, "--steps", "0"], capture_output=True, text=True, env=environment())
+        self.assertEqual((done.returncode, done.stderr[:34]), (2, "train_gpt: --steps 0 only evaluates"[:34]))
+        good = file_of(best[0]).read_bytes()
+        for content, words in ((good[:-1], "ends within"), (b"", "0 bytes"), (good[:1024] + b"\0" + good[1025:], "no mark")):
+            (rows / "hellaswag.bin").write_bytes(content)
+            self.refused(1, [str(rows / "hellaswag.bin"), words], *TINY, "--steps", 2, "--hellaswag", rows / "hellaswag.bin")
+        (rows / "hellaswag.bin").write_bytes(good)
+        self.refused(1, "longer than --seq_len 2", *TINY, "--seq_len", 2, "--steps", 2, "--hellaswag", rows / "hellaswag.bin")
+        other = bytearray((data / "tokenizer.bin").read_bytes())
+        other[1024 + 2 * 65 + 1] = ord("B")
+        (rows / "tokenizer.bin").write_bytes(other)
+        self.refused(1, "differ", *TINY, "--steps", 2, "--hellaswag", rows / "hellaswag.bin")
 
     # ------------------------------------------------------------------------------------------------------------------
     # It goes on where it stopped
@@ -257,14 +416,12 @@ class Train(unittest.TestCase):
     @staticmethod
     def loaded_megabytes():
         """Of address space, to be loaded at all: CUDA's libraries, where the program has them, take most of a gigabyte.
-        Below that the linker ends with 127."""
+        Below that the linker ends with 127. From there on it ends, though OpenBLAS's threads have no memory to start."""
         for megabytes in range(64, 16384, 32):
             limit = megabytes << 20
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                if subprocess.run([BINARY, "--version"], capture_output=True, timeout=1,
-                                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))).returncode == 127:
-                    continue
-            return megabytes
+            if subprocess.run([BINARY, "--version"], capture_output=True, timeout=30, env=dict(os.environ, OPENBLAS_NUM_THREADS="4"),
+                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))).returncode == 0:
+                return megabytes
         raise AssertionError("16 GiB of address space are not enough to load the program")
 
     def test_limited_memory(self):
@@ -375,6 +532,14 @@ class Train(unittest.TestCase):
         (other / "train_000.bin").write_bytes(shard)
         self.assertIn("note: the training data have changed", self.trained(*same, shards=other).stdout)
 
+    def test_a_resume_needs_the_same_windows(self):
+        out = work / "windows"
+        self.trained(*TINY, "--steps", 2, "--out", out)
+        same = [*TINY, "--steps", 4, "--resume", out / "step_00000002.safetensors"]
+        self.refused(1, ["made with --seed 1337", "this run has 7: pass --seed 1337"], *same, "--seed", 7)
+        self.refused(1, ["made with --total_batch 128", "pass --total_batch 128"], *same, "--total_batch", 256)
+        self.trained(*same, "--batch", 2, "--total_batch", 128)
+
     def test_model_from_a_checkpoint_brings_its_sizes(self):
         out = work / "sizes"
         self.trained(*TINY, "--steps", 10, "--lr", 0.01, "--out", out)
@@ -460,7 +625,7 @@ class Train(unittest.TestCase):
 
     def test_bad_flags(self):
         for words, flags in ((("--stepz", "--steps"), ["--stepz", 3]), ("--steps", ["--steps"]), ("--steps", ["--steps", "3x"]),
-                             ("--steps", ["--steps", 0]), ("--lr", ["--lr", "nan"]), ("--optimizer", ["--optimizer", "sgd"]),
+                             ("--steps", ["--steps", -1]), (("--out", "--steps"), ["--steps", 0, "--out", "x"]), ("--lr", ["--lr", "nan"]), ("--optimizer", ["--optimizer", "sgd"]),
                              (("--model", "--layers"), ["--model", "d6"]), ("--warmup", ["--steps", 5, "--warmup", 6]),
                              ("--total_batch", ["--total_batch", 100]), ("--ns_steps", ["--ns_steps", 3]),
                              ("--device", ["--gpus", 2]), ("--resume", ["--resume", "auto"])):
