@@ -147,6 +147,8 @@ constexpr bool is_backend() {
                                        const real* dout /*(B,T,C)*/, const real* qkv /*(B,T,3C)*/,
                                        const real* out /*(B,T,C)*/, const float* lse /*(B,H,T)*/, int B, int T, int C,
                                        int H));
+    // The last row of that for one sequence: one query against T keys, what generation asks for token by token
+    OPERATION(attention_last_row, void(real* out /*(C)*/, const real* qkv /*(T,3C)*/, int T, int C, int H));
 
     // The formulas: common.h
     OPERATION(gelu_forward, void(real* out /*(n)*/, const real* x /*(n)*/, size_t n));

@@ -553,6 +553,32 @@ struct CpuOps {
         }
     }
 
+    // The last row of attention_forward for one sequence.
+    static void attention_last_row(real* out /*(C)*/, const real* qkv /*(T,3C)*/, int T, int C, int H) {
+        const int hd = C / H;
+        const float scale = 1.0f / std::sqrt(float(hd));
+#pragma omp parallel for
+        for (int h = 0; h < H; h++) {
+            static thread_local std::vector<float> p;  // (T)
+            p.resize(T);
+            const real *q = qkv + size_t(T - 1) * 3 * C + h * hd, *k = qkv + C + h * hd, *v = k + C;
+            for (int s = 0; s < T; s++) {
+                const real* key = k + size_t(s) * 3 * C;
+                p[s] = scale * sum(hd, [&](size_t i) { return q[i] * key[i]; });
+            }
+            const float largest = maximum(p.data(), T);
+            for (int s = 0; s < T; s++) p[s] = exponential(p[s] - largest);
+            const float total = sum(T, [&](size_t s) { return p[s]; });
+            real* o = out + h * hd;
+            std::fill(o, o + hd, 0.0f);
+            for (int s = 0; s < T; s++) {
+                const real* value = v + size_t(s) * 3 * C;
+                const float weight = p[s] / total;
+                for (int i = 0; i < hd; i++) o[i] += weight * value[i];
+            }
+        }
+    }
+
     // P = exp(scale*QK^T - lse), O = PV.  dV = P^T dO;  dP = dO V^T;  dS = scale * P * (dP - delta), where
     // delta[t] = sum over s of P[t,s] dP[t,s] = dO[t] . O[t];  dQ = dS K;  dK = dS^T Q.
     static void attention_backward(real* dqkv /*(B,T,3C)*/, float* delta /*(B,H,T)*/, const real* dout /*(B,T,C)*/,

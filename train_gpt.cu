@@ -1014,48 +1014,10 @@ class RunState {
     }
 };
 
-// ---- Samples --------------------------------------------------------------------------------------------------------
+// ---- Samples, and --generate ----------------------------------------------------------------------------------------
 
-// Text from the model, token by token, each from a forward pass over what is there (no cache of keys and values: short
-// samples, short code). Randomness is a function of seed, step and position. All ranks write the same sample and rank 0
-// prints it: none has to wait for another.
-template <class Backend>
-std::string sample(const Run& run, Model<Backend>& model, int64_t step) {
-    using real = typename Backend::real;
-    const Options& options = run.options;
-    const Tokenizer* tokenizer = run.tokenizer.get();
-    const int vocab = tokenizer ? tokenizer->vocab : run.config.vocab;  // of what can be written
-    std::vector<int> tokens = {tokenizer ? tokenizer->end_of_text : std::min(50256, vocab - 1)};
-    std::vector<real> row(vocab);
-    std::vector<double> weights(vocab);
-    std::string written;
-    for (int64_t i = 0; i < options.sample_tokens; i++) {
-        const int T = int(std::min<size_t>(tokens.size(), size_t(run.config.seq_len)));
-        // Padded, so that few shapes of products occur. What stands there does not matter: no position sees later ones.
-        std::vector<int> window(tokens.end() - T, tokens.end());
-        window.resize(std::min(round_up(T, 64), run.config.seq_len));
-        Backend::upload(model.inputs, window.data(), window.size() * sizeof(int));
-        finish<Backend>("a sample");
-        model.forward(model.inputs, 1, int(window.size()));
-        model.head(model.logits, model.lnf + size_t(T - 1) * run.config.channels, 1);
-        Backend::download(row.data(), model.logits, row.size() * sizeof(real));
-        finish<Backend>("a sample");
-        int next = 0;
-        double top = -INFINITY, total = 0;
-        for (int v = 0; v < vocab; v++)
-            if (double(float(row[v])) > top) top = double(float(row[v])), next = v;
-        if (options.temperature > 0) {
-            for (int v = 0; v < vocab; v++)
-                total += weights[v] = std::exp((double(float(row[v])) - top) / options.temperature);
-            double coin =
-                double(mix(mix(uint64_t(options.seed) + uint64_t(step)) + uint64_t(i)) >> 11) * 0x1p-53 * total;
-            for (next = 0; next + 1 < vocab && coin >= weights[next]; next++) coin -= weights[next];
-        }
-        tokens.push_back(next);
-        written += tokenizer ? tokenizer->decode(next) : std::to_string(next) + " ";
-    }
-    return printable(written);
-}
+// defines: Generator, sample, generate_tokens; it stands on what is above
+#include "generate.h"
 
 // ---- StepRecord and StepLog: what a step leaves behind --------------------------------------------------------------
 
@@ -1180,6 +1142,7 @@ class Trainer {
     RunState<Backend> state;
     std::unique_ptr<Evaluator<Backend, Model<Backend>>> evaluator;           // null without --val
     std::unique_ptr<HellaSwagEvaluator<Backend, Model<Backend>>> hellaswag;  // null without --hellaswag
+    std::unique_ptr<Generator<Backend>> generator;                           // null without --sample_every
     StepLog log;
 
     // What the device leaves for the host at the end of a step. The host reads it one step later, so it never waits
@@ -1216,8 +1179,11 @@ class Trainer {
           model(run_.config, recompute_level(options), options.head_rows, optimizer),
           state(run_, optimizer),
           log(run_) {
+        if (options.sample_every > 0)
+            generator.reset(new Generator<Backend>(run.config, {optimizer.params, optimizer.plan, run.config}));
         check_memory();
         model.allocate(options.batch);
+        if (generator) generator->allocate();
         const ModelConfig& config = run.config;
         if (run.val)
             evaluator.reset(new Evaluator<Backend, Model<Backend>>(*run.val, run.tokenizer.get(), model,
@@ -1328,9 +1294,11 @@ class Trainer {
                 const Validation validation = evaluator->run();
                 report(slot, &validation);
             }
-            if (options.sample_every > 0 && due(options.sample_every)) {
+            if (generator && due(options.sample_every)) {
                 report(slot);
-                say("--- sample at step %" PRId64 "\n%s\n---\n", step, sample(run, model, step).c_str());
+                optimizer.need_flat();
+                for (int l = 0; l < run.config.layers; l++) optimizer.need_layer(l);
+                say("--- sample at step %" PRId64 "\n%s\n---\n", step, sample(run, *generator, step).c_str());
             }
             // All ranks read in the same place that one of them is to stop, so they stop after the same step.
             if (!options.out.empty() && (stopping || due(options.save_every))) {
@@ -1346,9 +1314,10 @@ class Trainer {
 
   private:
     void check_memory() {
-        const size_t free = Backend::memory_available(), need = model.activation_bytes(options.batch);
+        auto bytes_of = [&](int B) { return model.activation_bytes(B) + (generator ? generator->bytes() : 0); };
+        const size_t free = Backend::memory_available(), need = bytes_of(options.batch);
         if (need + kMemoryMargin <= free) return;
-        const int fits = largest_batch(free, [&](int B) { return model.activation_bytes(B); });
+        const int fits = largest_batch(free, bytes_of);
         fail("out of memory: --batch %d needs %.1f GiB of activations and %.1f GiB are free: %s", options.batch,
              need / 0x1p30, free / 0x1p30,
              fits > 0 ? strprintf("--batch %d fits, more with --recompute block or --head_rows", fits).c_str()
@@ -1570,7 +1539,8 @@ inline std::string program_and_flags(const Options& options) {
 }
 
 template <class Backend>
-int train(const Options& options) {
+int run_program(const Options& options) {
+    if (options.generate > 0) return generate_tokens<Backend>(options);
     Run run(options);
     Backend::start(world);
     const int exit_code = Trainer<Backend>(run).train();
@@ -1586,7 +1556,7 @@ inline bool use_cuda(const Options& options, [[maybe_unused]] int gpus = 1) {
     const std::string why = Cuda::unavailable(gpus);
     if (why.empty()) return true;
     if (options.device == "cuda" || options.gpus > 0)
-        fail("no GPU can be used: %s; --device cpu trains without one", why.c_str());
+        fail("no GPU can be used: %s; --device cpu does without", why.c_str());
 #else
     if (options.device == "cuda" || options.gpus > 0)
         fail("this build has no CUDA: install the CUDA Toolkit and run make again, or pass --device cpu");
@@ -1629,6 +1599,8 @@ int main(int argc, char** argv) {
             _exit(
                 0);  // OpenBLAS's destructor waits for its threads, which under a memory limit (ulimit -v) never start
         }
+        if (options.generate > 0 && world.size > 1)
+            usage_fail("--generate runs as one process, and mpirun or srun has started %d: leave it out", world.size);
         start_ranks(argv, options.gpus, options.rank_timeout, [&] { use_cuda(options, options.gpus); });
         require_same(program_and_flags(options));
 #ifdef __CUDACC__
@@ -1639,10 +1611,10 @@ int main(int argc, char** argv) {
             fail("rank 0 uses a %s and this rank a %s: give every machine a GPU that works, or pass --device cpu",
                  first_rank ? "GPU" : "CPU", cuda ? "GPU" : "CPU");
         portable_kernels = options.kernels == "portable";
-        const int exit_code = cuda ? train<Cuda>(options) : train<Cpu>(options);
+        const int exit_code = cuda ? run_program<Cuda>(options) : run_program<Cpu>(options);
 #else
         use_cuda(options);
-        const int exit_code = train<Cpu>(options);
+        const int exit_code = run_program<Cpu>(options);
 #endif
         stop_ranks();
         return exit_code;

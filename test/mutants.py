@@ -107,6 +107,15 @@ FAULTS = [
     Fault("train_gpt.cu", '{"seed", options.seed, meta_number(checkpoint, "seed")}', '{"seed", options.seed, options.seed}',
           "train a_resume_needs_the_same_windows"),
 
+    # --- Generation
+    Fault("cpu_backend.h", "const float weight = p[s] / total;", "const float weight = p[s];", "cpu attention"),
+    Fault("generate.h", "weights.wpe + size_t(first) * C", "weights.wpe", "cpu golden: generation*"),
+    Fault("generate.h", "attention_last_row(att, cache[l], first + 1", "attention_last_row(att, cache[l], first", "cpu golden: generation*"),
+    Fault("generate.h", "std::max(1, config.seq_len / 2)", "std::max(1, config.seq_len / 2 + 1)", "cpu golden: generation*"),
+    Fault("generate.h", "logits[a] == logits[b] && a < b", "logits[a] == logits[b] && a > b", "cpu next_token: ties*"),
+    Fault("generate.h", "mix(mix(sampling.seed) + uint64_t(i))", "mix(mix(sampling.seed))", "cpu golden: text*"),
+    Fault("generate.h", "left >= weights[i]; i++) left -= weights[i]", "left >= weights[i]; i++) left -= total / 9", "cpu next_token: every*"),
+
     # --- Data
     Fault("dataloader.h", "} while (i >= n);", "} while (i > n);", "host loader: permute*"),
     Fault("dataloader.h", "return (shard.count - 1) / uint64_t(seq_len);", "return shard.count / uint64_t(seq_len);", "host loader: an epoch*"),

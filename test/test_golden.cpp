@@ -7,6 +7,7 @@
 #include <doctest/doctest.h>
 
 #include <numeric>
+#include <random>
 
 #include "golden.h"
 
@@ -470,6 +471,64 @@ void check_muon_variants() {
                 }
 }
 
+// The cache changes nothing: at every position, also where the context is full and its older half is forgotten, the
+// logits are those that the model's own forward pass computes from the tokens in the context.
+template <class Backend>
+void check_generation() {
+    TinyGpt<Backend> gpt;
+    const int T = gpt.T, C = gpt.config.channels;
+    Generator<Backend> generator(gpt.config, {gpt.optimizer.params, gpt.optimizer.plan, gpt.config});
+    generator.allocate();
+    std::mt19937 random(std::random_device{}());
+    auto token = [&] { return int(random() % uint32_t(gpt.V)); };
+    auto check = [&](const std::vector<int>& context, const std::vector<float>& logits) {
+        CAPTURE(context.size());
+        to_device<Backend>(gpt.model.inputs, context);
+        gpt.model.forward(gpt.model.inputs, 1, int(context.size()));
+        gpt.model.head(gpt.model.logits, gpt.model.lnf + (context.size() - 1) * C, 1);
+        CHECK(error(logits, to_host<Backend>(gpt.model.logits, gpt.V)) < tolerance<Backend>);
+    };
+    for (int length : {1, 3, T - 1, T, T + 5}) {
+        CAPTURE(length);
+        std::vector<int> prompt;
+        for (int i = 0; i < length; i++) prompt.push_back(token());
+        std::vector<int> context(prompt.end() - std::min(length, T), prompt.end());
+        check(context, generator.read(prompt));
+        for (int i = 0; i < 2 * T; i++) {
+            CAPTURE(i);
+            context.push_back(token());
+            const std::vector<float>& logits = generator.read(context.back());
+            if (int(context.size()) > T) context.erase(context.begin(), context.end() - T / 2);
+            check(context, logits);
+        }
+    }
+}
+
+// Text is a function of prompt and seed, and the likeliest token is what temperature 0 takes.
+template <class Backend>
+void check_text() {
+    TinyGpt<Backend> gpt;
+    Generator<Backend> generator(gpt.config, {gpt.optimizer.params, gpt.optimizer.plan, gpt.config});
+    generator.allocate();
+    auto text = [&](double temperature, uint64_t seed) {
+        std::vector<int> tokens;
+        CHECK(generator.generate({1, 2, 3}, 3 * gpt.T, {gpt.V, temperature, 0, seed},
+                                 [&](int token) { tokens.push_back(token); }));
+        return tokens;
+    };
+    const std::vector<int> first = text(1, 7);
+    CHECK(first.size() == size_t(3 * gpt.T));
+    CHECK(text(1, 8) != first);
+    CHECK(text(1, 7) == first);
+    CHECK(text(0, 7) == text(0, 8));
+    const std::vector<int> greedy = text(0, 0);
+    std::vector<float> logits = generator.read(std::vector<int>{1, 2, 3});
+    for (int token : greedy) {
+        CHECK(token == std::max_element(logits.begin(), logits.end()) - logits.begin());
+        logits = generator.read(token);
+    }
+}
+
 }  // namespace golden
 
 #ifdef __CUDACC__
@@ -482,6 +541,8 @@ TEST_CASE("golden: loss and every gradient, whatever is kept in memory") { golde
 TEST_CASE("recompute: the same bits on every level") { golden::check_recompute<GoldenBackend>(); }
 TEST_CASE("head in chunks: the same losses, the sum over rows in another order") { golden::check_head_chunks(); }
 TEST_CASE("memory by arithmetic: bytes of a token, the largest batch") { golden::check_batches(); }
+TEST_CASE("golden: generation with a cache of keys and values") { golden::check_generation<GoldenBackend>(); }
+TEST_CASE("golden: text repeats") { golden::check_text<GoldenBackend>(); }
 TEST_CASE("golden: ten AdamW steps with accumulation") { golden::check_adamw<GoldenBackend>(); }
 // Gradients and weights that are on their way to other ranks are NaN until somebody waits for them: nobody looks
 // before.
