@@ -135,6 +135,13 @@ FAULTS = [
     Fault("scripts/compare.py", "part = (value0 - loss) / (value0 - value)", "part = (value - loss) / (value0 - value)",
           "data Compare.test_where_a_run_reaches_a_loss"),
 
+    # --- Checkpoints
+    Fault("checkpoint.h", "if (data_begin_ % ckpt::kAlignment)", "if (false)", "host checkpoint: a header of any other form*"),
+    Fault("checkpoint.h", "if (ckpt::header_text(meta, tensors, sums_) != header)", "if (false)", "host checkpoint: every single bit*"),
+    Fault("checkpoint.h", "if (tensor.name <= before) damaged", "if (false) damaged", "host checkpoint: a header of any other form*"),
+    Fault("checkpoint.h", "if (size < 1 || size > left)", "if (size < 1)", "host checkpoint: a header of any other form*"),
+    Fault("checkpoint.h", "if (!same) damaged", "if (false) damaged", "host checkpoint: a tensor is verified*"),
+
     # --- Ranks
     Fault("comm.h", "offset < length(r) ? std::min(kMessage, length(r) - offset) : 0", "offset < length(r) ? kMessage : 0",
           "comm collectives on 1 to 5*"),
