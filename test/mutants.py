@@ -152,6 +152,8 @@ FAULTS = [
     Fault("checkpoint.h", "if (wrote > 0) done += size_t(wrote);", "if (wrote > 0) done = buffer_.size();", "host checkpoint: no room under*"),
     Fault("checkpoint.h", "if (rename(file_.path.c_str(), path_.c_str()) != 0) give_up(errno);\n        file_.close();",
           "file_.close();\n        if (rename(file_.path.c_str(), path_.c_str()) != 0) give_up(errno);", "host checkpoint: round trip*"),
+    Fault("checkpoint.h", "if (data_begin_ % ckpt::kAlignment)", "if (false)", "host checkpoint: a header of any other form*"),
+    Fault("checkpoint.h", "if (!same) damaged", "if (false) damaged", "host checkpoint: a tensor is verified*"),
 
     # --- Ranks
     Fault("comm.h", "offset < length(r) ? std::min(kMessage, length(r) - offset) : 0", "offset < length(r) ? kMessage : 0",
