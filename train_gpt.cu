@@ -1038,6 +1038,7 @@ struct StepRecord {
     void add(const std::string& key, double x, const char* json_format, const std::string& printed = "") {
         fields.push_back({key, json_number(json_format, x), printed});
     }
+    void log_only(const std::string& key, const std::string& word) { fields.push_back({key, "\"" + word + "\"", ""}); }
     void print_only(const std::string& text) { fields.push_back({"", "", text}); }
 
     std::string printed() const {
@@ -1441,6 +1442,7 @@ class Trainer {
         line.add("tokens_per_s", rate, "%.1f", strprintf("%.0f tok/s", rate));
         line.add("mfu", mfu, "%.3f", std::isnan(mfu) ? "MFU n/a" : strprintf("MFU %.1f%%", mfu));
         line.add("tokens", double(slot.step) * double(run.total_batch), "%.0f");
+        line.log_only("optimizer", options.optimizer);
         if (optimizer.plan.method != Method::adamw) line.add("ns_matrices", double(optimizer.plan.ns_matrices), "%.0f");
         line.print_only(strprintf("%" PRId64 "m%02" PRId64 "s left", left / 60, left % 60));
         if (options.profile) {

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What only a GPU can show, with a log to keep. Installs nothing and needs no network.
-#   scripts/gpu_check.sh PART... [--data DIR] [--steps N] [--name NAME] [--results DIR] [--limit SECONDS]
+#   scripts/gpu_check.sh PART... [--data DIR] [--steps N] [--name NAME] [--results DIR] [--limit SECONDS] [--budget SECONDS]
+#                        [--gpus N] [--dry_run]
 #   tests      builds, and runs the whole suite on the GPU; with several GPUs also the tests of ranks on them
 #   kernels_bf16, kernels_fp32   of these the kernels and the golden run alone, in one precision
 #   ladders    the ladders of dev/
@@ -13,19 +14,25 @@
 #              with muon, of 124M and 350M also on all GPUs
 #   peers      the same sizes in PyTorch
 #   ranks      several GPUs: the same 100 steps of 124M, random tokens, on one GPU and on all, started both ways
+#   many       several GPUs, all that is to be known of them in --budget [530] seconds, the build included: 100 steps with dmuon
+#              against one GPU, steps of 124M and 1558M, communication that is waited for, dev/bench_optimizer, tests of ranks, 1, 2,
+#              4, 8 GPUs, and a table of it. What there is no time for is left out, and said. --gpus takes fewer than are here.
+#              Beside the log: NAME_trace.json (scripts/timeline.py), NAME_bench.jsonl
 #   all        tests, sanitize, train, train_pytorch, bench and peers, in this order
 # Writes dev/results/NAME.log [gpu_check]; train adds the curves, NAME.png and NAME_OPTIMIZER.jsonl. Each program gets --limit [1800] s.
+# --dry_run prints the commands, each with its limit, and runs nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 fail() { echo "gpu_check: $*" >&2; exit 2; }
 line="scripts/gpu_check.sh $*"
-parts=() data="" steps=600 name=gpu_check results=dev/results limit=1800
+parts=() data="" steps=600 name=gpu_check results=dev/results limit=1800 budget=530 gpus="" dry=""
 while (($#)); do
     case $1 in
-        tests | kernels_bf16 | kernels_fp32 | ladders | sanitize | demo | train | train_pytorch | bench | peers | ranks) parts+=("$1") ;;
+        tests | kernels_bf16 | kernels_fp32 | ladders | sanitize | demo | train | train_pytorch | bench | peers | ranks | many) parts+=("$1") ;;
         all) parts=(tests sanitize train train_pytorch bench peers) ;;
-        --data | --steps | --name | --results | --limit)
+        --dry_run) dry=1 ;;
+        --data | --steps | --name | --results | --limit | --budget | --gpus)
             [[ ${2:-} ]] || fail "$1 needs a value"
             declare "${1#--}=$2"
             shift
@@ -37,13 +44,32 @@ done
 ((${#parts[@]})) || fail "which part? see the head of this file"
 [[ ! " ${parts[*]} " =~ \ (train|train_pytorch)\  ]] || ls "$data"/train_*.bin "$data"/val_*.bin > /dev/null 2>&1 ||
     fail "${parts[*]}: needs --data DIR with train_*.bin and val_*.bin: scripts/data.py --tokenizer gpt2 makes them"
-nvidia-smi -L > /dev/null 2>&1 || fail "no GPU here"
+for number in "$limit" "$budget" "${gpus:-1}"; do [[ $number =~ ^[1-9][0-9]*$ ]] || fail "'$number' is no whole number from 1 on"; done
+[[ $dry ]] || nvidia-smi -L > /dev/null 2>&1 || fail "no GPU here (--dry_run shows what would run)"
+if [[ ! $gpus ]]; then
+    [[ ! $dry ]] || fail "--dry_run needs --gpus N"
+    gpus=$(nvidia-smi -L | wc -l)
+fi
 
-mkdir -p "$results" build
+part() { # title command...: into the log and onto the screen
+    local title=$1 status=0
+    shift
+    if [[ $dry ]]; then
+        echo "$title: timeout $limit $*"
+        return
+    fi
+    printf '\n== %s\n' "$title" | tee -a "$log"
+    timeout --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$log" || status=$?
+    ((status == 0)) || { failed+=("$title"); echo "== $title: exit status $status" | tee -a "$log"; }
+}
+
+failed=()
 log=$results/$name.log
+if [[ $dry ]]; then log=/dev/null; else mkdir -p "$results" build; fi
 query() { nvidia-smi --query-gpu="$1" --format=csv,noheader | head -n 1; }
-nvcc=$(make info | sed -nE 's/^CUDA +([^,]*nvcc),.*/\1/p')
-{
+header() {
+    local nvcc
+    nvcc=$(make info | sed -nE 's/^CUDA +([^,]*nvcc),.*/\1/p')
     echo "gpu: $(query name)"
     echo "gpus: $(nvidia-smi -L | wc -l)"
     echo "driver: $(query driver_version)"
@@ -51,18 +77,14 @@ nvcc=$(make info | sed -nE 's/^CUDA +([^,]*nvcc),.*/\1/p')
     echo "commit: ${COMMIT:-$(git describe --always --dirty --exclude='*' 2> /dev/null || echo unknown)}"
     echo "date: $(date -u +%F)"
     echo "command: $line"
-} | tee "$log"
-
-failed=()
-part() { # title command...: into the log and onto the screen
-    local title=$1 status=0
-    shift
-    printf '\n== %s\n' "$title" | tee -a "$log"
-    timeout --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$log" || status=$?
-    ((status == 0)) || { failed+=("$title"); echo "== $title: exit status $status" | tee -a "$log"; }
 }
+[[ $dry ]] || header | tee "$log"
 
-part build make train_gpt
+if [[ " ${parts[*]} " == *" many "* ]]; then
+    part build make --jobs=2 train_gpt build/bench_optimizer
+else
+    part build make train_gpt
+fi
 
 tests() {
     part suite scripts/test.sh --no_setup
@@ -138,22 +160,22 @@ train_pytorch() {
 }
 
 random=build/gpu_check_random
-random_tokens() { python3 scripts/random_tokens.py "$random/train_000.bin"; }
+random_tokens() { [[ $dry ]] || python3 scripts/random_tokens.py "$random/train_000.bin"; }
 
 rows=(d12:4 d12:64 d24:16 d36:8 d48:16) # model:sequences of a GPU in a micro-step
 
 bench() {
-    local optimizer row gpus runs=()
+    local optimizer row n runs=()
     random_tokens
     for row in "${rows[@]}"; do
-        for gpus in $(seq "$(nvidia-smi -L | wc -l)"); do
-            ((gpus == 1)) || [[ $row == d12:64 || $row == d24:16 ]] || continue
+        for n in $(seq "$gpus"); do
+            ((n == 1)) || [[ $row == d12:64 || $row == d24:16 ]] || continue
             for optimizer in adamw muon dmuon; do
                 [[ $optimizer != muon || $row == d12:64 ]] || continue
-                local run=build/gpu_check_bench/${row/:/_}_${gpus}gpu_$optimizer
+                local run=build/gpu_check_bench/${row/:/_}_${n}gpu_$optimizer
                 rm -rf "$run"
-                part "${row/:/, B=}, $gpus GPU, $optimizer" ./train_gpt --model "${row%:*}" --batch "${row#*:}" \
-                    --train "$random/train_*.bin" --optimizer "$optimizer" --steps 24 --profile --gpus "$gpus" --out "$run"
+                part "${row/:/, B=}, $n GPU, $optimizer" ./train_gpt --model "${row%:*}" --batch "${row#*:}" \
+                    --train "$random/train_*.bin" --optimizer "$optimizer" --steps 24 --profile --gpus "$n" --out "$run"
                 rm -f "$run/"*.safetensors
                 runs+=("$run")
             done
@@ -170,30 +192,95 @@ peers() {
     done
 }
 
-ranks() {
-    local gpus same=(--model d12 --batch 16 --total_batch 32768 --train "$random/train_*.bin" --optimizer dmuon --steps 100 --warmup 20)
-    gpus=$(nvidia-smi -L | wc -l)
-    ((gpus > 1)) || fail "ranks needs two GPUs"
-    random_tokens
-    rm -rf build/gpu_check_ranks
-    mkdir -p build/gpu_check_ranks
-    part "1 rank" ./train_gpt "${same[@]}" --out build/gpu_check_ranks/one
-    part "--gpus $gpus" ./train_gpt "${same[@]}" --gpus "$gpus" --out build/gpu_check_ranks/gpus
-    part "mpirun -n $gpus" mpirun --allow-run-as-root -n "$gpus" ./train_gpt "${same[@]}" --out build/gpu_check_ranks/mpirun
-    # The micro-batches are the same and their fp32 sums differ in the last bit; bf16 and 100 steps enlarge that, by how much the
-    # data decide: on random tokens (nothing to learn but their frequencies) to 0.00007 nats where this was written, while adamw
-    # and muon differ by up to 0.035. On text any last bit grows to 0.04 while the gradient's norm still jumps (dev/results).
-    part "losses of one rank and of $gpus" python3 -c 'import json
-def losses(run): return [json.loads(line)["loss"] for line in open(f"build/gpu_check_ranks/{run}/log.jsonl")]
-one = losses("one")
-for run in ("gpus", "mpirun"):
+# Largest difference of the losses of runs, against those of the first. The micro-batches are the same and their fp32 sums differ in the
+# last bit; bf16 and 100 steps enlarge that, by how much the data decide: on random tokens (nothing to learn but their frequencies) to
+# 0.00007 nats where this was written, while adamw and muon differ by up to 0.035. On text any last bit grows to 0.04 while the
+# gradient's norm still jumps (dev/results).
+same_losses() { # run run...
+    part "losses of $*" python3 -c 'import json, sys
+def losses(run): return [json.loads(line)["loss"] for line in open(f"{run}/log.jsonl")]
+one = losses(sys.argv[1])
+for run in sys.argv[2:]:
     worst = max(abs(a - b) for a, b in zip(one, losses(run), strict=True))
     print(f"{run}: largest difference over {len(one)} steps {worst:.6f} nats, last losses {one[-1]:.4f} {losses(run)[-1]:.4f}")
-    assert worst < 0.001'
-    rm -rf build/gpu_check_ranks/*/*.safetensors
+    assert worst < 0.001' "$@"
+}
+
+ranks() {
+    local at=build/gpu_check_ranks
+    local same=(--model d12 --batch 16 --total_batch 32768 --train "$random/train_*.bin" --optimizer dmuon --steps 100 --warmup 20)
+    ((gpus > 1)) || fail "ranks needs two GPUs"
+    random_tokens
+    rm -rf $at
+    mkdir -p $at
+    part "1 rank" ./train_gpt "${same[@]}" --out $at/one
+    part "--gpus $gpus" ./train_gpt "${same[@]}" --gpus "$gpus" --out $at/gpus
+    part "mpirun -n $gpus" mpirun --allow-run-as-root -n "$gpus" ./train_gpt "${same[@]}" --out $at/mpirun
+    same_losses $at/one $at/gpus $at/mpirun
+    rm -rf $at/*/*.safetensors
+}
+
+within() { # seconds title command...: at most so long, and no longer than is left of the budget but for the tables
+    local most=$1 left=$((budget - 15 - SECONDS)) limit
+    shift
+    limit=$((most < left ? most : left))
+    if ((limit < 5)); then
+        echo "== $1: left out, no time is left" | tee -a "$log"
+        failed+=("$1 (left out)")
+        return
+    fi
+    part "$@"
+}
+
+many() {
+    local at=build/gpu_check_many n optimizer sequences=32
+    export NCCL_NVLS_ENABLE=0 # multicast over NVLink stays off
+    ((gpus > 1)) || fail "many needs two GPUs"
+    [[ $dry ]] || { rm -rf $at; mkdir -p $at; random_tokens; }
+
+    # The same 100 steps on one GPU and on all: 32 sequences a step, or as many as the GPUs divide, in the same micro-batches.
+    ((sequences % gpus == 0)) || sequences=$((4 * gpus))
+    local same=(--model d12 --batch $((sequences / gpus)) --total_batch $((1024 * sequences)) --train "$random/train_*.bin" --optimizer dmuon
+        --steps 100 --warmup 20)
+    within 60 "100 steps, 1 GPU" ./train_gpt "${same[@]}" --out $at/one
+    within 60 "100 steps, $gpus GPUs" ./train_gpt "${same[@]}" --gpus "$gpus" --out $at/all
+    same_losses $at/one $at/all
+
+    # Whole steps, B=64 a GPU: on 8 GPUs that is 0.5 M tokens, on fewer these take micro-steps.
+    local d12=(./train_gpt --model d12 --batch 64 --train "$random/train_*.bin" --profile)
+    for optimizer in adamw dmuon; do
+        within 40 "d12, B=64, $gpus GPUs, $optimizer" "${d12[@]}" --steps 30 --optimizer $optimizer --gpus "$gpus" --out $at/$optimizer
+    done
+    if ((gpus < 8 && 8 % gpus == 0)); then
+        for optimizer in adamw dmuon; do
+            within 40 "d12, 0.5 M tokens, $gpus GPUs, $optimizer" "${d12[@]}" --steps 16 --optimizer $optimizer --gpus "$gpus" --total_batch 524288
+        done
+    fi
+    if ((64 % gpus == 0)); then
+        for optimizer in adamw dmuon; do # no --out: a checkpoint is 18 GB
+            within 60 "d48, 1 M tokens, $gpus GPUs, $optimizer" ./train_gpt --model d48 --batch 16 --train "$random/train_*.bin" --profile \
+                --steps 8 --optimizer $optimizer --gpus "$gpus" --total_batch 1048576
+        done
+    fi
+    within 90 "bench_optimizer, $gpus GPUs" build/bench_optimizer --gpus "$gpus" --seconds 0.3 --json "$at/bench.jsonl"
+    # Of the tests of ranks what needs several GPUs most; `tests` runs all of them.
+    within 150 "tests of ranks" python3 test/test_ranks.py ./train_gpt cuda delays_change_no_bit both_launchers_agree \
+        killed_while_a_collective_is_in_flight
+    for n in 1 2 4; do
+        for optimizer in adamw dmuon; do
+            ((n >= gpus)) || within 40 "d12, B=64, $n GPUs, $optimizer" "${d12[@]}" --steps 16 --optimizer $optimizer --gpus $n
+        done
+    done
+
+    part "steps" python3 scripts/scaling.py "$log"
+    [[ ! $dry ]] || return 0
+    [[ ! -e $at/dmuon/trace.json ]] || cp $at/dmuon/trace.json "$results/${name}_trace.json"
+    [[ ! -e $at/bench.jsonl ]] || cp $at/bench.jsonl "$results/${name}_bench.jsonl"
+    rm -rf $at/*/*.safetensors
 }
 
 for wanted in "${parts[@]}"; do $wanted; done
+[[ ! $dry ]] || exit 0
 echo | tee -a "$log"
 if ((${#failed[@]})); then
     echo "failed: ${failed[*]}" | tee -a "$log"

@@ -59,7 +59,6 @@ def table(slices):
 
 
 def draw(slices, title, png):
-    packages.need("matplotlib")
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -99,6 +98,7 @@ def main():
     parser.add_argument("--png", help="the picture [RUN/timeline.png]")
     parser.add_argument("--title", help="over the picture [what the run says of itself]")
     args = parser.parse_args()
+    packages.need("matplotlib")  # first: it may begin the script anew
     title, slices = read_trace(args.run)
     step, rows = table(slices)
     print(f"| step {step} | ms |\n|---|---|")
