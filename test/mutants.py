@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("*.h", "*.cuh", "*.cu", "Makefile", "README.md", "LICENSE", "kernels", "scripts", "test", "dev/*.h", "dev/*.md")
 LONGEST = 300  # seconds of a test: a fault that makes it hang is caught
 
-# test: the program, then which of its tests: a doctest pattern, or names of test_train.py, test_ranks.py, test_data.py
+# test: the program, then which of its tests: a doctest pattern, or names of test_train.py, test_ranks.py, test_generate.py, test_data.py
 Fault = namedtuple("Fault", "file old new test")
 FAULTS = [
     # --- What everyone stands on
@@ -117,6 +117,8 @@ FAULTS = [
     Fault("generate.h", "logits[a] == logits[b] && a < b", "logits[a] == logits[b] && a > b", "cpu next_token: ties*"),
     Fault("generate.h", "mix(mix(sampling.seed) + uint64_t(i))", "mix(mix(sampling.seed))", "cpu golden: text*"),
     Fault("generate.h", "left >= weights[i]; i++) left -= weights[i]", "left >= weights[i]; i++) left -= total / 9", "cpu next_token: every*"),
+    Fault("generate.h", "uint64_t(options.seed + step)", "uint64_t(options.seed)", "generate samples_of_training"),
+    Fault("scripts/generate.py", "self.decoder.decode(piece, final)", 'piece.decode(errors="backslashreplace")', "generate odd_bytes"),
 
     # --- Data
     Fault("dataloader.h", "} while (i >= n);", "} while (i > n);", "host loader: permute*"),
@@ -242,13 +244,14 @@ def build_commands():
 
 def program_of(test):
     kind = test.split(" ", 1)[0]
-    return {"train": "train_gpt", "ranks": "train_gpt", "data": None}.get(kind, "test_" + kind)
+    return {"train": "train_gpt", "ranks": "train_gpt", "generate": "train_gpt", "data": None}.get(kind, "test_" + kind)
 
 
 def test_command(test):
     kind, which = test.split(" ", 1)
     return {"train": [sys.executable, "test/test_train.py", "./train_gpt", which],
             "ranks": [sys.executable, "test/test_ranks.py", "./train_gpt", "cpu", which],
+            "generate": [sys.executable, "test/test_generate.py", "./train_gpt", which],
             "data": [sys.executable, "-m", "unittest", "-v", "test_data." + which],
             }.get(kind, [f"build/test_{kind}", "-tc=" + which.replace(",", "\\,")])
 
