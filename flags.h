@@ -251,6 +251,7 @@ inline void print_help(FILE* file) {
     const size_t indent = 23, width = 112;  // columns
     fprintf(file,
             "usage: train_gpt --train GLOB [--name value | --name=value ...]\n"
+            "       train_gpt --model CHECKPOINT --steps 0 [--val GLOB] [--hellaswag FILE]\n"
             "       train_gpt --model CHECKPOINT --generate N [--temperature X] [--top_k K] [--seed N]\n"
             "The last of a repeated flag wins. After each: (range) and [default].\n");
     const char* group = "";

@@ -851,6 +851,9 @@ struct Run {
         if (!identity.empty() && (!tokenizer || identity != tokenizer->identity))
             fail("checkpoint %s was trained with another tokenizer than %s", checkpoint.path.c_str(),
                  tokenizer ? "the one beside the shards" : "none: put its tokenizer.bin beside the shards");
+        if (identity.empty() && tokenizer && tokenizer->vocab != config.vocab)
+            say("note: the weights in %s are for %d tokens, and the tokenizer beside the shards has %d\n",
+                checkpoint.path.c_str(), config.vocab, tokenizer->vocab);
     }
 
     // What a resumed run must share with the one that it continues, or its steps would read other data; and what it
@@ -1038,6 +1041,7 @@ struct StepRecord {
     void add(const std::string& key, double x, const char* json_format, const std::string& printed = "") {
         fields.push_back({key, json_number(json_format, x), printed});
     }
+    void log_only(const std::string& key, const std::string& word) { fields.push_back({key, "\"" + word + "\"", ""}); }
     void print_only(const std::string& text) { fields.push_back({"", "", text}); }
 
     std::string printed() const {
@@ -1441,6 +1445,7 @@ class Trainer {
         line.add("tokens_per_s", rate, "%.1f", strprintf("%.0f tok/s", rate));
         line.add("mfu", mfu, "%.3f", std::isnan(mfu) ? "MFU n/a" : strprintf("MFU %.1f%%", mfu));
         line.add("tokens", double(slot.step) * double(run.total_batch), "%.0f");
+        line.log_only("optimizer", options.optimizer);
         if (optimizer.plan.method != Method::adamw) line.add("ns_matrices", double(optimizer.plan.ns_matrices), "%.0f");
         line.print_only(strprintf("%" PRId64 "m%02" PRId64 "s left", left / 60, left % 60));
         if (options.profile) {
