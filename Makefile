@@ -4,9 +4,11 @@
 # make tests      the test programs, in build/; needs doctest
 # make test       builds and runs the whole suite; skips, and counts, what this machine lacks nvcc, a GPU or MPI for
 # make soak       200 runs killed and resumed, about 10 minutes; make fuzz: half an hour of libFuzzer (both in short in make test)
+# make sanitize   the host's part under the sanitizers of threads, addresses and leaks; some minutes
 # make mutants    plants deliberate faults in copies of the tree: each must make its test fail; about an hour
 # make lint       the style of every source; needs clang-format 14, clang-tidy 14, shellcheck: scripts/setup.sh --lint
-# make dev        the kernel ladders of dev/; needs nvcc (CUDA Toolkit) to build them and a GPU to run them
+# make dev        the kernel ladders of dev/ and the benchmark of the optimizer; needs nvcc (CUDA Toolkit) to build them and a GPU to
+#                 run them
 #
 # PRECISION=fp32  the exact build of the CUDA backend (default bf16)
 # GPU_ARCH="80 90a"  architectures instead of the installed GPU's
@@ -77,7 +79,7 @@ HEADERS      := $(wildcard *.h *.cuh kernels/*.cuh)
 
 # --- The trainer -----------------------------------------------------------------------------------------------------------
 
-.PHONY: all info found tests test soak fuzz mutants lint demo dev help clean
+.PHONY: all info found tests test soak fuzz sanitize mutants lint demo dev help clean
 all: train_gpt
 
 # Rebuilt when the compiler, the precision or a finding changes
@@ -112,7 +114,7 @@ found:
 
 # fiber.h takes bf16 and half from the toolkit's headers
 TESTS := test_host test_cpu test_comm $(if $(NVCC),test_fiber_fp32 test_fiber_bf16 test_cuda_fp32 test_cuda_bf16)
-tests: train_gpt $(addprefix $(BUILD)/,$(TESTS))
+tests: train_gpt $(addprefix $(BUILD)/,$(TESTS) bench_optimizer_cpu)
 
 TEST_HEADERS := $(HEADERS) $(wildcard test/*.h test/*.cpp) $(BUILD)/config
 FIBER_FLAGS   = $(CXX) -std=c++17 -O2 -g -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi -fno-strict-aliasing -DFIBER $(DEFINES) $(INCLUDES) $(if $(CUDA_DIR),-isystem $(CUDA_DIR)/include)
@@ -123,6 +125,8 @@ $(BUILD)/test_cpu: test/test_cpu.cpp train_gpt.cu $(TEST_HEADERS)
 	$(CPU_CXX) $< -o $@ $(LIBS)
 $(BUILD)/test_comm: test/test_comm.cpp $(TEST_HEADERS)
 	$(CPU_CXX) $< -o $@ $(LIBS)
+$(BUILD)/bench_optimizer_cpu: dev/bench_optimizer.cu train_gpt.cu $(HEADERS) $(BUILD)/config
+	$(CPU_CXX) -x c++ $< -o $@ $(LIBS)
 $(BUILD)/test_fiber_%: test/test_fiber.cpp $(TEST_HEADERS)
 	$(FIBER_FLAGS) $($*_define) $< -o $@ $(LIBS)
 $(BUILD)/test_cuda_%: test/test_cuda.cu train_gpt.cu $(TEST_HEADERS)
@@ -136,6 +140,8 @@ soak: train_gpt
 	python3 test/soak.py ./train_gpt --kills 200
 fuzz:
 	./test/fuzz.sh 600
+sanitize:
+	./test/sanitize.sh
 mutants:
 	python3 test/mutants.py
 demo:
@@ -143,6 +149,7 @@ demo:
 
 # --- Kernel ladders ---------------------------------------------------------------------------------------------------------------
 
+$(BUILD)/bench_optimizer: train_gpt.cu
 ifneq ($(NVCC),)
 dev: $(patsubst dev/%.cu,$(BUILD)/%,$(wildcard dev/*.cu))
 $(BUILD)/%: dev/%.cu $(HEADERS) $(wildcard dev/*.h) $(BUILD)/config

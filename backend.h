@@ -63,6 +63,7 @@ constexpr bool is_backend() {
     using Event = typename Backend::Event;
     static_assert(std::is_default_constructible<Event>::value, "Event()");
     METHOD(Event, record, void());
+    METHOD(Event, record_beside, void());  // in the order of the collectives, after all that is enqueued so far
     METHOD(Event, done, bool() const);  // whether the device has passed it; asking does not wait
     // milliseconds of the device from a to b
     constexpr FunctionPointer<float(const Event& a, const Event& b)> ms = &Event::ms;
@@ -146,6 +147,8 @@ constexpr bool is_backend() {
                                        const real* dout /*(B,T,C)*/, const real* qkv /*(B,T,3C)*/,
                                        const real* out /*(B,T,C)*/, const float* lse /*(B,H,T)*/, int B, int T, int C,
                                        int H));
+    // The last row of that for one sequence: one query against T keys, what generation asks for token by token
+    OPERATION(attention_last_row, void(real* out /*(C)*/, const real* qkv /*(T,3C)*/, int T, int C, int H));
 
     // The formulas: common.h
     OPERATION(gelu_forward, void(real* out /*(n)*/, const real* x /*(n)*/, size_t n));

@@ -47,6 +47,19 @@ class [[nodiscard]] Ticket {
     }
 };
 
+// For tests, set in the environment: every collective comes up to so many microseconds late, each rank's by another
+// time. What looks at its data before it has waited then finds those of before; what a rank does that dies meanwhile is
+// seen as well.
+constexpr const char* kDelayVariable = "TRAIN_GPT_TEST_DELAY_US";
+
+inline double collective_delay() {  // seconds
+    static const long most = getenv(kDelayVariable) ? atol(getenv(kDelayVariable)) : 0;
+    static uint64_t calls = 0;
+    if (most <= 0) return 0;
+    const uint64_t hash = (++calls * 64 + uint64_t(world.rank)) * 0x9e3779b97f4a7c15u;
+    return 1e-6 * double((hash >> 32) % uint64_t(most));
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Collectives on host memory. Sums are taken in rank order, ((x0 + x1) + x2) + ..., whichever rank takes them: so they
 // do not depend on who owns what, and all_reduce gives the bits of reduce_scatter followed by all_gather.
@@ -85,10 +98,12 @@ struct CpuComm {
   private:
     template <class Work>
     static Ticket start(void* x, size_t bytes, Work work) {
-        if (!at_wait) return work(), Ticket();
+        static const bool delayed = getenv(kDelayVariable) != nullptr;
+        if (!at_wait && !delayed) return work(), Ticket();
         const std::string data(static_cast<const char*>(x), bytes);
         memset(x, 0xff, bytes);
         return Ticket(nullptr, [=] {
+            sleep_seconds(collective_delay());
             memcpy(x, data.data(), bytes);
             work();
         });
@@ -210,6 +225,14 @@ struct CpuComm {
 
 #ifdef __CUDACC__
 #ifdef USE_NCCL
+static __global__ void spin_kernel(unsigned long long ns) {  // of collective_delay
+    unsigned long long begin, now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(begin));
+    do {
+        asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    } while (now - begin < ns);
+}
+
 struct CudaComm {
     static inline ncclComm_t comm = nullptr;  // null for a single process
     static inline cudaStream_t stream = nullptr;
@@ -273,6 +296,13 @@ struct CudaComm {
     static Ticket broadcast(void* x, size_t bytes, int root) {
         return start("broadcast", [&] { return ncclBroadcast(x, x, bytes, ncclUint8, root, comm, stream); });
     }
+    // A point on the collectives' stream, after what has been enqueued so far on either.
+    static void record(cudaEvent_t event) {
+        CUDA_CHECK(cudaEventRecord(event, cuda_stream));
+        if (!comm) return;
+        CUDA_CHECK(cudaStreamWaitEvent(stream, event));
+        CUDA_CHECK(cudaEventRecord(event, stream));
+    }
     // What is enqueued on cuda_stream from here on comes after the collective.
     static void wait(Ticket ticket) {
         cudaEvent_t done = static_cast<cudaEvent_t>(ticket.take());
@@ -301,6 +331,10 @@ struct CudaComm {
         cudaEvent_t event = new_event();
         CUDA_CHECK(cudaEventRecord(event, cuda_stream));  // what has been enqueued so far: the data
         CUDA_CHECK(cudaStreamWaitEvent(stream, event));
+        if (const double seconds = collective_delay()) {
+            spin_kernel<<<1, 1, 0, stream>>>((unsigned long long)(seconds * 1e9));
+            CUDA_CHECK(cudaGetLastError());
+        }
         {
             Deadline deadline(what);  // queueing can block too: the first collective connects the ranks
             check(collective(), what);
@@ -333,6 +367,7 @@ struct CudaComm {
     static Ticket all_reduce(float*, size_t) { return Ticket(); }
     static Ticket all_reduce(double*, size_t) { return Ticket(); }
     static Ticket broadcast(void*, size_t, int) { return Ticket(); }
+    static void record(cudaEvent_t event) { CUDA_CHECK(cudaEventRecord(event, cuda_stream)); }
     static void wait(Ticket ticket) { ticket.take(); }
 };
 #endif

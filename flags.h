@@ -57,6 +57,7 @@ struct Options {
     int64_t eval_every = 100, eval_tokens = 131072;
     int64_t sample_every = 0, sample_tokens = 256;
     double temperature = 0.8;
+    int64_t top_k = 0, generate = 0;
     std::string out;
     int64_t save_every = 0, keep = 2;
     std::string resume;
@@ -177,6 +178,11 @@ inline const std::vector<Flag>& flag_table() {
         {"run", "sample_every", &O::sample_every, "STEPS", "write a sample of text so often; 0: never", 0, many},
         {"run", "sample_tokens", &O::sample_tokens, "N", "length of a sample", 1, 1e5},
         {"run", "temperature", &O::temperature, "X", "of sampling; 0: always the likeliest token", 0, 100},
+        {"run", "top_k", &O::top_k, "K", "sample among the K likeliest tokens; 0: among all", 0, 65536},
+        {"run", "generate", &O::generate, "N",
+         "no training: read token numbers from the standard input and write N that follow, one a line; with --model "
+         "CHECKPOINT. scripts/generate.py does it with text; 0: train",
+         0, 1e9},
         {"run", "out", &O::out, "DIR",
          "where log.jsonl and checkpoints (.safetensors) go; without it nothing is written"},
         {"run", "save_every", &O::save_every, "STEPS", "save a checkpoint so often; 0: only at the end", 0, many},
@@ -201,7 +207,8 @@ inline const std::vector<Flag>& flag_table() {
          "0: the library's guess"},
         {"run", "graph", &O::graph, on_off,
          "on one GPU enqueue forward and backward as a CUDA graph: for small models and batches; not with --profile"},
-        {"run", "profile", &O::profile, on_off, "time the phases of each step"},
+        {"run", "profile", &O::profile, on_off,
+         "time the phases of each step; two steps in full go to trace.json in --out (scripts/timeline.py draws them)"},
         {"run", "rank_timeout", &O::rank_timeout, "SECONDS", "give up on a rank that is silent for so long", 1, 1e6},
         {"run", "help", &O::help, on_off, "print this and exit"},
         {"run", "version", &O::version, on_off, "print what this build has (CUDA, NCCL, MPI, a BLAS) and exit"},
@@ -244,6 +251,8 @@ inline void print_help(FILE* file) {
     const size_t indent = 23, width = 112;  // columns
     fprintf(file,
             "usage: train_gpt --train GLOB [--name value | --name=value ...]\n"
+            "       train_gpt --model CHECKPOINT --steps 0 [--val GLOB] [--hellaswag FILE]\n"
+            "       train_gpt --model CHECKPOINT --generate N [--temperature X] [--top_k K] [--seed N]\n"
             "The last of a repeated flag wins. After each: (range) and [default].\n");
     const char* group = "";
     for (const Flag& flag : flag_table()) {
@@ -359,8 +368,15 @@ inline void check_contradictions(const Options& o, const std::set<std::string>& 
         if (has(name) && !condition) usage_fail("--%s has no effect without %s: drop it or add that", name, need);
     };
 
+    if (o.generate > 0) {
+        if (o.model.empty() || find_preset(o.model)) usage_fail("--generate needs weights: give --model CHECKPOINT");
+        const std::set<std::string> used = {"generate", "model", "temperature", "top_k", "seed", "device", "kernels"};
+        for (const std::string& name : given)
+            if (used.count(name) == 0) usage_fail("--%s has no effect with --generate: drop one of them", name.c_str());
+    }
+
     // data and model
-    if (o.train.empty() && o.steps > 0 && !o.print_plan)
+    if (o.train.empty() && o.steps > 0 && !o.print_plan && o.generate == 0)
         usage_fail("--train GLOB is missing (scripts/data.py makes shards)");
     if (o.steps == 0 && o.val.empty() && o.hellaswag.empty() && !o.print_plan)
         usage_fail("--steps 0 only evaluates: add --val or --hellaswag, or more steps");
@@ -436,7 +452,9 @@ inline void check_contradictions(const Options& o, const std::set<std::string>& 
     if (o.graph && o.profile) usage_fail("--graph contradicts --profile, which times parts of what would be one");
     if (o.head_rows > 0 && o.head_rows < 128)
         usage_fail("--head_rows %d is too small: at least 128, or 0 for all rows", o.head_rows);
-    for (const char* name : {"sample_tokens", "temperature"}) only_with(name, o.sample_every > 0, "--sample_every");
+    only_with("sample_tokens", o.sample_every > 0, "--sample_every");
+    for (const char* name : {"temperature", "top_k"})
+        only_with(name, o.sample_every > 0 || o.generate > 0, "--sample_every or --generate");
     for (const char* name : {"save_every", "keep"}) only_with(name, !o.out.empty(), "--out DIR");
     if (o.resume == "auto" && o.out.empty()) usage_fail("--resume auto needs --out DIR, where the checkpoints are");
     only_with("switch_optimizer", !o.resume.empty(), "--resume");

@@ -35,6 +35,8 @@
 #ifdef __CUDACC__
 #include "cuda_backend.cuh"
 #endif
+// defines: Timeline
+#include "timeline.h"
 // defines: Plan, newton_schulz, Optimizer, print_plan
 #include "dmuon.cuh"
 
@@ -849,6 +851,9 @@ struct Run {
         if (!identity.empty() && (!tokenizer || identity != tokenizer->identity))
             fail("checkpoint %s was trained with another tokenizer than %s", checkpoint.path.c_str(),
                  tokenizer ? "the one beside the shards" : "none: put its tokenizer.bin beside the shards");
+        if (identity.empty() && tokenizer && tokenizer->vocab != config.vocab)
+            say("note: the weights in %s are for %d tokens, and the tokenizer beside the shards has %d\n",
+                checkpoint.path.c_str(), config.vocab, tokenizer->vocab);
     }
 
     // What a resumed run must share with the one that it continues, or its steps would read other data; and what it
@@ -1009,48 +1014,10 @@ class RunState {
     }
 };
 
-// ---- Samples --------------------------------------------------------------------------------------------------------
+// ---- Samples, and --generate ----------------------------------------------------------------------------------------
 
-// Text from the model, token by token, each from a forward pass over what is there (no cache of keys and values: short
-// samples, short code). Randomness is a function of seed, step and position. All ranks write the same sample and rank 0
-// prints it: none has to wait for another.
-template <class Backend>
-std::string sample(const Run& run, Model<Backend>& model, int64_t step) {
-    using real = typename Backend::real;
-    const Options& options = run.options;
-    const Tokenizer* tokenizer = run.tokenizer.get();
-    const int vocab = tokenizer ? tokenizer->vocab : run.config.vocab;  // of what can be written
-    std::vector<int> tokens = {tokenizer ? tokenizer->end_of_text : std::min(50256, vocab - 1)};
-    std::vector<real> row(vocab);
-    std::vector<double> weights(vocab);
-    std::string written;
-    for (int64_t i = 0; i < options.sample_tokens; i++) {
-        const int T = int(std::min<size_t>(tokens.size(), size_t(run.config.seq_len)));
-        // Padded, so that few shapes of products occur. What stands there does not matter: no position sees later ones.
-        std::vector<int> window(tokens.end() - T, tokens.end());
-        window.resize(std::min(round_up(T, 64), run.config.seq_len));
-        Backend::upload(model.inputs, window.data(), window.size() * sizeof(int));
-        finish<Backend>("a sample");
-        model.forward(model.inputs, 1, int(window.size()));
-        model.head(model.logits, model.lnf + size_t(T - 1) * run.config.channels, 1);
-        Backend::download(row.data(), model.logits, row.size() * sizeof(real));
-        finish<Backend>("a sample");
-        int next = 0;
-        double top = -INFINITY, total = 0;
-        for (int v = 0; v < vocab; v++)
-            if (double(float(row[v])) > top) top = double(float(row[v])), next = v;
-        if (options.temperature > 0) {
-            for (int v = 0; v < vocab; v++)
-                total += weights[v] = std::exp((double(float(row[v])) - top) / options.temperature);
-            double coin =
-                double(mix(mix(uint64_t(options.seed) + uint64_t(step)) + uint64_t(i)) >> 11) * 0x1p-53 * total;
-            for (next = 0; next + 1 < vocab && coin >= weights[next]; next++) coin -= weights[next];
-        }
-        tokens.push_back(next);
-        written += tokenizer ? tokenizer->decode(next) : std::to_string(next) + " ";
-    }
-    return printable(written);
-}
+// defines: Generator, sample, generate_tokens; it stands on what is above
+#include "generate.h"
 
 // ---- StepRecord and StepLog: what a step leaves behind --------------------------------------------------------------
 
@@ -1074,6 +1041,7 @@ struct StepRecord {
     void add(const std::string& key, double x, const char* json_format, const std::string& printed = "") {
         fields.push_back({key, json_number(json_format, x), printed});
     }
+    void log_only(const std::string& key, const std::string& word) { fields.push_back({key, "\"" + word + "\"", ""}); }
     void print_only(const std::string& text) { fields.push_back({"", "", text}); }
 
     std::string printed() const {
@@ -1175,6 +1143,7 @@ class Trainer {
     RunState<Backend> state;
     std::unique_ptr<Evaluator<Backend, Model<Backend>>> evaluator;           // null without --val
     std::unique_ptr<HellaSwagEvaluator<Backend, Model<Backend>>> hellaswag;  // null without --hellaswag
+    std::unique_ptr<Generator<Backend>> generator;                           // null without --sample_every
     StepLog log;
 
     // What the device leaves for the host at the end of a step. The host reads it one step later, so it never waits
@@ -1185,15 +1154,18 @@ class Trainer {
     };
     struct Slot {
         Event begin, optimizer_begin, end;  // of the step's work on the device
-        std::vector<Event> marks;           // --profile: where phase phases[i] of the optimizer ends
-        std::vector<Phase> phases;
-        typename Optimizer<Backend>::Stalls stalls;  // --profile: where the model waited for weights of the step before
-        Event read;                                  // `host` is filled
+        Timeline<Backend> own_timeline;     // --profile
+        Timeline<Backend>* timeline;        // that of this step: its own, or a traced one
+        Event read;                         // `host` is filled
         Stats* host;
         int64_t step = 0;  // 0: empty
         double lr = 0;
     };
     Slot slots[2];
+    // --profile: two steps in a row are kept for trace.json, since the weights of the first arrive in the second. By
+    // then caches and libraries are warm, if the run is long enough; and one more follows, for the second's weights.
+    Timeline<Backend> traced[2];
+    int64_t traced_last;
     double* sums;           // [2] device: loss, stopping
     double* host_stopping;  // [2] pinned, by slot
     bool stopping = false;  // some rank was asked to stop, and all know
@@ -1208,8 +1180,11 @@ class Trainer {
           model(run_.config, recompute_level(options), options.head_rows, optimizer),
           state(run_, optimizer),
           log(run_) {
+        if (options.sample_every > 0)
+            generator.reset(new Generator<Backend>(run.config, {optimizer.params, optimizer.plan, run.config}));
         check_memory();
         model.allocate(options.batch);
+        if (generator) generator->allocate();
         const ModelConfig& config = run.config;
         if (run.val)
             evaluator.reset(new Evaluator<Backend, Model<Backend>>(*run.val, run.tokenizer.get(), model,
@@ -1221,10 +1196,9 @@ class Trainer {
         host_stopping = static_cast<double*>(Backend::alloc_host(2 * sizeof(double)));
         for (Slot& slot : slots) {
             slot.host = static_cast<Stats*>(Backend::alloc_host(sizeof(Stats)));
-            if (!options.profile) continue;
-            slot.marks = std::vector<Event>(optimizer.phase_calls());
-            slot.stalls.events = std::vector<Event>(2 * optimizer.plan.buckets.size());
         }
+        traced_last = std::min(run.first_step + 11, std::max(run.first_step + 1, options.steps - 1));
+        for (Timeline<Backend>& timeline : traced) timeline.traces_collectives = true;
     }
 
     // Returns the exit code: 0, or 128 + the signal that asked it to stop before its last step.
@@ -1258,8 +1232,17 @@ class Trainer {
             Slot& slot = slots[step % 2];
             const size_t tokens = size_t(options.batch) * options.seq_len;
             slot.begin.record();
-            slot.stalls.recorded = 0;
-            if (options.profile) optimizer.stalls = &slot.stalls;
+            const bool is_traced = step == traced_last || step == traced_last - 1;
+            Timeline<Backend>& timeline = *(slot.timeline = is_traced ? &traced[step % 2] : &slot.own_timeline);
+            timeline.clear();
+            if (options.profile) optimizer.timeline = &timeline;
+            // From one point of a step to the next, by name.
+            size_t reached = options.profile ? timeline.point() : 0;
+            auto until_here = [&](const char* name, int number) {
+                if (!options.profile) return;
+                const size_t begin = std::exchange(reached, timeline.point());
+                timeline.span(name, number, begin, reached);
+            };
             Backend::zero(sums, 2 * sizeof(double));
             for (int m = 0; m < run.accumulation; m++, micro_steps++) {
                 // The host stays at most two micro-steps ahead; the device never waits for it.
@@ -1272,10 +1255,12 @@ class Trainer {
                 uploaded[micro_steps % 3].record();
                 const auto micro_step = [&](bool complete) {
                     model.forward(model.inputs, options.batch, options.seq_len);
+                    until_here("forward", m);
                     // The loss is the mean over all tokens of the step, whoever has them, so plain sums over
                     // micro-steps and ranks give the gradient.
                     model.backward(options.batch, options.seq_len, 1.0f / float(run.total_batch), m > 0, complete);
                     Backend::sum_losses(sums, model.losses, int(tokens));
+                    until_here("backward", m);
                 };
                 if (options.graph) {
                     optimizer.need_all();  // the host's part of forward; that of backward is left to the optimizer
@@ -1284,7 +1269,6 @@ class Trainer {
                     micro_step(m + 1 == run.accumulation);
                 }
             }
-            optimizer.stalls = nullptr;
             slot.optimizer_begin.record();
             host_stopping[step % 2] = stop_signal != 0;
             Backend::upload(&sums[1], &host_stopping[step % 2], sizeof(double));
@@ -1293,12 +1277,10 @@ class Trainer {
             const double share = schedule(options, step),
                          muon_peak = options.muon_lr > 0 ? options.muon_lr : 2 * options.lr;
             slot.lr = options.lr * share;
-            slot.phases.clear();
-            optimizer.step(float(slot.lr), float(muon_peak * share), [&](Phase phase) {
-                if (!options.profile) return;
-                slot.marks[slot.phases.size()].record();
-                slot.phases.push_back(phase);
-            });
+            int phases = 0;
+            optimizer.step(float(slot.lr), float(muon_peak * share),
+                           [&](Phase phase) { until_here(phase_names[phase], phases++); });
+            optimizer.timeline = nullptr;
             slot.end.record();
             Backend::wait(std::move(summed));
             Backend::download(&slot.host->loss, sums, 2 * sizeof(double));
@@ -1313,9 +1295,11 @@ class Trainer {
                 const Validation validation = evaluator->run();
                 report(slot, &validation);
             }
-            if (options.sample_every > 0 && due(options.sample_every)) {
+            if (generator && due(options.sample_every)) {
                 report(slot);
-                say("--- sample at step %" PRId64 "\n%s\n---\n", step, sample(run, model, step).c_str());
+                optimizer.need_flat();
+                for (int l = 0; l < run.config.layers; l++) optimizer.need_layer(l);
+                say("--- sample at step %" PRId64 "\n%s\n---\n", step, sample(run, *generator, step).c_str());
             }
             // All ranks read in the same place that one of them is to stop, so they stop after the same step.
             if (!options.out.empty() && (stopping || due(options.save_every))) {
@@ -1331,9 +1315,10 @@ class Trainer {
 
   private:
     void check_memory() {
-        const size_t free = Backend::memory_available(), need = model.activation_bytes(options.batch);
+        auto bytes_of = [&](int B) { return model.activation_bytes(B) + (generator ? generator->bytes() : 0); };
+        const size_t free = Backend::memory_available(), need = bytes_of(options.batch);
         if (need + kMemoryMargin <= free) return;
-        const int fits = largest_batch(free, [&](int B) { return model.activation_bytes(B); });
+        const int fits = largest_batch(free, bytes_of);
         fail("out of memory: --batch %d needs %.1f GiB of activations and %.1f GiB are free: %s", options.batch,
              need / 0x1p30, free / 0x1p30,
              fits > 0 ? strprintf("--batch %d fits, more with --recompute block or --head_rows", fits).c_str()
@@ -1422,6 +1407,7 @@ class Trainer {
         const StepRecord step = record(slot, validation, skip);
         say("%s\n", step.printed().c_str());
         log.write(step.json());
+        if (slot.step == std::min(traced_last + 1, options.steps)) write_trace();
         slot.step = 0;
         stopping = stopping || slot.host->stopping > 0;
         skipped = skip ? skipped + 1 : 0;
@@ -1429,6 +1415,15 @@ class Trainer {
             fail(
                 "10 steps in a row had a loss or gradient that is not finite: lower --lr, or resume from an earlier "
                 "checkpoint");
+    }
+
+    void write_trace() const {
+        if (!options.profile || options.out.empty() || world.rank != 0) return;
+        std::vector<const Timeline<Backend>*> steps;
+        const int64_t first = std::max(traced_last - 1, run.first_step + 1);
+        for (int64_t step = first; step <= traced_last; step++) steps.push_back(&traced[step % 2]);
+        Timeline<Backend>::write_trace(options.out + "/trace.json", steps, first,
+                                       strprintf("rank 0 of %d, %s", world.size, options.optimizer.c_str()));
     }
 
     StepRecord record(const Slot& slot, const Validation* validation, bool skip) {
@@ -1450,19 +1445,16 @@ class Trainer {
         line.add("tokens_per_s", rate, "%.1f", strprintf("%.0f tok/s", rate));
         line.add("mfu", mfu, "%.3f", std::isnan(mfu) ? "MFU n/a" : strprintf("MFU %.1f%%", mfu));
         line.add("tokens", double(slot.step) * double(run.total_batch), "%.0f");
+        line.log_only("optimizer", options.optimizer);
         if (optimizer.plan.method != Method::adamw) line.add("ns_matrices", double(optimizer.plan.ns_matrices), "%.0f");
         line.print_only(strprintf("%" PRId64 "m%02" PRId64 "s left", left / 60, left % 60));
         if (options.profile) {
-            double phase_ms[phase_count] = {};
-            for (size_t i = 0; i < slot.phases.size(); i++)
-                phase_ms[slot.phases[i]] += Event::ms(i == 0 ? slot.optimizer_begin : slot.marks[i - 1], slot.marks[i]);
-            for (int p = 0; p < phase_count; p++)
-                line.add(phase_names[p] + std::string("_ms"), phase_ms[p], "%.4f",
-                         strprintf("%s %.3f", phase_names[p], phase_ms[p]));
-            double wait_ms = 0;  // outside of the optimizer's time: what the forward pass waited for weights
-            for (size_t i = 0; i < slot.stalls.recorded; i += 2)
-                wait_ms += Event::ms(slot.stalls.events[i], slot.stalls.events[i + 1]);
-            line.add("wait_ms", wait_ms, "%.4f", strprintf("wait %.3f", wait_ms));
+            auto add = [&](const char* name) {
+                const double sum = slot.timeline->total_ms(name);
+                line.add(name + std::string("_ms"), sum, "%.4f", strprintf("%s %.3f", name, sum));
+            };
+            for (const char* name : phase_names) add(name);
+            add("wait");  // outside of the optimizer's time: what the forward pass waited for weights
         }
         if (skip) line.print_only("not finite: update skipped");
         return line;
@@ -1549,7 +1541,8 @@ inline std::string program_and_flags(const Options& options) {
 }
 
 template <class Backend>
-int train(const Options& options) {
+int run_program(const Options& options) {
+    if (options.generate > 0) return generate_tokens<Backend>(options);
     Run run(options);
     Backend::start(world);
     const int exit_code = Trainer<Backend>(run).train();
@@ -1565,7 +1558,7 @@ inline bool use_cuda(const Options& options, [[maybe_unused]] int gpus = 1) {
     const std::string why = Cuda::unavailable(gpus);
     if (why.empty()) return true;
     if (options.device == "cuda" || options.gpus > 0)
-        fail("no GPU can be used: %s; --device cpu trains without one", why.c_str());
+        fail("no GPU can be used: %s; --device cpu does without", why.c_str());
 #else
     if (options.device == "cuda" || options.gpus > 0)
         fail("this build has no CUDA: install the CUDA Toolkit and run make again, or pass --device cpu");
@@ -1608,6 +1601,8 @@ int main(int argc, char** argv) {
             _exit(
                 0);  // OpenBLAS's destructor waits for its threads, which under a memory limit (ulimit -v) never start
         }
+        if (options.generate > 0 && world.size > 1)
+            usage_fail("--generate runs as one process, and mpirun or srun has started %d: leave it out", world.size);
         start_ranks(argv, options.gpus, options.rank_timeout, [&] { use_cuda(options, options.gpus); });
         require_same(program_and_flags(options));
 #ifdef __CUDACC__
@@ -1618,10 +1613,10 @@ int main(int argc, char** argv) {
             fail("rank 0 uses a %s and this rank a %s: give every machine a GPU that works, or pass --device cpu",
                  first_rank ? "GPU" : "CPU", cuda ? "GPU" : "CPU");
         portable_kernels = options.kernels == "portable";
-        const int exit_code = cuda ? train<Cuda>(options) : train<Cpu>(options);
+        const int exit_code = cuda ? run_program<Cuda>(options) : run_program<Cpu>(options);
 #else
         use_cuda(options);
-        const int exit_code = train<Cpu>(options);
+        const int exit_code = run_program<Cpu>(options);
 #endif
         stop_ranks();
         return exit_code;

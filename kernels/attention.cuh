@@ -490,6 +490,15 @@ struct Attention {
         dispatch(hd, flash, twin);
     }
 
+    static void attention_last_row(real* out /*(C)*/, const real* qkv /*(T,3C)*/, int T, int C, int H) {
+        check_sizes(1, T, C, H);
+        const int hd = C / H;
+        with_columns(hd, [&](auto columns) {
+            LAUNCH(last_row_kernel<decltype(columns)::value>, H, kLastRowWarps * kWarpSize,
+                   kLastRowWarps * hd * sizeof(float), out, qkv, T, C, hd, 1.0f / std::sqrt(float(hd)));
+        });
+    }
+
   private:
     template <int n>
     using Constant = std::integral_constant<int, n>;
@@ -512,10 +521,14 @@ struct Attention {
             if (hd == 64) return flash(Constant<64>());
             if (hd == 128) return flash(Constant<128>());
         }
-        if (hd <= 32) twin(Constant<1>());
-        else if (hd <= 64) twin(Constant<2>());
-        else if (hd <= 128) twin(Constant<4>());
-        else twin(Constant<8>());
+        with_columns(hd, twin);
+    }
+    template <class F>
+    static void with_columns(int hd, F f) {
+        if (hd <= 32) f(Constant<1>());
+        else if (hd <= 64) f(Constant<2>());
+        else if (hd <= 128) f(Constant<4>());
+        else f(Constant<8>());
     }
     template <int rows>
     static dim3 grid(int B, int T, int H) {

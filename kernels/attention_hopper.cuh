@@ -242,6 +242,8 @@ struct HopperConsumer {
             }
             b = item.b, h = item.h, own_tile = item.first + place, tiles = item.passing - above;
             if (mine) return true;
+            // Thread 0 speaks for the warpgroup, which nothing else has brought together since it read `item`.
+            barrier_sync(1 + index, 128);
             free_last_item();
         }
         if (threadIdx.x % 128 == 0) tma_store_wait_read();  // shared memory goes with the block

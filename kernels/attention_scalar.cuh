@@ -1,6 +1,7 @@
 // attention_scalar.cuh: causal self-attention without tensor cores: float arithmetic, `real` of either kind, heads of
 // any hd up to 256. It serves the exact fp32 build and the head sizes that the tensor-core kernels of attention.cuh do
-// not know. The mathematics and the three kernels (forward, dQ, dK and dV) are explained there.
+// not know. The mathematics and the three kernels (forward, dQ, dK and dV) are explained there. Last comes the kernel
+// of one query, for generation, in either build.
 //
 // The division of labour is that of attention.cuh with lanes in place of fragments: a warp owns 4 rows, tiles of 32
 // rows pass by. For products with tile^T (scores) a lane takes one row of the tile; for sums over the tile's rows it
@@ -194,4 +195,58 @@ __global__ void twin_dkv_kernel(real* dqkv, const float* delta, const real* dout
     }
     twin_store(dqkv + head + C, 3 * C, row0, T, hd, dk);
     twin_store(dqkv + head + 2 * C, 3 * C, row0, T, hd, dv);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The last row alone, for generation: one query against T keys. A block has a head; its warps take the keys in turn, a
+// lane the columns lane, lane + 32, .. of q, k and v. Each warp has an online softmax of its own (attention.cuh), and
+// at the end these are joined in the order of the warps.
+
+constexpr int kLastRowWarps = 32;
+
+template <int COLUMNS>
+__global__ void __launch_bounds__(kLastRowWarps* kWarpSize)
+    last_row_kernel(real* out, const real* qkv, int T, int C, int hd, float scale) {
+    __shared__ float largest[kLastRowWarps], totals[kLastRowWarps];
+    DYNAMIC_SHARED(float, sums);  // (kLastRowWarps, hd)
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, head = blockIdx.x * hd;
+    const real *k = qkv + C + head, *v = k + C;
+
+    float q[COLUMNS], o[COLUMNS] = {}, m = -INFINITY, l = 0;
+    UNROLL
+    for (int c = 0; c < COLUMNS; c++) {
+        const int column = lane + kWarpSize * c;
+        q[c] = column < hd ? to_float(qkv[(T - 1) * 3 * C + head + column]) * scale : 0.0f;
+    }
+    UNROLL_BY(4)  // the loads of the next keys need not wait for the sums of this one
+    for (int key = warp; key < T; key += kLastRowWarps) {
+        float dot = 0, value[COLUMNS];
+        UNROLL
+        for (int c = 0; c < COLUMNS; c++) {
+            const int column = min(lane + kWarpSize * c, hd - 1);  // q is 0 past the end, and sums there are not stored
+            dot += q[c] * to_float(k[key * 3 * C + column]);
+            value[c] = to_float(v[key * 3 * C + column]);
+        }
+        const float s = warp_sum(dot), m_new = fmaxf(m, s), correction = expf(m - m_new), p = expf(s - m_new);
+        m = m_new;
+        l = l * correction + p;
+        UNROLL
+        for (int c = 0; c < COLUMNS; c++) o[c] = o[c] * correction + p * value[c];
+    }
+    if (lane == 0) largest[warp] = m, totals[warp] = l;
+    UNROLL
+    for (int c = 0; c < COLUMNS; c++) {
+        const int column = lane + kWarpSize * c;
+        if (column < hd) sums[warp * hd + column] = o[c];
+    }
+    __syncthreads();
+    if (int(threadIdx.x) >= hd) return;
+    float of_all = -INFINITY, total = 0, sum = 0;
+    for (float of_warp : largest) of_all = fmaxf(of_all, of_warp);
+    for (int w = 0; w < kLastRowWarps; w++) {
+        const float share = expf(largest[w] - of_all);  // 0 for a warp without a key
+        total += totals[w] * share;
+        sum += sums[w * hd + threadIdx.x] * share;
+    }
+    out[head + threadIdx.x] = from_float<real>(sum / total);
 }

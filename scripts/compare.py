@@ -1,35 +1,62 @@
 #!/usr/bin/env python3
-"""Puts training runs side by side: a table on stdout and one picture.
+"""Puts training runs side by side: tables on stdout and one picture.
 
     scripts/compare.py RUN... [--png FILE]      RUN: a directory that --out named (it holds log.jsonl)
+    scripts/compare.py RUN... --watch           the same again and again while runs go, until Ctrl-C
+    scripts/compare.py RUN... --csv FILE        every step of every run, a row each
+    scripts/compare.py RUN... --tensorboard DIR events for TensorBoard; with --watch as they come
 
-The baseline is the first run whose name contains "adamw" (else the first run): the table says after how many steps and
-seconds the others reached its final loss. Loss is the validation loss where a run has one, else the mean training loss of
-the last steps. Seconds are those of training steps; evaluation, samples and checkpoints are not in them.
+The baseline is the first run with AdamW (else the first run): the tables say after how many steps and seconds the others
+reached its final loss. Loss is the validation loss where a run has one, else the mean training loss of the last steps. Seconds
+are those of training steps; evaluation, samples and checkpoints are not in them. An optimizer has one colour in every picture.
 """
 import argparse
+import contextlib
+import csv
+import io
 import json
 import math
+import os
+import re
+import shutil
 import sys
+import time
 from pathlib import Path
 
 import packages
 
-COLORS = ["#4c72b0", "#dd8452", "#2a9d63", "#c44e52", "#8172b3", "#7f7f7f"]
+COLORS = {"adamw": "#4c72b0", "muon": "#dd8452", "dmuon": "#2a9d63"}
+OTHER_COLORS = ["#c44e52", "#8172b3", "#7f7f7f"]  # of runs whose optimizer neither log nor name tells
+LINES = ["-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2))]  # of the runs of one colour
 INK, FAINT = "#222222", "#b8b8b8"
+WATCH_EVERY = 5  # seconds, and at least ten times what a redraw takes: the runs need the cores
 
 
 class Run:
     def __init__(self, directory):
-        self.name = Path(directory).resolve().name
+        self.directory = Path(directory).resolve()
+        self.name = self.directory.name
         path = Path(directory) / "log.jsonl"
         try:
             lines = path.read_text(errors="replace").splitlines()
+            self.written = path.stat().st_mtime
         except OSError as e:
             sys.exit(f"compare: {e}: not the --out of a run?")
-        self.log = [entry for entry in map(step_entry, lines) if entry]
-        if len(self.log) < len(lines):  # the last one is torn where the machine went down
-            print(f"compare: {path}: left out {len(lines) - len(self.log)} of {len(lines)} lines: no steps of train_gpt", file=sys.stderr)
+        self.log, left_out = [], 0
+        for line in lines:
+            entry = step_entry(line)
+            if entry and "loss" in entry:
+                self.log.append(entry)
+            elif entry and self.log and self.log[-1]["step"] == entry["step"]:  # scores of the model after that step
+                self.log[-1].update(entry)
+            else:
+                left_out += 1
+        if left_out:  # the last one is torn where the machine went down
+            print(f"compare: {path}: left out {left_out} of {len(lines)} lines: no steps of train_gpt", file=sys.stderr)
+        self.optimizer = next((entry["optimizer"] for entry in self.log[::-1] if entry.get("optimizer") in COLORS), None)
+        if not self.optimizer:  # a log from before that was in it
+            named = re.findall("adamw|dmuon|muon", self.name.lower())
+            self.optimizer = named[0] if len(set(named)) == 1 else None
         self.seconds = []  # of training, up to and including each line
         for entry in self.log:
             self.seconds.append((self.seconds[-1] if self.seconds else 0) + entry["step_ms"] / 1000)
@@ -45,6 +72,11 @@ class Run:
         self.step_ms = median([entry["step_ms"] for entry in self.log])
         self.optimizer_ms = median([entry["optimizer_ms"] for entry in self.log if number(entry.get("optimizer_ms"))] or [0])
         self.tokens_per_s = median([entry["tokens_per_s"] for entry in self.log])
+        self.bits_per_byte = self.last("val_bpb")
+        self.hellaswag = self.last("hellaswag_acc_norm")
+
+    def last(self, key):
+        return next((entry[key] for entry in self.log[::-1] if number(entry.get(key))), None)
 
     def curve(self):
         """[(step, seconds, loss)]: validation loss, or smoothed training loss without one."""
@@ -74,9 +106,12 @@ def number(value):
 
 
 def step_entry(line):
-    """A line of log.jsonl as a dictionary, None if it is no step. A loss that is not finite is null there."""
+    """A line of log.jsonl as a dictionary, None if it is none of train_gpt's. A loss that is not finite is null there; the
+    line of HellaSwag's scores has a step and no loss."""
     try:
         entry = json.loads(line)
+        if "loss" not in entry and number(entry["hellaswag_acc"]) and number(entry["step"]):
+            return entry
         entry["loss"] = entry["loss"] if number(entry["loss"]) else None
         good = all(number(entry[key]) and entry[key] > 0 for key in ("step", "step_ms", "tokens_per_s"))
         return entry if good else None
@@ -96,9 +131,16 @@ def smooth(values):
 
 
 def table(header, rows):
+    """Where it is wider than the terminal (80 columns where there is none), the first column gives way, in its middle."""
     widths = [max(len(row[i]) for row in [header] + rows) for i in range(len(header))]
+    room = shutil.get_terminal_size().columns - sum(width + 2 for width in widths[1:])
+    widths[0] = min(widths[0], max(room, 8))
     for row in [header] + rows:
-        print("  ".join([row[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:])]))
+        print("  ".join([shortened(row[0], widths[0]).ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:])]).rstrip())
+
+
+def shortened(text, width):
+    return text if len(text) <= width else text[:width // 2 - 1] + ".." + text[-(width - width // 2 - 1):]
 
 
 def duration(seconds):
@@ -115,23 +157,59 @@ def print_tables(runs, baseline):
     if common:
         picked = common[::-1][::-(-len(common) // 10)][::-1]  # about ten, the last among them
         print(f"\n{kind} loss (nats per token)")
-        table(["step"] + [run.name for run in runs],
-              [[str(step)] + [f"{shown[step][run]:.3f}" for run in runs] for step in picked])
+        names = {run: shortened(run.name, 24) for run in runs}
+        left, width = list(runs), shutil.get_terminal_size().columns
+        while left:  # as many runs side by side as the terminal has room for
+            count = 1
+            while count < len(left) and 8 + sum(max(len(names[run]), 5) + 2 for run in left[:count + 1]) <= width:
+                count += 1
+            table(["step"] + [names[run] for run in left[:count]],
+                  [[str(step)] + [f"{shown[step][run]:.3f}" for run in left[:count]] for step in picked])
+            left = left[count:]
+            if left:
+                print()
 
     print()
-    header = ["run", "steps", "final loss", "time", "tokens/s", "step", "optimizer"]
+    bits, hellaswag = (any(getattr(run, key) is not None for run in runs) for key in ("bits_per_byte", "hellaswag"))
+    table(["run", "steps", "final loss"] + ["bits/byte"] * bits + ["hellaswag"] * hellaswag + ["time", "tokens/s"],
+          [[run.name, str(run.steps[-1]), f"{run.final():.3f}"] +
+           [f"{run.bits_per_byte:.4f}" if run.bits_per_byte else "-"] * bits +
+           [f"{100 * run.hellaswag:.2f}%" if run.hellaswag is not None else "-"] * hellaswag +
+           [duration(run.seconds[-1]), f"{run.tokens_per_s:,.0f}"] for run in runs])
+    print()
+    header = ["run", "step", "optimizer"]
+    if len(runs) > 1:
+        header += [f"steps to {baseline.final():.3f}", "time to it"]
     rows = []
     for run in runs:
         share = 100 * run.optimizer_ms / run.step_ms
-        row = [run.name, str(run.steps[-1]), f"{run.final():.3f}", duration(run.seconds[-1]), f"{run.tokens_per_s:,.0f}",
-               f"{run.step_ms:.1f} ms", f"{run.optimizer_ms:.2f} ms ({share:.1f}%)" if run.optimizer_ms else "-"]
+        rows.append([run.name, f"{run.step_ms:.1f} ms", f"{run.optimizer_ms:.2f} ms ({share:.1f}%)" if run.optimizer_ms else "-"])
         if len(runs) > 1:
             reached = run.reach(baseline.final())
-            row += [f"{reached[0]:.0f}", duration(reached[1])] if reached else ["not reached", ""]
-        rows.append(row)
-    if len(runs) > 1:
-        header += [f"steps to {baseline.final():.3f}", "time to it"]
+            rows[-1] += [f"{reached[0]:.0f}", duration(reached[1])] if reached else ["not reached", ""]
     table(header, rows)
+    if bits and not bits_per_nat(runs):
+        print("\nThe runs' tokens differ in length, or their validation text: compare bits per byte, not nats per token.")
+
+
+def bits_per_nat(runs):
+    """What the nats per token of all these validation losses are to be multiplied with to be bits per byte: None where they
+    differ by more than rounding, or where no run knows."""
+    factors = [run.bits_per_byte / run.last("val_loss") for run in runs if run.bits_per_byte and run.last("val_loss")]
+    same = factors and max(factors) - min(factors) < 1e-6 * max(factors)
+    return factors[0] if same else None
+
+
+def styles(runs):
+    """{run: (colour, line style)}: a colour for each optimizer, whatever the order; a line style for each run of a colour."""
+    chosen, of_color, others = {}, {}, 0
+    for run in runs:
+        color = COLORS.get(run.optimizer)
+        if not color:
+            color, others = OTHER_COLORS[others % len(OTHER_COLORS)], others + 1
+        chosen[run] = color, LINES[of_color.get(color, 0) % len(LINES)]
+        of_color[color] = of_color.get(color, 0) + 1
+    return chosen
 
 
 def draw(runs, baseline, path):
@@ -143,7 +221,7 @@ def draw(runs, baseline, path):
         "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#ececec",
         "axes.axisbelow": True, "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlesize": 11})
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.8), width_ratios=[1, 1, 0.62], layout="constrained")
-    color = {run: COLORS[i % len(COLORS)] for i, run in enumerate(runs)}
+    color, line = ({run: style[i] for run, style in styles(runs).items()} for i in (0, 1))
 
     # The first tenth falls steeply and would press the rest together: the axis begins where the slowest run is after it.
     points = [loss for run in runs for loss in (*run.loss, *(p[2] for p in run.curve())) if not math.isnan(loss)]
@@ -161,11 +239,12 @@ def draw(runs, baseline, path):
     for ax, column, label in ((axes[0], 0, "step"), (axes[1], 1, "seconds of training")):
         for run in runs:
             x = run.steps if column == 0 else run.seconds
-            ax.plot(x, run.loss, color=color[run], linewidth=1, alpha=0.4 if run.val else 1)
+            ax.plot(x, run.loss, color=color[run], linestyle=line[run], linewidth=1, alpha=0.4 if run.val else 1,
+                    label=None if run.val else run.name)
             curve = run.curve() if run.val else []
             ring = {"markersize": 8, "markerfacecolor": "white"} if coincides(run) else {"markersize": 3.5}
-            ax.plot([p[column] for p in curve], [p[2] for p in curve], color=color[run], linewidth=2, label=run.name,
-                    marker="o" if len(curve) <= 40 else None, **ring)
+            ax.plot([p[column] for p in curve], [p[2] for p in curve], color=color[run], linestyle=line[run], linewidth=2,
+                    label=run.name if run.val else None, marker="o" if len(curve) <= 40 else None, **ring)
         if many:
             ax.axhline(baseline.final(), color=color[baseline], linewidth=1, linestyle=(0, (4, 3)), alpha=0.8)
             for row, run in enumerate(runs):
@@ -181,6 +260,11 @@ def draw(runs, baseline, path):
         ax.set_xlim(left=0)
         ax.set_xlabel(label)
     axes[0].set_ylabel("loss (nats per token)")
+    factor = bits_per_nat(runs)
+    if factor:
+        second = axes[1].secondary_yaxis("right", functions=(lambda y: y * factor, lambda y: y / factor))
+        second.set_ylabel("validation loss in bits per byte")
+        second.spines["right"].set_visible(True)
     axes[0].set_title("Loss by step")
     axes[1].set_title("Loss by time")
 
@@ -197,27 +281,145 @@ def draw(runs, baseline, path):
     ax.set_xlabel("milliseconds per step")
     ax.set_title("Step time (dark: optimizer)" if any(run.optimizer_ms for run in runs) else "Step time")
     try:
-        figure.savefig(path, dpi=150)
+        replaced(path, lambda temporary: figure.savefig(temporary, dpi=150))
     except (ValueError, OSError) as e:
         sys.exit(f"compare: cannot write the picture {path}: {e}")
+    finally:
+        plt.close(figure)
     print(f"\npicture: {path}")
+
+
+def replaced(path, write):
+    """Whoever looks at path sees the old file or the new one, whole."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_csv(runs, path):
+    """A row for each step of each run: its name, the seconds of training so far, and all numbers of the log."""
+    keys = list(dict.fromkeys(key for run in runs for entry in run.log for key in entry))
+
+    def write(temporary):
+        with open(temporary, "w", newline="") as f:
+            rows = csv.writer(f)
+            rows.writerow(["run", "seconds"] + keys)
+            for run in runs:
+                for seconds, entry in zip(run.seconds, run.log):
+                    rows.writerow([run.name, f"{seconds:.6g}"] + ["" if entry.get(key) is None else entry[key] for key in keys])
+    try:
+        replaced(path, write)
+    except OSError as e:
+        sys.exit(f"compare: cannot write {path}: {e}")
+    print(f"\ntable of all steps: {path}")
+
+
+class TensorBoard:
+    """Events under directory/RUN. add() may be called again as runs go on: what is there already is not written twice."""
+    TAGS = {"loss": "loss/training", "val_loss": "loss/validation", "val_bpb": "loss/validation_bits_per_byte"}
+
+    def __init__(self, directory):
+        packages.need("tensorboardX")
+        self.directory, self.writers, self.last = Path(directory), {}, {}
+
+    def add(self, runs):
+        import tensorboardX
+        for run in runs:
+            place = self.directory / run.name
+            try:
+                if run.name not in self.writers:
+                    if any(place.glob("events.out.tfevents.*")):
+                        sys.exit(f"compare: {place} holds events already: remove it or choose another --tensorboard DIR")
+                    self.writers[run.name] = tensorboardX.SummaryWriter(str(place))
+                start = run.written - run.seconds[-1]  # so that TensorBoard's relative time is that of training
+                for seconds, entry in zip(run.seconds, run.log):
+                    for key, value in entry.items():
+                        if number(value) and key != "step" and entry["step"] > self.last.get((run.name, key), 0):
+                            self.last[run.name, key] = entry["step"]
+                            tag = self.TAGS.get(key) or ("hellaswag/" if key.startswith("hellaswag_") else "step/") + key
+                            self.writers[run.name].add_scalar(tag, value, entry["step"], walltime=start + seconds)
+                self.writers[run.name].flush()
+            except OSError as e:
+                sys.exit(f"compare: cannot write to {place}: {e}")
+        print(f"\nTensorBoard: {self.directory}")
+
+    def close(self):
+        for writer in self.writers.values():
+            writer.close()
+
+
+def load(directories):
+    """The runs that have something to show; names that are not their own get their parent's in front."""
+    runs = [run for run in map(Run, directories) if run.log]
+    names = [run.name for run in runs]
+    for run, name in zip(runs, names):
+        if names.count(name) > 1:
+            run.name = f"{run.directory.parent.name}/{name}"
+    return runs
+
+
+def show(runs, args, board):
+    baseline = next((run for run in runs if run.optimizer == "adamw"), runs[0])
+    print_tables(runs, baseline)
+    if args.csv:
+        write_csv(runs, args.csv)
+    if board:
+        board.add(runs)
+    if args.drawable:
+        draw(runs, baseline, args.png or Path(args.runs[0]).resolve().parent / "compare.png")
+    else:
+        print("\npicture: left out, for want of the Python package matplotlib")
+
+
+def watch(args, board):
+    """Redraws whenever a log has grown. What a log lacks while it is being written is not worth a word."""
+    before = None
+    while True:
+        logs = [path for path in (Path(run) / "log.jsonl" for run in args.runs) if path.exists()]
+        sizes = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in logs]
+        began = time.monotonic()
+        if sizes != before:
+            before = sizes
+            with contextlib.redirect_stderr(io.StringIO()):
+                runs = load([path.parent for path in logs])
+            if sys.stdout.isatty():
+                print("\033[H\033[2J", end="")
+            waiting = len(args.runs) - len(runs)
+            print(f"{time.strftime('%H:%M:%S')}, Ctrl-C ends" + (f"; {waiting} of {len(args.runs)} runs have no step yet" if waiting else ""))
+            if runs:
+                show(runs, args, board)
+            sys.stdout.flush()
+        time.sleep(max(WATCH_EVERY, 10 * (time.monotonic() - began)))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--png", type=Path, help="where the picture goes [compare.png beside the first RUN]")
+    parser.add_argument("--watch", action="store_true", help="show it again whenever a run has got on, until Ctrl-C")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write every step of every run")
+    parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="write events for TensorBoard")
     args = parser.parse_args()
-    drawable = packages.need("matplotlib", required=False)
-    runs = [run for run in map(Run, args.runs) if run.log]
-    if not runs:
-        sys.exit("compare: no run is left to compare")
-    baseline = next((run for run in runs if "adamw" in run.name), runs[0])
-    print_tables(runs, baseline)
-    if not drawable:
-        print("\npicture: left out, for want of the Python package matplotlib")
-    else:
-        draw(runs, baseline, args.png or Path(args.runs[0]).resolve().parent / "compare.png")
+    args.drawable = packages.need("matplotlib", required=False)
+    board = TensorBoard(args.tensorboard) if args.tensorboard else None
+    try:
+        if args.watch:
+            watch(args, board)
+        runs = load(args.runs)
+        if not runs:
+            sys.exit("compare: no run is left to compare")
+        show(runs, args, board)
+    except KeyboardInterrupt:
+        if not args.watch:
+            sys.exit(130)
+        print()
+    finally:
+        if board:
+            board.close()
 
 
 if __name__ == "__main__":

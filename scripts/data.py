@@ -57,6 +57,7 @@ HELLASWAG = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hell
 HELLASWAG_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # TensorFlow Datasets has the same
 DATASETS = ("tinyshakespeare", "austen", "tinystories", "fineweb10B", "linux")
 
+DOWNLOADS = packages.ROOT / "data" / "downloads"
 SEPARATOR = b"<|endoftext|>"  # between the documents of one text file
 BLOCK = 1 << 20  # bytes of text tokenized at a time
 
@@ -333,6 +334,9 @@ class ByteTokenizer:
             out[::2] = piece
             yield out
 
+    def encode_text(self, text):
+        return list(text)
+
 
 class Gpt2Tokenizer:
     vocab, eot = 50257, 50256
@@ -361,6 +365,10 @@ class Gpt2Tokenizer:
                     yield queue.popleft().result()
             while queue:
                 yield queue.popleft().result()
+
+    def encode_text(self, text):
+        """The same for a short text, as a list."""
+        return self.bpe.encode_ordinary(text.decode(errors="replace"))
 
 
 def gpt2_start():
@@ -458,9 +466,20 @@ def write_shards(out, split, tokens, begin, end, shard_tokens):
     return names
 
 
-def write_tokenizer(out, tokenizer):
-    write_atomic(out / "tokenizer.bin", [header(20240328, 2, tokenizer.vocab, tokenizer.eot)] +
-                 [bytes([len(t)]) + t for t in tokenizer.tokens()])
+def tokenizer_blocks(tokenizer):
+    return [header(20240328, 2, tokenizer.vocab, tokenizer.eot)] + [bytes([len(t)]) + t for t in tokenizer.tokens()]
+
+
+def tokenizer_identity(tokenizer):
+    """By which a checkpoint names its tokenizer: dataloader.h's hash of tokenizer.bin, byte by byte."""
+    low = 2**64 - 1
+    state = 0
+    for byte in b"".join(tokenizer_blocks(tokenizer)):
+        state = (state + byte + 1) & low
+        for _ in range(2):
+            state = ((state ^ state >> 32) * 0xd6e8feb86659fd93) & low
+        state ^= state >> 32
+    return "%016x" % state
 
 
 def text_shards(args, out, tokenizer):
@@ -625,7 +644,7 @@ def parse_arguments():
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the shards go [data/DATASET_TOKENIZER]")
     parser.add_argument("--shards", type=int, default=10, metavar="N", help="fineweb10B: training shards to fetch, up to 103 [10]")
     parser.add_argument("--shard_tokens", type=int, default=10**8, metavar="N", help="tokens in one shard at most [100000000]")
-    parser.add_argument("--downloads", type=Path, metavar="DIR", default=packages.ROOT / "data" / "downloads",
+    parser.add_argument("--downloads", type=Path, metavar="DIR", default=DOWNLOADS,
                         help="where downloaded originals are kept [data/downloads]")
     args = parser.parse_args()
     kind, _, where = args.dataset.partition(":")
@@ -704,7 +723,7 @@ def main():
         staging.mkdir(parents=True, exist_ok=True)
         try:
             tokenizer = ByteTokenizer() if args.tokenizer == "byte" else Gpt2Tokenizer(args.downloads)
-            write_tokenizer(staging, tokenizer)
+            write_atomic(staging / "tokenizer.bin", tokenizer_blocks(tokenizer))
             if args.dataset == "fineweb10B":
                 names = fineweb_shards(args, staging, good)
             else:

@@ -54,23 +54,29 @@ class Reader:
                 fail(f"{path} is not a safetensors file, or is cut short")
             self.header = file.read(length)
         try:
-            self.tensors = json.loads(self.header)
-            self.metadata = self.tensors.pop("__metadata__", {})
-            self.shapes = {name: tuple(tensor["shape"]) for name, tensor in self.tensors.items()}
-            self.end = self.begin + max((tensor["data_offsets"][1] for tensor in self.tensors.values()), default=0)
+            header = json.loads(self.header)
+            self.metadata = header.pop("__metadata__", {})
+            self.types, self.shapes, self.places = {}, {}, {}  # by name
+            for name, tensor in header.items():
+                self.types[name], self.shapes[name] = str(tensor["dtype"]), tuple(tensor["shape"])
+                self.places[name] = first, last = tensor["data_offsets"]
+                if not all(type(x) is int and 0 <= x <= self.size for x in (*self.shapes[name], first, last)) or first > last:
+                    raise ValueError
+            self.metadata.get("format")
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             fail(f"{path} is not a safetensors file: its header makes no sense")
-        if self.end != self.size:
-            fail(f"{path} is damaged: it has {self.size} bytes, its header asks for {self.end}")
+        end = self.begin + max((last for _, last in self.places.values()), default=0)
+        if end != self.size:
+            fail(f"{path} is damaged: it has {self.size} bytes, its header asks for {end}")
 
     def bytes(self, name):
-        first, last = self.tensors[name]["data_offsets"]
+        first, last = self.places[name]
         return numpy.fromfile(self.path, numpy.uint8, last - first, offset=self.begin + first)
 
     def read(self, name):
-        dtype = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}.get(self.tensors[name]["dtype"])
+        dtype = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}.get(self.types[name])
         if not dtype:
-            fail(f"{self.path}: tensor {name} is of type {self.tensors[name]['dtype']}; F32, F16 and BF16 are understood")
+            fail(f"{self.path}: tensor {name} is of type {self.types[name]}; F32, F16 and BF16 are understood")
         values, count = self.bytes(name), math.prod(self.shapes[name])
         if values.nbytes != count * numpy.dtype(dtype).itemsize:
             fail(f"{self.path} is damaged: tensor {name} has {values.nbytes} bytes for {count} elements")
@@ -123,15 +129,16 @@ def write(path, metadata, shapes, values, checked):
 
 def read_checkpoint(path):
     """A checkpoint of train_gpt, verified from the first byte to the last."""
-    if path.is_file() and open(path, "rb").read(8) == b"TRAINGPT":
-        fail(f"{path} is of an earlier version of train_gpt, in a format that is no longer read")
+    with open(path, "rb") as file:
+        if file.read(8) == b"TRAINGPT":
+            fail(f"{path} is of an earlier version of train_gpt, in a format that is no longer read")
     file = Reader(path)
     if file.metadata.get("format") != "train_gpt":
         fail(f"{path} is not a checkpoint of train_gpt")
     given = f'"checksum":"{file.metadata.get("checksum")}"'.encode()
     if checksum(file.header.replace(given, f'"checksum":"{NO_CHECKSUM}"'.encode(), 1)) != file.metadata.get("checksum"):
         fail(f"{path} is damaged: its header has changed")
-    for name in file.tensors:
+    for name in file.shapes:
         if checksum(file.bytes(name)) != file.metadata.get(f"checksum.{name}"):
             fail(f"{path} is damaged: tensor {name} has changed")
     return file
@@ -249,7 +256,7 @@ def import_(source, out):
     tensors = {}  # by train_gpt's name: file, name there
     for path in paths:
         file = Reader(path)
-        for name in file.tensors:
+        for name in file.shapes:
             ours = name[len("transformer."):] if name.startswith("transformer.") else name
             if not ours.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, in older files
                 tensors[ours] = file, name

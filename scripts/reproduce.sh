@@ -59,7 +59,7 @@ elif [[ $ablate ]]; then
 else
     most=$((128 / ranks)) # sequences of a step for each GPU
     common=(--model d12 --seq_len 1024 --batch "${batch:-$((most < 64 ? most : 64))}" --total_batch 131072 --steps 768 --warmup 60
-        --eval_every 32 --eval_tokens 524288 --save_every 128)
+        --eval_every 32 --eval_tokens 524288 --save_every 256)
 fi
 common+=(--schedule wsd --decay_frac 0.6 --final_lr_frac 0.02)
 ((gpus < 2)) || common+=(--gpus "$gpus")

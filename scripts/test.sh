@@ -119,6 +119,7 @@ else
     count "test_ranks (no mpirun that works)" 0 0 "$(grep -c '^def test_' test/test_ranks.py)" 0
 fi
 program test_train python3 test/test_train.py ./train_gpt
+program test_generate python3 test/test_generate.py ./train_gpt
 for name in test_comm test_host test_cpu; do
     program $name build/$name
 done

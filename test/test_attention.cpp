@@ -158,6 +158,9 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
     return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
 }
 
+// bf16: rounding errors of P, dS and the results are up to 1/256 each and random. fp32: sums of T terms.
+constexpr double kTypical = sizeof(real) == 2 ? 5e-3 : 1e-5;
+
 // The kernels that struct Attention launches against the truth, and against themselves in a second run.
 void test_kernels(const Truth& truth, const Reals& qkv, const Reals& dout, int B, int T, int C, int H, bool ordinary) {
     const size_t N = size_t(B) * T;
@@ -167,13 +170,11 @@ void test_kernels(const Truth& truth, const Reals& qkv, const Reals& dout, int B
     Attention::attention_forward(out, lse, device_qkv, B, T, C, H);
     Attention::attention_backward(dqkv, delta, device_dout, device_qkv, out, lse, B, T, C, H);
 
-    // bf16: rounding errors of P, dS and the results are up to 1/256 each and random. fp32: sums of T terms.
-    const double typical = sizeof(real) == 2 ? 5e-3 : 1e-5;
-    check("out", out.download(), truth.out, truth.out_bound, ordinary ? typical : 0);
+    check("out", out.download(), truth.out, truth.out_bound, ordinary ? kTypical : 0);
     check("lse", lse.download(), truth.lse, truth.lse_bound, ordinary && T >= 16 ? 1e-5 : 0);
     // With few keys, or one that takes all, dP - delta is the difference of nearly equal numbers: its bounds are all
     // there is.
-    check("dqkv", dqkv.download(), truth.dqkv, truth.dqkv_bound, ordinary && T >= 16 ? typical : 0);
+    check("dqkv", dqkv.download(), truth.dqkv, truth.dqkv_bound, ordinary && T >= 16 ? kTypical : 0);
 
     const DeviceBuffer<real> out_again(N * C), dqkv_again(N * 3 * C);
     const DeviceBuffer<float> lse_again(N * H), delta_again(N * H);
@@ -188,6 +189,20 @@ void test_kernels(const Truth& truth, const Reals& qkv, const Reals& dout, int B
     for (const DeviceBuffer<real>* buffer : {&device_qkv, &device_dout, &out, &dqkv, &out_again, &dqkv_again})
         CHECK(buffer->guards_intact());
     for (const DeviceBuffer<float>* buffer : {&lse, &delta, &lse_again, &delta_again}) CHECK(buffer->guards_intact());
+}
+
+// The kernel of one query, against the last row of a sequence's truth.
+void test_last_row(const Truth& truth, const Reals& qkv, int T, int C, int H, bool ordinary) {
+    auto last = [&](const Doubles& rows) {
+        return Doubles(rows.begin() + long(T - 1) * C, rows.begin() + long(T) * C);
+    };
+    const Reals first(qkv.begin(), qkv.begin() + long(T) * 3 * C);  // of the sequences
+    const DeviceBuffer<real> device_qkv(first), out(C), again(C);
+    Attention::attention_last_row(out, device_qkv, T, C, H);
+    check("last row", out.download(), last(truth.out), last(truth.out_bound), ordinary ? kTypical : 0);
+    Attention::attention_last_row(again, device_qkv, T, C, H);
+    CHECK(same_bits(out.download(), again.download()));
+    for (const DeviceBuffer<real>* buffer : {&device_qkv, &out, &again}) CHECK(buffer->guards_intact());
 }
 
 // While one exists, the portable kernels are launched.
@@ -219,6 +234,7 @@ void test(int B, int T, int H, int hd, double amplitude = 1) {
     }
     const PortableKernels portable;
     test_kernels(truth, qkv, dout, B, T, C, H, ordinary);
+    test_last_row(truth, qkv, T, C, H, ordinary);
 }
 
 TEST_CASE("attention: heads of 64") {
@@ -261,6 +277,7 @@ TEST_CASE("attention: sizes that the kernels lack are refused") {
     CHECK_THROWS_AS(Attention::attention_forward(x, y, x, 1, 1, 264, 1), Error);
     CHECK_THROWS_AS(Attention::attention_forward(x, y, x, 1, 1, 64, 3), Error);
     CHECK_THROWS_AS(Attention::attention_backward(x, y, x, x, x, y, 1, 1 << 20, 1024, 16), Error);
+    CHECK_THROWS_AS(Attention::attention_last_row(x, x, 1, 264, 1), Error);
 }
 
 #ifndef FIBER

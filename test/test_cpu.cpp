@@ -287,8 +287,8 @@ TEST_CASE("gelu, also where tanh saturates, and in place") {
 }
 
 TEST_CASE("matrix products: bias, row strides, tails of every tile") {
-    for (auto [N, C, OC] :
-         {std::tuple(1, 8, 24), std::tuple(5, 24, 61), std::tuple(77, 16, 7), std::tuple(130, 257, 133)}) {
+    for (auto [N, C, OC] : {std::tuple(1, 8, 24), std::tuple(1, 257, 133), std::tuple(5, 24, 61), std::tuple(77, 16, 7),
+                            std::tuple(130, 257, 133)}) {
         CAPTURE(N);
         CAPTURE(OC);
         const int ldo = OC + 3;
@@ -383,6 +383,9 @@ TEST_CASE("attention") {
         Doubles want_lse(lse.size());
         CHECK(error(out, truth::attention(doubles(qkv), B, T, C, H, &want_lse)) < 2e-6);
         CHECK(error(lse, want_lse) < 2e-6);
+        Floats last(C, NAN);
+        CpuOps::attention_last_row(last.data(), qkv.data(), T, C, H);
+        CHECK(error(last, doubles(Floats(&out[(T - 1) * C], &out[(T - 1) * C] + C))) < 2e-6);
         CpuOps::attention_backward(dqkv.data(), delta.data(), dout.data(), qkv.data(), out.data(), lse.data(), B, T, C,
                                    H);
         auto objective = [&, B = B, T = T, C = C, H = H](const Doubles& qkv) {
@@ -399,6 +402,9 @@ TEST_CASE("attention") {
         CpuOps::attention_forward(out.data(), lse.data(), qkv.data(), 1, T, C, 1);
         CHECK(std::all_of(out.begin(), out.end(), [](float x) { return std::fabs(x) < 10; }));
         CHECK(*std::max_element(lse.begin(), lse.end()) > 1000);
+        Floats last(C, NAN);
+        CpuOps::attention_last_row(last.data(), qkv.data(), T, C, 1);
+        CHECK(error(last, doubles(Floats(&out[(T - 1) * C], &out[0] + T * C))) < 1e-4);  // scores of 1000 in fp32
     }
 }
 
@@ -786,6 +792,8 @@ TEST_CASE("results do not depend on the number of threads") {
         CpuOps::matmul_backward_input(result(N * C), dout.data(), weight.data(), N, C, 3 * C);
         CpuOps::matmul_backward_weight(result(3 * C * C), dout.data(), 3 * C, x.data(), N, C, 3 * C, true);
         CpuOps::bias_backward(result(3 * C), dout.data(), N, 3 * C, scratch);
+        CpuOps::matmul_forward(result(3 * C), 3 * C, x.data(), weight.data(), nullptr, 1, C, 3 * C);
+        CpuOps::attention_last_row(result(C), qkv, T, C, H);
         CpuOps::attention_forward(out, lse, qkv, B, T, C, H);
         CpuOps::attention_backward(result(N * 3 * C), delta, x.data(), qkv, out, lse, B, T, C, H);
         CpuOps::gelu_forward(result(N * C), x.data(), N * C);
@@ -997,6 +1005,69 @@ TEST_CASE("Newton-Schulz of a tall matrix is the transposed result") {
         for (int j = 0; j < n; j++) want[j * m + i] = lying[i * n + j];
     }
     CHECK(error(standing, want) < 1e-4);  // the norm is summed in another order
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Generation: how a token is drawn. The model that it is drawn from: test_golden.cpp
+
+TEST_CASE("next_token: every token has its share of the coins") {
+    const int V = 37, coins = 20000;
+    const Floats logits = random_normal(V + 3, 2);  // the last three are no tokens
+    for (double temperature : {0.3, 1.0, 5.0}) {
+        for (int top_k : {0, 1, 11, V, 99}) {
+            CAPTURE(temperature);
+            CAPTURE(top_k);
+            Doubles want(V), counts(V);
+            double total = 0;
+            for (int v = 0; v < V; v++) {
+                const auto above = std::count_if(&logits[0], &logits[V], [&](float x) { return x > logits[v]; });
+                if (top_k == 0 || above < top_k) total += want[v] = std::exp(logits[v] / temperature);
+            }
+            for (int i = 0; i < coins; i++) counts[next_token(logits, {V, temperature, top_k, 0}, (i + 0.5) / coins)]++;
+            // Coins evenly spaced: a token's count is its share of them, give or take one.
+            for (int v = 0; v < V; v++) CHECK(std::fabs(counts[v] - want[v] / total * coins) < 1.001);
+        }
+    }
+}
+
+TEST_CASE("next_token: ties, and logits that are no numbers") {
+    const Floats level(5, 2.5f);
+    std::set<int> drawn;
+    for (double coin : {0.0, 0.3, 0.6, 0.999999}) drawn.insert(next_token(level, {5, 1, 3, 0}, coin));
+    CHECK(drawn == std::set<int>{0, 1, 2});
+    const float nan = NAN, infinity = INFINITY;
+    const Floats odd = {nan, -infinity, 1, 3, infinity, 3, nan};
+    for (double temperature : {0.0, 1e-9}) CHECK(next_token(odd, {7, temperature, 1, 0}, 0.9) == 3);
+    drawn.clear();
+    for (int i = 0; i < 1000; i++) drawn.insert(next_token(odd, {7, 9, 0, 0}, i / 1000.0));
+    CHECK(drawn == std::set<int>{2, 3, 5});
+    for (double temperature : {0.0, 1.0}) CHECK(next_token({nan, infinity}, {2, temperature, 0, 0}, 0.5) == -1);
+}
+
+TEST_CASE("read_prompt: token numbers, the last of them kept") {
+    auto read = [](std::string text, size_t most) {
+        FILE* file = fmemopen(&text[0], text.size(), "r");
+        std::unique_ptr<FILE, int (*)(FILE*)> closed(file, fclose);
+        return read_prompt(file, 300, most);
+    };
+    CHECK(read("7", 4).tokens == std::vector<int>{7});
+    CHECK(read("\n 007\t299\r\n0 ", 4).tokens == std::vector<int>{7, 299, 0});
+    std::string many;
+    for (int i = 0; i < 1000; i++) many += std::to_string(i % 300) + "\n";
+    for (size_t most : {1, 2, 3, 999, 1000, 5000}) {
+        const Prompt prompt = read(many, most);
+        CHECK(prompt.length == 1000);
+        REQUIRE(prompt.tokens.size() == std::min<size_t>(most, 1000));
+        for (size_t i = 0; i < prompt.tokens.size(); i++)
+            CHECK(prompt.tokens[i] == int(1000 - prompt.tokens.size() + i) % 300);
+    }
+    CHECK_THROWS_WITH_AS(read("5 300 x", 4), doctest::Contains("token 300, outside the checkpoint's vocabulary of 300"),
+                         Error);
+    CHECK_THROWS_WITH_AS(read("99999999999999999999", 4), doctest::Contains("outside"), Error);
+    for (std::string text : {"-1", "5,6", "5x", "\xff", "1e2"})
+        CHECK_THROWS_WITH_AS(read(text, 4), doctest::Contains("byte 0x"), Error);
+    CHECK_THROWS_WITH_AS(read(std::string("5 \0 6", 5), 4), doctest::Contains("byte 0x00"), Error);
+    for (const char* text : {" ", "\n\n"}) CHECK_THROWS_WITH_AS(read(text, 4), doctest::Contains("empty"), Error);
 }
 
 // --------------------------------------------------------------------------------------------------------------------

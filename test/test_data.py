@@ -3,6 +3,7 @@
 
 Needs Python alone; the tests of GPT-2's tokens need tiktoken and its vocabulary, and are skipped without."""
 import contextlib
+import csv
 import glob
 import gzip
 import hashlib
@@ -15,6 +16,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -114,7 +116,7 @@ class Data(unittest.TestCase):
     def test_whole_documents_are_held_out(self):
         documents = [b"%d " % i * 50 for i in range(20)]
         (self.dir / "text.txt").write_bytes(b"<|endoftext|>".join(documents))
-        self.make(self.dir / "text.txt", "--val_frac", "0.12")  # of 20 documents alike: the last 2 and some of the one before
+        self.make(self.dir / "text.txt", "--val_frac", "0.14")  # 352 of 2520 tokens: the last 2 documents of 151 and some of the one before
         self.assertEqual(bytes(shards(self.out, "val")), b"\n" + documents[18] + b"\n" + documents[19])
         self.make(self.dir / "text.txt", "--val_frac", "0.01")  # less than the last
         self.assertEqual(len(shards(self.out, "val")), int(sum(len(d) + 1 for d in documents) * 0.01))
@@ -549,6 +551,144 @@ class Compare(unittest.TestCase):
         good = self.run_of("good", *self.steps(50))
         for name in ("x.docx", "nowhere/x.png"):
             self.assertIn("cannot write the picture", self.compare(1, good, "--png", self.dir / name)[1])
+
+    def test_an_optimizer_has_one_color(self):
+        """Whatever the order, the names, and how many runs there are of it; those of one are told apart by their lines."""
+        runs = [self.run_of(name, *self.steps(3, optimizer=optimizer)) for name, optimizer in
+                (("one", "muon"), ("adamw", "dmuon"), ("two", "adamw"), ("three", "dmuon"), ("dmuon", "muon"), ("four", "dmuon"))]
+        runs += [self.run_of(name, *self.steps(3)) for name in ("d12_AdamW_1e-3", "best_dmuon", "muon.2", "adamw_or_muon", "sgd")]
+        colors = {"adamw": "#4c72b0", "muon": "#dd8452", "dmuon": "#2a9d63"}
+        for order in (runs, runs[::-1], runs[4:] + runs[:4], runs[1:2], runs[9:]):
+            loaded = compare.load(order)
+            styles = compare.styles(loaded)
+            for run in loaded:
+                expected = run.log[-1].get("optimizer") or {"d12_AdamW_1e-3": "adamw", "best_dmuon": "dmuon", "muon.2": "muon"}.get(run.name)
+                self.assertEqual(run.optimizer, expected)
+                if expected:
+                    self.assertEqual(styles[run][0], colors[expected])
+                else:
+                    self.assertNotIn(styles[run][0], colors.values())
+            self.assertEqual(len(set(map(str, styles.values()))), len(loaded))
+        stdout, _ = self.compare(0, *runs[:3], "--png", self.dir / "x.png")  # the baseline is the run with adamw, not of that name
+        self.assertRegex(stdout, r"(?m)^two +2\.0 ms .* 3 +0 s$")
+
+    def test_tables_fit_into_80_columns(self):
+        """A common number of runs, names longer than any column, all that can be known of a run."""
+        runs = []
+        for i in range(7):
+            name = f"a_{'very_' * i}long_name_of_run_{i}"
+            steps = self.steps(50, step_ms=123456.7, optimizer_ms=12345.6, tokens_per_s=1234567.8, optimizer="dmuon", val_loss=4.5 + i / 9)
+            for entry in steps:
+                entry["val_bpb"] = entry["val_loss"] / 3
+            runs.append(self.run_of(name, *steps, {"step": 50, "hellaswag_acc": 0.25, "hellaswag_acc_norm": 0.2955}))
+        for count in (1, 2, 7):
+            with mock.patch.dict(os.environ, COLUMNS="80"):
+                stdout, stderr = self.compare(0, *runs[:count], "--png", "x.png", "--csv", self.dir / "x.csv")
+            self.assertEqual(stderr, "")
+            Path("x.png").unlink(missing_ok=True)
+            shown = [line for line in stdout.splitlines() if str(self.dir) not in line]
+            self.assertLessEqual(max(map(len, shown)), 80, stdout)
+            self.assertEqual(stdout.count("29.55%"), count)
+            self.assertEqual(stdout.count("1.5000"), 1)
+            for i in range(count):
+                self.assertEqual(len(re.findall(rf"^a_\S*{i} ", stdout, re.M)), 2, stdout)  # a line in each of two tables
+        self.assertNotIn("differ in length", stdout)
+        other = self.run_of("other", *self.steps(50, val_loss=2.0, val_bpb=1.9))
+        self.assertIn("compare bits per byte", self.compare(0, runs[0], other, "--png", self.dir / "x.png")[0])
+
+    def test_csv(self):
+        one = self.run_of("one", *self.steps(3, optimizer="muon"), {"step": 3, "hellaswag_acc": 0.5})
+        (self.dir / "else").mkdir()
+        two = self.run_of("else/one", *self.steps(2, val_loss=1.5, loss=None))
+        self.compare(0, one, two, "--png", self.dir / "x.png", "--csv", self.dir / "x.csv")
+        with open(self.dir / "x.csv", newline="") as f:
+            rows = list(csv.DictReader(f))
+        self.assertEqual([(row["run"], row["step"]) for row in rows],
+                         [(f"{self.dir.name}/one", s) for s in "123"] + [("else/one", s) for s in "12"])
+        self.assertEqual([row["seconds"] for row in rows], ["0.002", "0.004", "0.006", "0.002", "0.004"])
+        self.assertEqual([row["hellaswag_acc"] for row in rows], ["", "", "0.5", "", ""])
+        self.assertEqual([row["val_loss"] for row in rows], ["", "", "", "1.5", "1.5"])
+        self.assertEqual([row["loss"] for row in rows][1:4], [repr(5 - 1 / 3), repr(5 - 2 / 3), ""])
+        self.assertIn("cannot write", self.compare(1, one, "--csv", self.dir / "nowhere" / "x.csv")[1])
+        self.assertEqual(sorted(path.name for path in self.dir.iterdir() if path.is_file() and path.suffix != ".png"), ["x.csv"])
+
+    def test_tensorboard(self):
+        if importlib.util.find_spec("tensorboardX") is None:
+            self.skipTest("no tensorboardX")
+        from tensorboardX.event_file_writer import EventsWriter  # noqa: F401 (the package that was found is whole)
+        from tensorboardX.proto.event_pb2 import Event
+
+        def events(directory):
+            found = []
+            for path in directory.glob("events.out.tfevents.*"):
+                content, at = path.read_bytes(), 0
+                while at < len(content):  # records: length, its checksum, the event, its checksum
+                    size, = struct.unpack_from("<Q", content, at)
+                    event = Event.FromString(content[at + 12:at + 12 + size])
+                    found += [(value.tag, event.step, round(value.simple_value, 5)) for value in event.summary.value]
+                    at += 16 + size
+            return sorted(found)
+
+        good = self.run_of("good", *self.steps(2, val_loss=1.5, optimizer="muon"), {"step": 2, "hellaswag_acc": 0.5})
+        self.compare(0, good, "--png", self.dir / "x.png", "--tensorboard", self.dir / "board")
+        self.assertEqual(events(self.dir / "board" / "good"), sorted(
+            [("loss/training", 1, 5.0), ("loss/training", 2, 4.5), ("loss/validation", 1, 1.5), ("loss/validation", 2, 1.5),
+             ("step/step_ms", 1, 2.0), ("step/step_ms", 2, 2.0), ("step/tokens_per_s", 1, 9.0), ("step/tokens_per_s", 2, 9.0),
+             ("hellaswag/hellaswag_acc", 2, 0.5)]))
+        self.assertIn("holds events already", self.compare(1, good, "--tensorboard", self.dir / "board")[1])
+        (self.dir / "a_file").write_text("")
+        self.assertIn("cannot write to", self.compare(1, good, "--tensorboard", self.dir / "a_file")[1])
+
+    def test_without_tensorboardX_one_line_says_so(self):
+        good, empty = self.run_of("good", *self.steps(2)), self.dir / "nothing"
+        empty.mkdir()
+        for script in ROOT.glob("scripts/*.py"):  # where no .venv can be made
+            (self.dir / script.name).write_bytes(script.read_bytes())
+        (self.dir / "packages.py").write_text((ROOT / "scripts/packages.py").read_text().replace('ROOT / ".venv"', "Path(sys.prefix)"))
+        code = "import sys; sys.modules['tensorboardX'] = None; sys.argv[0] = 'compare.py'; import importlib.util as u; " \
+               "find = u.find_spec; u.find_spec = lambda name: None if name == 'tensorboardX' else find(name); import compare; compare.main()"
+        done = subprocess.run([sys.executable, "-c", code, good, "--tensorboard", self.dir / "board"], capture_output=True, text=True,
+                              cwd=self.dir, env={**os.environ, "PYTHONPATH": str(self.dir)})
+        self.assertEqual((done.returncode, len(done.stderr.splitlines())), (1, 1), done.stderr)
+        self.assertIn("needs the Python package(s) tensorboardX", done.stderr)
+
+    def test_watch(self):
+        """It shows a run that starts later, and each time it has got on; Ctrl-C ends it without a word."""
+        out, other = self.run_of("adamw", *self.steps(3)), self.dir / "dmuon"
+        code = "import importlib.util, compare; compare.WATCH_EVERY = 0.05; " \
+               "compare.packages.need = lambda name, **_: importlib.util.find_spec(name) is not None; compare.main()"
+        process = subprocess.Popen([sys.executable, "-c", code, out, other, "--watch", "--csv", self.dir / "x.csv", "--png", self.dir / "x.png"],
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   env={**os.environ, "PYTHONPATH": str(ROOT / "scripts"), "COLUMNS": "80"},
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+        self.addCleanup(process.kill)
+        timer = threading.Timer(60, process.kill)  # then readline ends
+        timer.start()
+        self.addCleanup(timer.cancel)
+
+        def until(words):
+            said = ""
+            while not re.search(words, said):
+                line = process.stdout.readline()
+                self.assertTrue(line, said)
+                said += line
+            return said
+
+        self.assertIn("1 of 2 runs have no step yet", until("(?m)^picture: "))
+        pictured = self.dir / "x.png"
+        before = pictured.stat().st_mtime_ns if pictured.exists() else None
+        self.run_of("dmuon", *self.steps(2), b'{"step": 3, "lo')  # while its third line is written
+        said = until("(?m)^dmuon +2 +4.500(?s:.*)^picture: ")
+        self.assertNotIn("no step yet", said)
+        with open(other / "log.jsonl", "ab") as f:
+            f.write(b'ss": 3.5, "step_ms": 2.0, "tokens_per_s": 9.0}\n')
+        until("(?m)^dmuon +3 +3.500(?s:.*)^picture: ")
+        self.assertEqual(len((self.dir / "x.csv").read_text().splitlines()), 1 + 3 + 3)
+        if before:
+            self.assertGreater(pictured.stat().st_mtime_ns, before)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=30)
+        self.assertEqual((process.returncode, stderr), (0, ""))
 
 
 if __name__ == "__main__":

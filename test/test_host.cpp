@@ -120,6 +120,7 @@ static Args with_context(const std::string& name, const Args& more) {
     if (name == "layers" || name == "heads" || name == "channels") {
         for (const char* flag : {"--layers", "--heads", "--channels"}) args.insert(args.end(), {flag, "64"});
     }
+    if (name == "generate") args = words("--model /proc/self/exe");  // any file
     if (name == "final_lr_frac") args.insert(args.end(), {"--decay_frac", "0.5"});
     args.insert(args.end(), more.begin(), more.end());
     return args;
@@ -172,6 +173,7 @@ TEST_CASE("flags: every row takes its values in both forms, and the last wins") 
         if (name == "optimizer") values = {"muon", "dmuon"};
         if (name == "total_batch") values = {"819200", "0"};
         if (name == "sample_every") values = {"1", "1000000000000000"};
+        if (name == "generate") values = {"1", "1000000000"};
         for (const std::string& value : values) {
             CAPTURE(value);
             Options expected;
@@ -347,7 +349,11 @@ TEST_CASE("flags: contradictions name the flags") {
         {"--optimizer muon --ns_steps 6 --ns_coefficients you", "--ns_steps 6|you"},
         {"--ranks 4", "--ranks|--print_plan"},
         {"--sample_tokens 4", "--sample_tokens|--sample_every"},
-        {"--temperature 1 --sample_every 0", "--temperature|--sample_every"},
+        {"--temperature 1 --sample_every 0", "--temperature|--sample_every|--generate"},
+        {"--top_k 5", "--top_k|--sample_every|--generate"},
+        {"--generate 5", "--generate|--model CHECKPOINT"},
+        {"--generate 5 --model d6", "--generate|--model CHECKPOINT"},
+        {"--generate 5 --model /proc/self/exe", "--train|--generate"},
         {"--save_every 4", "--save_every|--out"},
         {"--keep 4", "--keep|--out"},
         {"--resume auto", "--resume auto|--out"},
@@ -395,6 +401,8 @@ TEST_CASE("flags: what is no contradiction") {
     CHECK(parse_error({"--train", "t", "--model", dir / "some.safetensors", "--total_batch", "96"}) ==
           "");                                                   // its seq_len decides
     CHECK(parse_error({"--print_plan", "--ranks", "8"}) == "");  // needs no data
+    CHECK(parse_error(words("--generate 9 --model /proc/self/exe --temperature 0 --top_k 5 --seed 4 --device cpu "
+                            "--kernels portable")) == "");  // nor does this
     CHECK(find_preset("d12")->channels == 768);
     CHECK(find_preset("d13") == nullptr);
 }

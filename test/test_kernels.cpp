@@ -438,7 +438,8 @@ TEST_CASE("norm_sums and clip_scale") {
     for (int i = 0; i < n; i++) {
         CAPTURE(i);
         double want = 0;
-        for (int k = 0; k < blocks[i].cols && blocks[i].counted; k++) want += double(x[blocks[i].offset + k]) * x[blocks[i].offset + k];
+        for (int k = 0; k < blocks[i].cols && blocks[i].counted; k++)
+            want += double(x[blocks[i].offset + k]) * x[blocks[i].offset + k];
         CHECK(std::fabs(got[i] - want) <= 1e-12 * want);
     }
 

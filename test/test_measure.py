@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Tests of what measures on a GPU, without one: scripts/profile_kernels.py on samples in the formats of nsys and ncu, and
-scripts/bench.sh with programs in place of the trainer, of PyTorch and of nvidia-smi.
+scripts/bench.sh, scripts/gpu_check.sh many and dev/precision_gap.py with programs in place of the trainer, of PyTorch and of nvidia-smi.
 
     python3 test/test_measure.py
 """
@@ -150,6 +150,138 @@ class Bench(unittest.TestCase):
         for flags in (["--rows", "d12"], ["--rows", "d13:4"], ["--limit", "x"], ["--rows"], ["--other"]):
             done = self.bench(*flags)
             self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (2, "", 1), done.stderr)
+
+
+TRAINER = '''#!/usr/bin/env python3
+import json, os, sys
+flag = lambda name, default: ([sys.argv[i + 1] for i, word in enumerate(sys.argv[:-1]) if word == "--" + name] or [default])[-1]
+model, optimizer, gpus, batch = flag("model", "d12"), flag("optimizer", "adamw"), int(flag("gpus", 1)), int(flag("batch", 1))
+if "--print_plan" in sys.argv:
+    print("predicted for a test: %.3f ms an optimizer step: of which" % (4 / int(flag("ranks", 1))))
+    sys.exit(0)
+total = int(flag("total_batch", batch * 1024 * gpus))
+micro_steps = total // (batch * 1024 * gpus)
+print("| step         | %d tokens: %d sequences x 1024 tokens x %d ranks x %d micro-steps" % (total, batch, gpus, micro_steps))
+print("| optimizer    | %s, steps 1 to 9" % optimizer)
+print("| flags        | --model %s --optimizer %s" % (model, optimizer))
+ms, optimizer_ms = (100, 2) if optimizer == "adamw" else (110, 5)
+log = []
+for step in range(1, 1 + int(flag("steps", 9))):
+    slow = 900 if step < 7 else 0
+    print("step %5d/9 | loss 10.5 | norm 1.0 | lr 1e-4 | %.2f ms (optimizer %.2f) | %d tok/s | MFU 1%% | 0m01s left | reduce 0.25 | "
+          "clip 0.1 | gather 0.05 | wait 0.10" % (step, ms + slow, optimizer_ms, total / ms * 1000))
+    log.append(json.dumps({"step": step, "loss": 10.5 + float(os.environ.get("DRIFT", 0)) * (gpus - 1)}))
+if flag("out", ""):
+    os.makedirs(flag("out", ""), exist_ok=True)
+    open(flag("out", "") + "/log.jsonl", "w").write("\\n".join(log) + "\\n")
+    open(flag("out", "") + "/trace.json", "w").write("{}")
+'''
+
+
+class Many(unittest.TestCase):
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.dir = Path(temporary.name)
+        for path in ("scripts/gpu_check.sh", "scripts/random_tokens.py", "scripts/scaling.py"):
+            (self.dir / path).parent.mkdir(exist_ok=True)
+            shutil.copy(ROOT / path, self.dir / path)
+        bash = "#!/bin/bash\n"
+        for path, text in (("train_gpt", TRAINER), ("build/bench_optimizer", bash + "echo bench $*, nvls $NCCL_NVLS_ENABLE\n"),
+                           ("bin/make", bash + "true\n"), ("test/test_ranks.py", "import sys\nprint('ranks', *sys.argv[1:])\n"),
+                           ("bin/nvidia-smi", bash + "if [[ $1 == -L ]]; then echo GPU 0; echo GPU 1; else echo Some GPU; fi\n")):
+            (self.dir / path).parent.mkdir(exist_ok=True)
+            (self.dir / path).write_text(text)
+            (self.dir / path).chmod(0o755)
+
+    def many(self, *flags, **more):
+        environment = {**os.environ, "PATH": f"{self.dir}/bin:{os.environ['PATH']}", **more}
+        return subprocess.run(["scripts/gpu_check.sh", "many", *flags], cwd=self.dir, env=environment, capture_output=True, text=True, timeout=100)
+
+    def test_table(self):
+        done = self.many("--name", "m")
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        log = (self.dir / "dev/results/m.log").read_text()
+        self.assertEqual(log, done.stdout)
+        for row in ("| d12 B=64 | 65,536 | 1 | adamw | 100.00 | 655,360 |  |  | 2.00 |  | 4.00 | +100% |",
+                    "| d12 B=64 | 131,072 | 2 | adamw | 100.00 | 1,310,720 |  | 2.00x | 2.00 | 0.40 | 2.00 | +0% |",
+                    "| d12 B=64 | 131,072 | 2 | dmuon | 110.00 | 1,191,563 | +10.0% | 2.00x | 5.00 | 0.40 | 2.00 | -60% |",
+                    "| d12 B=64 | 524,288 | 2 | dmuon | 110.00 | 4,766,254 | +10.0% |  | 5.00 | 0.40 | 2.00 | -60% |"):
+            self.assertIn(row, log)
+        self.assertIn("bench --gpus 2 --seconds 0.3 --json build/gpu_check_many/bench.jsonl, nvls 0", log)
+        self.assertIn("ranks ./train_gpt cuda delays_change_no_bit", log)
+        self.assertIn("largest difference over 100 steps 0.000000", log)
+        self.assertTrue((self.dir / "dev/results/m_trace.json").exists())
+
+    def test_losses_that_drift_apart_fail(self):
+        done = self.many(DRIFT="0.002")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("failed: losses of", done.stdout)
+        self.assertIn("| d12 B=64 | 131,072 | 2 | dmuon | 110.00 |", done.stdout)  # the rest has run
+
+    def test_what_there_is_no_time_for_is_said(self):
+        done = self.many("--budget", "16")
+        self.assertEqual(done.returncode, 1)
+        self.assertEqual(done.stdout.count("left out, no time is left"), 12, done.stdout)
+
+    def test_dry_run(self):
+        shutil.rmtree(self.dir / "bin")
+        done = self.many("--dry_run", "--gpus", "8")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(len(re.findall("^d12, B=64, [1248] GPUs, (?:adamw|dmuon): timeout 40 ", done.stdout, re.M)), 8)
+        self.assertFalse((self.dir / "dev").exists())
+        for flags in (["--budget", "x"], ["--gpus", "0"], ["--dry_run"], ["--gpus"]):
+            done = self.many(*flags)
+            self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (2, "", 1), done.stderr)
+
+
+class PrecisionGap(unittest.TestCase):
+    """dev/precision_gap.py with programs whose losses are known."""
+
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.dir = Path(temporary.name)
+        (self.dir / "dev").mkdir()
+        shutil.copy(ROOT / "dev/precision_gap.py", self.dir / "dev")
+        common = """
+import json, pathlib, sys
+def flag(name): return sys.argv[sys.argv.index(name) + 1]
+seed = int(flag("--seed"))
+"""
+        (self.dir / "dev/peer_pytorch.py").write_text(common + """
+if flag("--stream") == "bf16_backward" and seed == 2: sys.exit("out of memory")
+loss = {"fp32": 4.0, "bf16_forward": 4.1, "bf16_backward": 4.2, "bf16": 4.3}[flag("--stream")] + 0.01 * seed
+print(json.dumps({"val_loss": loss}))
+""")
+        (self.dir / "train_gpt").write_text("#!" + sys.executable + common + """
+out = pathlib.Path(flag("--out"))
+out.mkdir(parents=True)
+(out / "step_00000001.ckpt").write_text("x")
+(out / "log.jsonl").write_text('{"step": 1}\\n' + json.dumps({"step": 2, "val_loss": 5.0}) + "\\n")
+""")
+        (self.dir / "train_gpt").chmod(0o755)
+
+    def gap(self, *flags):
+        return subprocess.run([sys.executable, self.dir / "dev/precision_gap.py", "--data", self.dir, "--out", self.dir / "gap.md", *flags],
+                              capture_output=True, text=True, timeout=100)
+
+    def test_table(self):
+        done = self.gap("--seeds", "1,3")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        text = (self.dir / "gap.md").read_text()
+        self.assertIn("(bf16 parameters, stream and gradient) | 5.0000 | 5.0000 | 5.0000 | +0.9800 ± 0.0100 |", text)
+        self.assertIn("its gradient in fp32 | 4.0100 | 4.0300 | 4.0200 |  |", text)
+        self.assertIn("both rounded | 4.3100 | 4.3300 | 4.3200 | +0.3000 ± 0.0141 |", text)  # 0.01 sqrt(2)
+        self.assertFalse(list(self.dir.glob("build/**/*.ckpt")))
+
+    def test_what_fails_or_has_no_time_stays_empty(self):
+        done = self.gap("--seeds", "2")
+        self.assertEqual((done.returncode, "not all runs ended" in done.stderr), (1, True), done.stderr)
+        self.assertIn("its gradient rounded to bf16 |  |  |  |", (self.dir / "gap.md").read_text())
+        done = self.gap("--seeds", "1", "--minutes", "0")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("in fp32 |  |  |  |", done.stdout)
 
 
 if __name__ == "__main__":

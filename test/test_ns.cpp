@@ -380,7 +380,7 @@ void check_momentum(const Sizes& s, const Layout& layout, const Floats& grads, c
     for (int i = 0; i < n; i++) {
         CAPTURE(i);
         const NormBlock& block = layout.blocks[i];
-        double gg = 0, gb = 0, bb = 0, both = 0;
+        long double gg = 0, gb = 0, bb = 0, both = 0;  // so that the bound is that of the kernels' sums
         for (int r = 0; r < block.rows; r++) {
             for (int c = 0; c < block.cols; c++) {
                 const double x = grads[block.offset + size_t(r) * block.ld + c],
@@ -389,7 +389,7 @@ void check_momentum(const Sizes& s, const Layout& layout, const Floats& grads, c
             }
         }
         if (!block.counted) gg = 0;
-        const double most = 1e-13;  // of a sum of at most 1e5 terms: sqrt(terms) roundings of 1.1e-16, and margin
+        const double most = 1e-13;  // taken in parts: at most some hundred roundings of 1.1e-16 in a row
         auto check = [&](const Doubles& sums, const Doubles& products) {
             CHECK(std::fabs(sums[i] - gg) <= most * gg);
             if (!block.muon) return;

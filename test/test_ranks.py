@@ -10,6 +10,7 @@ import glob
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -67,18 +68,24 @@ def command(ranks, *flags, launcher="mpirun"):
     return ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", str(ranks), PROGRAM] + flags
 
 
-def execute(arguments, code=0):
+def execute(arguments, code=0, env=ENV):
     """Its output, stdout and stderr in one; it must end with this exit code (None: any but 0)."""
-    done = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV, timeout=120)
+    done = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, timeout=120)
     if (done.returncode == 0 if code is None else done.returncode != code):
         raise Failed("exit code %d from %s:\n%s" % (done.returncode, " ".join(arguments), done.stdout[-2000:]))
     return done.stdout
+
+
+def delayed(microseconds):
+    """The environment under which every collective comes late, by up to so much, on each rank by another time (comm.h)."""
+    return dict(ENV, TRAIN_GPT_TEST_DELAY_US=str(microseconds))
 
 
 class Run:
     """A finished run: its log and its last checkpoint."""
 
     def __init__(self, out):
+        self.out = out
         with open(out + "/log.jsonl") as file:
             self.log = [json.loads(line) for line in file]
         self.losses = [line["loss"] for line in self.log if "loss" in line]
@@ -89,12 +96,13 @@ class Run:
 finished = {}
 
 
-def train(ranks, *flags, steps=20, batch=2, launcher="mpirun"):
-    """Runs that several tests want are made once."""
-    key = (ranks, flags, steps, batch, launcher)
+def train(ranks, *flags, steps=20, batch=2, launcher="mpirun", delay=0):
+    """Runs that several tests want are made once. delay: of each collective, at most, in microseconds."""
+    key = (ranks, flags, steps, batch, launcher, delay)
     if key not in finished:
         out = "%s/run%d" % (WORK, len(finished))
-        execute(command(ranks, *MODEL, "--steps", steps, "--batch", batch, "--out", out, *flags, launcher=launcher))
+        execute(command(ranks, *MODEL, "--steps", steps, "--batch", batch, "--out", out, *flags, launcher=launcher),
+                env=delayed(delay) if delay else ENV)
         finished[key] = Run(out)
     return finished[key]
 
@@ -231,6 +239,41 @@ def test_profile():
     expect(abs(sum(phases) - whole) < 0.1 * whole + 0.1, "phases %s do not add up to optimizer_ms %s" % (phases, whole))
 
 
+def test_trace():
+    """trace.json by way of scripts/timeline.py: the spans of the model and the optimizer follow one another and fill the two
+    steps that log.jsonl has; each bucket is reduced and gathered once in a step, after one another, where several ranks do."""
+    sys.path.insert(0, HERE + "/../scripts")
+    import timeline
+    for ranks in {1, MANY}:
+        run = train(ranks, "--optimizer", "dmuon", "--profile")
+        title, slices = timeline.read_trace(run.out)
+        expect(title == "rank 0 of %d, dmuon" % ranks, title)
+        expect(sorted({s.step for s in slices}) == [10, 11], "of 20 steps are kept %s" % {s.step for s in slices})
+        for step in (10, 11):
+            of_step = [s for s in slices if s.step == step]
+            computed = [s for s in of_step if s.lane == 0 and s.name != "wait"]
+            for a, b in zip(computed, computed[1:]):
+                expect(abs(a.begin + a.ms - b.begin) < 0.01, "%s does not begin where %s ends" % (b.name, a.name))
+            whole, logged = sum(s.ms for s in computed), run.log[step - 1]["step_ms"]
+            expect(abs(whole - logged) < 0.1 * logged + 0.2, "spans of %s ms in a step of %s ms" % (whole, logged))
+            moved = [s for s in of_step if s.lane == 1]
+            for a, b in zip(moved, moved[1:]):
+                expect(a.begin + a.ms < b.begin + 0.01, "%s and %s overlap" % (a.label(), b.label()))
+            for name in ("reduce", "gather"):
+                buckets = sorted(s.number for s in moved if s.name == name)
+                expect(buckets == list(range(len(buckets))) and (len(buckets) > 1) == (ranks > 1),
+                       "%d ranks, step %d: %s of buckets %s" % (ranks, step, name, buckets))
+        step, rows = timeline.table(slices)
+        expect(step == 11 and dict(rows)["the step"] > 0 and dict(rows)["ns"] > 0, "table: %s" % rows)
+
+
+def test_delays_change_no_bit():
+    """A collective that comes late shows what looks at its data before it has waited for them."""
+    for flags in (["adamw"], ["muon"], ["dmuon"], ["dmuon", "--owner", "lpt"]):
+        late = train(MANY, "--optimizer", *flags, delay=2000)
+        expect_same_state(late, train(MANY, "--optimizer", *flags), "%s with delays" % flags)
+
+
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
 
@@ -331,6 +374,64 @@ def test_plan_owns_every_matrix_once():
             expect(min(ratios) >= 1, "max/mean %s" % ratios)
 
 
+# --- dev/bench_optimizer ----------------------------------------------------------------------------------------------
+
+BENCH = os.path.dirname(PROGRAM) + "/build/bench_optimizer_cpu"
+SHAPES = """# evenly divided by three
+layers 3
+matrix q 64 64   # a square
+matrix fc 256 64
+matrix proj 64 256
+vector bias 64
+layers 0
+table embedding 500 64
+"""
+
+
+def test_bench_optimizer():
+    """Emulated ranks have the matrices and the state that real ones have; what makes no sense is refused with its line."""
+    if DEVICE == "cuda" or not os.path.exists(BENCH):
+        raise Skipped("needs build/bench_optimizer_cpu, a program of the CPU (make tests)")
+    with open(WORK + "/shapes.txt", "w") as file:
+        file.write(SHAPES)
+    flags = ["--device", "cpu", "--models", WORK + "/shapes.txt", "--seconds", "0.01", "--json", WORK + "/bench.jsonl"]
+
+    def bench(*command):
+        """{(ranks, optimizer): its line of JSON}, {(optimizer, ranks): {matrices}}"""
+        said = execute([*command, BENCH, *flags])
+        with open(WORK + "/bench.jsonl") as file:
+            lines = [json.loads(line) for line in file]
+        matrices = {}
+        for row in re.findall(r"^\| (\w+) \| (\d+) \| (\d+ of \d+ x \d+) \|", said, re.M):
+            matrices.setdefault(row[:2], set()).add(row[2])
+        return {(line["ranks"], line["optimizer"]): line for line in lines}, matrices
+
+    flags += ["--emulate", "1,3"]
+    alone, alone_matrices = bench()
+    real, real_matrices = bench("mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "3")
+    expect(len(alone) == 14 and len(real) == 7, "7 optimizers on 1 and 3 ranks: %s, %s" % (alone.keys(), real.keys()))
+    expect(alone_matrices[("dmuon", "1")] == {"3 of 64 x 64", "6 of 64 x 256"}, "1 rank: %s" % alone_matrices)
+    expect(alone_matrices[("dmuon", "3")] == {"1 of 64 x 64", "2 of 64 x 256"}, "3 ranks: %s" % alone_matrices)
+    for optimizer in ("adamw", "muon", "dmuon"):
+        expect(alone_matrices.get((optimizer, "3")) == real_matrices.get((optimizer, "3")), "%s, %s" % (alone_matrices, real_matrices))
+        expect(alone[(3, optimizer)]["state_bytes"] == real[(3, optimizer)]["state_bytes"], "state of " + optimizer)
+        expect(alone[(3, optimizer)]["emulated"] and not real[(3, optimizer)]["emulated"], "which is emulated")
+        expect(0 < alone[(3, optimizer)]["ns_ms"] <= alone[(3, optimizer)]["ms"] or optimizer == "adamw", str(alone))
+    chunk = -(-(500 * 64 + 3 * 64) // 16384) * 16384  # of the flat bucket, in whole blocks of the norm
+    expect(alone[(1, "dmuon")]["state_bytes"] == 12 * chunk + 8 * 3 * (64 * 64 + 2 * 64 * 256), str(alone[(1, "dmuon")]))
+    for line, why in (("matrix q 64", "shapes.txt, line 10"), ("matrix q 64 0", "line 10: '0' is not")):
+        with open(WORK + "/shapes.txt", "w") as file:
+            file.write(SHAPES + "layers 1\n" + line + "\n")
+        said = execute([BENCH, *flags], code=2)
+        expect(why in said and said.count("train_gpt: ") == 1, said)
+    # The shapes that come with it are read, and what does not fit is left out in words.
+    known = ["%s/../dev/shapes/%s.txt" % (HERE, name) for name in ("qwen2.5-7b", "pi0")]
+    said = execute(["bash", "-c", "ulimit -v 8000000; exec \"$@\"", "-", BENCH, "--device", "cpu", "--emulate", "1", "--models", ",".join(known)])
+    for parameters in ("qwen2.5-7b: 7615.6 M parameters, 6525.3 M of them", "pi0: 3238.0 M parameters, 2704.3 M of them"):
+        expect(parameters in said, "not %s: %s" % (parameters, said))
+    expect(len(re.findall(r"left out: [\d.]+ GiB are needed, [\d.]+ free", said)) == 14, said)
+
+
 # --- Ranks that fail --------------------------------------------------------------------------------------------------
 
 
@@ -372,14 +473,14 @@ WAITS_EVERYWHERE = [*MODEL, "--batch", 2, "--optimizer", "dmuon", "--val", WORK 
                     "--eval_tokens", 64, "--save_every", 3]
 
 
-def fault(number, rank, launcher, flags=WAITS_EVERYWHERE):
-    """Sends a signal to one rank of a run that is under way, None: to its launcher: (output, exit code, seconds until
-    the run was over)."""
+def fault(number, rank, launcher, flags=WAITS_EVERYWHERE, env=ENV, later=0):
+    """Sends a signal to one rank of a run that is under way, None: to its launcher, `later` seconds after its first steps:
+    (output, exit code, seconds until the run was over)."""
     ranks = min(3, MANY)
     out = tempfile.mkdtemp(dir=WORK)
     flags = [*flags, "--steps", 1000000, "--rank_timeout", 5, "--out", out]
     with open(out + "/said", "w+") as said:
-        run = subprocess.Popen(command(ranks, *flags, launcher=launcher), stdout=said, stderr=said, env=ENV)
+        run = subprocess.Popen(command(ranks, *flags, launcher=launcher), stdout=said, stderr=said, env=env)
         try:
             log = out + "/log.jsonl"
             for _ in range(600):
@@ -388,6 +489,7 @@ def fault(number, rank, launcher, flags=WAITS_EVERYWHERE):
                 time.sleep(0.1)
             pids, everyone = processes_below(run.pid)
             expect(sorted(pids) == list(range(ranks)), "%d ranks expected, found %s" % (ranks, pids))
+            time.sleep(later)
             begin = time.time()
             os.kill(run.pid if rank is None else pids[min(rank, ranks - 1)], number)
             try:
@@ -419,6 +521,18 @@ def test_killed_rank():
             said, code, seconds = fault(signal.SIGKILL, rank, launcher)
             expect(seconds < 30, "%s: rank %d was killed, the run ended %.0f s later" % (launcher, rank, seconds))
             expect("killed" in said.lower(), "%s: no word about the killed rank: %s" % (launcher, said))
+
+
+def test_killed_while_a_collective_is_in_flight():
+    """Collectives that come 30 ms late leave little of a step in which none is under way; the moment is random."""
+    for launcher in LAUNCHERS:
+        for rank in (0, 1):
+            later = random.random() / 2
+            flags = [*MODEL, "--batch", 2, "--optimizer", "dmuon"]
+            said, code, seconds = fault(signal.SIGKILL, rank, launcher, flags, delayed(30000), later)
+            what = "%s: rank %d was killed %.3f s later: " % (launcher, rank, later)
+            expect(seconds < 30, what + "the run ended %.0f s after that" % seconds)
+            expect(len(re.findall("killed", said, re.I)) == 1, what + "not one word about it: " + said)
 
 
 def test_stopped_rank():

@@ -90,7 +90,7 @@ def test_small_differences_are_seen():
 
 
 def test_the_program_stays_within_the_table():
-    used = set(re.findall(r"Backend::(\w+)\(", read("train_gpt.cu") + read("dmuon.cuh")))
+    used = set(re.findall(r"Backend::(\w+)\(", read("train_gpt.cu") + read("generate.h") + read("dmuon.cuh")))
     expect(len(used) > 30, "the program was not understood")
     outside = used - set(OPERATIONS)
     expect(not outside, "not in backend.h: " + " ".join(sorted(outside)))
