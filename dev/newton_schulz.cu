@@ -11,7 +11,7 @@
 #include "../dmuon.cuh"
 #include "../ns_kernels.cuh"
 #include "bench.h"
-#include "newton_schulz_hopper.h"
+#include "newton_schulz_hopper.cuh"
 
 using bf16 = __nv_bfloat16;
 
@@ -84,7 +84,7 @@ __global__ void xxt_3(bf16* A, const bf16* X, int m, int n) {
 //    under way (cp.async) while the tensor cores work.
 // 5. The same kernel told of the symmetry: 21 of 36 tiles, mirrored.
 // 6. All 48 matrices in one launch: one 768 x 768 product has 21 tiles, an H100 has room for 264.
-// 7 to 10. Hopper's own instructions, again with every tile computed: newton_schulz_hopper.h.
+// 7 to 10. Hopper's own instructions, again with every tile computed: newton_schulz_hopper.cuh.
 // 11. All of it: the lower tiles, mirrored by warps that only store, while others multiply the next tile; a chain of
 //     products in one launch.
 // 12. Pairs of blocks (clusters) load half of B each, for both: a third less from the L2.

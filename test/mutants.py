@@ -26,7 +26,7 @@ from collections import namedtuple
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("*.h", "*.cuh", "*.cu", "Makefile", "README.md", "LICENSE", "kernels", "scripts", "test", "dev/*.h", "dev/*.md")
+COPIED = ("*.h", "*.cuh", "*.cu", "Makefile", "README.md", "LICENSE", "kernels", "scripts", "test", "dev/*.h", "dev/*.cuh", "dev/*.md")
 LONGEST = 300  # seconds of a test: a fault that makes it hang is caught
 
 # test: the program, then which of its tests: a doctest pattern, or names of test_train.py, test_ranks.py, test_generate.py, test_data.py
@@ -231,10 +231,14 @@ FAULTS = [
           "fiber_bf16 attention: heads of 64"),
     Fault("kernels/attention_hopper.cuh", "- producer_registers) / warpgroups / 8 * 8;", "- producer_registers) / warpgroups / 8 * 8 + 8;",
           "fiber_bf16 attention: heads of 64"),
-    Fault("dev/newton_schulz_hopper.h", "cp_async_wait<1>();  // step k", "cp_async_wait<2>();  // step k", "fiber_bf16 ladder: X X^T*"),
-    Fault("dev/newton_schulz_hopper.h", "wgmma_wait<1>();         // step k - 1", "// step k - 1", "fiber_bf16 ladder: X X^T*"),
-    Fault("dev/newton_schulz_hopper.h", "if (k > 0) release();", "release();", "fiber_bf16 ladder: X X^T*"),
-    Fault("dev/newton_schulz_hopper.h", "mbarrier_wait(&shared->empty[ring.stage], ring.parity ^ 1);", "", "fiber_bf16 ladder: X X^T*"),
+    Fault("dev/newton_schulz_hopper.cuh", "cp_async_wait<1>();  // step k", "cp_async_wait<2>();  // step k", "fiber_bf16 ladder: X X^T*"),
+    Fault("dev/newton_schulz_hopper.cuh", "wgmma_wait<1>();         // step k - 1", "// step k - 1", "fiber_bf16 ladder: X X^T*"),
+    Fault("dev/newton_schulz_hopper.cuh", "if (k > 0) release();", "release();", "fiber_bf16 ladder: X X^T*"),
+    Fault("dev/newton_schulz_hopper.cuh", "mbarrier_wait(&shared->empty[ring.stage], ring.parity ^ 1);", "", "fiber_bf16 ladder: X X^T*"),
+    Fault("kernels/ns_hopper.cuh", "for (int rank = 0; rank < cluster; rank++) mbarrier_arrive_at", "for (int rank = 0; rank < 1; rank++) mbarrier_arrive_at",
+          "fiber_bf16 ns_product against sums*"),
+    Fault("kernels/ns_hopper.cuh", "const int first = rank * width / cluster, end", "const int first = 0, end", "fiber_bf16 ns_product against sums*"),
+    Fault("kernels/ns_hopper.cuh", ".tiles() * cluster);", ".tiles());", "fiber_bf16 a chain of more*"),
 ]
 
 

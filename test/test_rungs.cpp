@@ -1,4 +1,4 @@
-// The rungs of a ladder that only Hopper can run (dev/newton_schulz_hopper.h), on fibers: on a GPU the ladder checks
+// The rungs of a ladder that only Hopper can run (dev/newton_schulz_hopper.cuh), on fibers: on a GPU the ladder checks
 // them itself. Numbers are small integers, so that sums are exact, and A is rounded once.
 #include <doctest/doctest.h>
 
@@ -6,7 +6,7 @@
 #include <random>
 #include <vector>
 
-#include "../dev/newton_schulz_hopper.h"
+#include "../dev/newton_schulz_hopper.cuh"
 #include "device_buffer.h"
 
 TEST_CASE("ladder: X X^T on Hopper") {

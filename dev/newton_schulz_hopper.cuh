@@ -1,6 +1,6 @@
-// newton_schulz_hopper.h: rungs 7 to 10 of newton_schulz.cu, A = X X^T by Hopper's own instructions (sm_90a), one idea
-// each, on the way from the trainer's kernel for every GPU (rung 6) to the one for Hopper (rung 11). They compute every
-// tile, as cuBLAS does, and no tails: m is a multiple of 256, n of 64. What the instructions do stands in
+// newton_schulz_hopper.cuh: rungs 7 to 10 of newton_schulz.cu, A = X X^T by Hopper's own instructions (sm_90a), one
+// idea each, on the way from the trainer's kernel for every GPU (rung 6) to the one for Hopper (rung 11). They compute
+// every tile, as cuBLAS does, and no tails: m is a multiple of 256, n of 64. What the instructions do stands in
 // kernels/wgmma.cuh; the launchers are at the end.
 #pragma once
 #include <algorithm>
