@@ -18,6 +18,7 @@ import os
 import sys
 from pathlib import Path
 
+import data
 import packages
 
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
@@ -31,8 +32,6 @@ OPTIONS = (("model_type", ("gpt2",), None),
            ("tie_word_embeddings", (True,), True),
            ("quantization_config", (None,), None))
 SIZES = {"layers": "n_layer", "heads": "n_head", "channels": "n_embd", "seq_len": "n_positions", "vocab": "vocab_size"}
-TOKENS = {256: "Tokens are bytes: `ids = list(text.encode())`, `text = bytes(ids).decode(errors=\"replace\")`.",
-          50257: "Tokens are GPT-2's: `transformers.AutoTokenizer.from_pretrained(\"openai-community/gpt2\")`."}
 
 
 def fail(text):
@@ -84,8 +83,8 @@ class Reader:
         return (values.astype("<u4") << 16).view("<f4") if dtype == "<u2" else values.astype("<f4", copy=False)
 
 
-def checksum(data):
-    return xxhash.xxh64_hexdigest(data)
+def checksum(content):
+    return xxhash.xxh64_hexdigest(content)
 
 
 NO_CHECKSUM = "0" * 16
@@ -115,9 +114,9 @@ def write(path, metadata, shapes, values, checked):
         with open(part, "wb") as file:
             file.write(header())
             for name in sorted(shapes):
-                data = numpy.ascontiguousarray(values(name), "<f4").reshape(-1).view(numpy.uint8).data
-                sums[name] = checksum(data)
-                file.write(data)
+                content = numpy.ascontiguousarray(values(name), "<f4").reshape(-1).view(numpy.uint8).data
+                sums[name] = checksum(content)
+                file.write(content)
             file.seek(0)
             file.write(header())
             file.flush()
@@ -166,6 +165,17 @@ def model_shapes(layers, channels, seq_len, vocab):
     return shapes
 
 
+def byte_tokenizer():
+    """The files by which transformers' AutoTokenizer makes each byte of a text the token of its number."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes these as themselves, and the others ...
+    others = [b for b in range(256) if b not in printable]
+    letters = {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(others)}}  # ... from U+0100 on
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    return {"tokenizer.json": {"version": "1.0", "added_tokens": [], "pre_tokenizer": level, "decoder": level,
+                               "model": {"type": "BPE", "vocab": letters, "merges": []}},
+            "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}}
+
+
 def export(path, directory):
     checkpoint = read_checkpoint(path)
     try:
@@ -188,15 +198,23 @@ def export(path, directory):
               **{name: values[0] for name, values, _ in OPTIONS if values[0] is not None}, "n_inner": None, "attn_pdrop": 0.0,
               "embd_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": end_of_text, "eos_token_id": end_of_text,
               "torch_dtype": "float32"}
-    tokens = TOKENS.get(vocab, f"Tokens are those of its training data: numbers below {vocab}.")
+    files = {"config.json": config}
+    if checkpoint.metadata.get("tokenizer") == data.tokenizer_identity(data.ByteTokenizer()):
+        tokens = "Tokens are bytes: `ids = list(text.encode())`, or `transformers.AutoTokenizer.from_pretrained(...)` of it."
+        files |= byte_tokenizer()
+    elif vocab == 50257:
+        tokens = "Tokens are GPT-2's: `transformers.AutoTokenizer.from_pretrained(\"openai-community/gpt2\")`."
+    else:
+        tokens = f"Tokens are those of its training data: numbers below {vocab}."
     directory.mkdir(parents=True, exist_ok=True)
     write(directory / "model.safetensors", {"format": "pt"}, theirs, values, checked=False)
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name, content in files.items():
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n")
     (directory / "README.md").write_text(
         f"A GPT-2 ({sizes['layers']} layers, {sizes['heads']} heads, {sizes['channels']} channels), trained by train_gpt"
         + (f" for {checkpoint.metadata['step']} steps" if "step" in checkpoint.metadata else "")
         + f".\n\n`transformers.GPT2LMHeadModel.from_pretrained(...)` of this directory loads it. {tokens}\n")
-    print(f"{directory}: model.safetensors, config.json, README.md. {tokens}")
+    print(f"{directory}: {', '.join(['model.safetensors', *files, 'README.md'])}. {tokens}")
 
 
 def download(name):

@@ -191,6 +191,19 @@ class Convert(unittest.TestCase):
         hf("export", self.dir / "back.safetensors", self.dir / "once_more")
         self.assertTrue((self.dir / "once_more" / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes())
 
+    def test_a_model_of_bytes_brings_its_tokenizer(self):
+        self.assertFalse((self.exported() / "tokenizer.json").exists())
+        (self.dir / "text.txt").write_text("No more than a few words.\n" * 100)
+        subprocess.run([sys.executable, ROOT / "scripts/data.py", f"text:{self.dir}/text.txt", "--out", self.dir / "data"], check=True,
+                       capture_output=True)
+        train_gpt("--train", self.dir / "data/train_*.bin", "--layers", 1, "--heads", 1, "--channels", 8, "--seq_len", 8, "--steps", 1,
+                  "--out", self.dir / "run")
+        hf("export", self.dir / "run/step_00000001.safetensors", self.dir / "bytes")
+        letters = json.loads((self.dir / "bytes/tokenizer.json").read_text())["model"]["vocab"]
+        self.assertEqual(sorted(letters.values()), list(range(256)))
+        self.assertEqual((letters["A"], letters["\u0120"], letters["\u010a"]), (65, 32, 10))  # GPT-2's letters for space and newline
+        self.assertIn("Tokens are bytes", (self.dir / "bytes/README.md").read_text())
+
     def test_matrices_are_transposed(self):
         header, theirs = read_safetensors(self.exported() / "model.safetensors")
         _, ours = read_safetensors(CKPT)
@@ -386,6 +399,18 @@ class Transformers(unittest.TestCase):
         # Half of the tokens are 0, the rest any of 97: whoever knows that much has 2.96 (0.69 bits of which kind, half of ln 97).
         self.assertLess(losses[-1], 3.4)
         self.assertLess(held_out, 3.4)
+
+    def test_bytes_are_tokens_there_too(self):
+        model = self.dir / "model"
+        model.mkdir()
+        sys.path.insert(0, str(ROOT / "scripts"))
+        import hf as script
+        for name, content in {**script.byte_tokenizer(), "config.json": {"model_type": "gpt2"}}.items():
+            (model / name).write_text(json.dumps(content))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        for text in ("Na\u00efve \n\t  \u6f22\u5b57 \x00\x7f <|endoftext|> don't", "".join(map(chr, range(1, 0x800)))):
+            self.assertEqual(tokenizer.encode(text), list(text.encode()))
+            self.assertEqual(tokenizer.decode(list(text.encode())), text)
 
     def test_the_sizes_of_gpt2(self):
         """The configurations of the released models are taken: what is missing is named only after them."""
