@@ -4,6 +4,7 @@
 # make tests      the test programs, in build/; needs doctest
 # make test       builds and runs the whole suite; skips, and counts, what this machine lacks nvcc, a GPU or MPI for
 # make soak       200 runs killed and resumed, about 10 minutes; make fuzz: half an hour of libFuzzer (both in short in make test)
+# make sanitize   the host's part under the sanitizers of threads, addresses and leaks; some minutes
 # make mutants    plants deliberate faults in copies of the tree: each must make its test fail; about an hour
 # make lint       the style of every source; needs clang-format 14, clang-tidy 14, shellcheck: scripts/setup.sh --lint
 # make dev        the kernel ladders of dev/ and the benchmark of the optimizer; needs nvcc (CUDA Toolkit) to build them and a GPU to
@@ -78,7 +79,7 @@ HEADERS      := $(wildcard *.h *.cuh kernels/*.cuh)
 
 # --- The trainer -----------------------------------------------------------------------------------------------------------
 
-.PHONY: all info found tests test soak fuzz mutants lint demo dev help clean
+.PHONY: all info found tests test soak fuzz sanitize mutants lint demo dev help clean
 all: train_gpt
 
 # Rebuilt when the compiler, the precision or a finding changes
@@ -139,6 +140,8 @@ soak: train_gpt
 	python3 test/soak.py ./train_gpt --kills 200
 fuzz:
 	./test/fuzz.sh 600
+sanitize:
+	./test/sanitize.sh
 mutants:
 	python3 test/mutants.py
 demo:

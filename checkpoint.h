@@ -24,6 +24,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <charconv>
 #include <cinttypes>
@@ -64,14 +65,13 @@ class Checksum {
         const char* at = static_cast<const char*>(data);
         length_ += bytes;
         while (bytes > 0) {
-            if (held_ == 0 && bytes >= kStripe) {
-                for (; bytes >= kStripe; bytes -= kStripe, at += kStripe) take_stripe(at);
-                continue;
-            }
+            const size_t whole = held_ == 0 ? bytes / kStripe * kStripe : 0;
+            take_stripes(at, whole);
+            at += whole, bytes -= whole;
             const size_t piece = std::min(bytes, kStripe - held_);
             memcpy(stripe_ + held_, at, piece);
             at += piece, bytes -= piece, held_ += piece;
-            if (held_ == kStripe) take_stripe(stripe_), held_ = 0;
+            if (held_ == kStripe) take_stripes(stripe_, kStripe), held_ = 0;
         }
     }
     uint64_t value() const {
@@ -99,7 +99,7 @@ class Checksum {
     static constexpr uint64_t kPrime[5] = {0x9e3779b185ebca87u, 0xc2b2ae3d27d4eb4fu, 0x165667b19e3779f9u,
                                            0x85ebca77c2b2ae63u, 0x27d4eb2f165667c5u};
     static constexpr size_t kStripe = 32;  // bytes, a word for each of four lanes, whose products overlap
-    uint64_t lanes_[4] = {kPrime[0] + kPrime[1], kPrime[1], 0, 0 - kPrime[0]};
+    std::array<uint64_t, 4> lanes_ = {kPrime[0] + kPrime[1], kPrime[1], 0, 0 - kPrime[0]};
     uint64_t length_ = 0;
     char stripe_[kStripe];  // begun, not complete
     size_t held_ = 0;       // bytes of it
@@ -112,10 +112,15 @@ class Checksum {
         memcpy(&word, stripe_ + at, sizeof word);
         return word;
     }
-    void take_stripe(const char* at) {
-        uint64_t words[4];
-        memcpy(words, at, kStripe);
-        for (int i = 0; i < 4; i++) lanes_[i] = round(lanes_[i], words[i]);
+    void take_stripes(const char* at, size_t bytes) {
+        std::array<uint64_t, 4> lanes =
+            lanes_;  // in registers: stores to lanes_ could change *at, for all the compiler knows
+        for (const char* end = at + bytes; at < end; at += kStripe) {
+            uint64_t words[4];
+            memcpy(words, at, kStripe);
+            for (size_t i = 0; i < 4; i++) lanes[i] = round(lanes[i], words[i]);
+        }
+        lanes_ = lanes;
     }
 };
 

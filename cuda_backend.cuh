@@ -39,13 +39,39 @@ struct CudaRuntime {
     using real = ::real;
     static constexpr const char* kBackendName = sizeof(real) == 4 ? "cuda fp32" : "cuda bf16";
 
+    // What an error at the start means to whoever started this.
+    static std::string why(cudaError_t error) {
+        const auto version = [](int number) { return strprintf("%d.%d", number / 1000, number % 1000 / 10); };
+        int driver = 0;  // the newest CUDA that it knows; 0: there is none
+        switch (error) {
+            case cudaErrorInsufficientDriver:
+                if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
+                    return "there is no NVIDIA driver here";
+                return strprintf("the NVIDIA driver knows CUDA %s and this program needs %s: update the driver",
+                                 version(driver).c_str(), version(CUDART_VERSION).c_str());
+            case cudaErrorNoDevice:
+                if (!getenv("CUDA_VISIBLE_DEVICES")) return "there is none that the NVIDIA driver knows";
+                return strprintf("CUDA_VISIBLE_DEVICES='%s' leaves none", getenv("CUDA_VISIBLE_DEVICES"));
+            case cudaErrorDevicesUnavailable:
+                return "another process has it for itself (nvidia-smi shows which), or its compute mode forbids it";
+            case cudaErrorMemoryAllocation:
+                return "its memory is full (nvidia-smi shows of what)";
+            case cudaErrorNoKernelImageForDevice:
+            case cudaErrorInvalidDeviceFunction:
+                return "this program was built for other GPUs: run make here, or name its architecture in GPU_ARCH";
+            case cudaErrorSystemNotReady:
+                return "its driver is not ready (is nvidia-fabricmanager running?)";
+            default:
+                return cudaGetErrorString(error);
+        }
+    }
+
     // An empty string if as many GPUs can be used, else why not. cudaGetDeviceCount leaves its argument untouched
     // without a driver, so the return code decides.
     static std::string unavailable(int wanted) {
         int devices = 0;
         cudaError_t error = cudaGetDeviceCount(&devices);
-        if (error != cudaSuccess) return cudaGetErrorString(error);
-        if (devices == 0) return "no CUDA device";
+        if (error != cudaSuccess) return why(error);
         return devices >= wanted ? "" : strprintf("%d are wanted and %d are here", wanted, devices);
     }
 
@@ -58,7 +84,15 @@ struct CudaRuntime {
         CUDA_CHECK(cudaGetDeviceProperties(&properties(), device));
         const std::string shared = shared_device(gather_host(device_id(device)));
         if (!shared.empty()) fail("%s: start at most one rank per GPU", shared.c_str());
-        CUDA_CHECK(cudaSetDevice(device));
+        if (properties().major < 8)
+            fail(
+                "%s is of compute capability %d.%d: this program needs 8.0 (Ampere) or newer; --device cpu trains "
+                "without",
+                properties().name, properties().major, properties().minor);
+        cudaFuncAttributes any_kernel;
+        cudaError_t error = cudaSetDevice(device);
+        if (error == cudaSuccess) error = cudaFuncGetAttributes(&any_kernel, gelu_forward_kernel);
+        if (error != cudaSuccess) fail("GPU %d (%s) cannot be used: %s", device, properties().name, why(error).c_str());
         CUDA_CHECK(cudaStreamCreateWithFlags(&cuda_stream, cudaStreamNonBlocking));
     }
 

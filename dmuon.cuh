@@ -767,6 +767,7 @@ class Optimizer {
     template <class T>
     static T* device_table(const std::vector<T>& table, const char* what) {
         T* device = allocate<T>(table.size(), what);
+        if (table.empty()) return device;  // AdamW has no matrices
         Backend::upload(device, table.data(), table.size() * sizeof(T));
         Backend::synchronize();  // before the first step: `table` may go
         return device;

@@ -851,6 +851,9 @@ struct Run {
         if (!identity.empty() && (!tokenizer || identity != tokenizer->identity))
             fail("checkpoint %s was trained with another tokenizer than %s", checkpoint.path.c_str(),
                  tokenizer ? "the one beside the shards" : "none: put its tokenizer.bin beside the shards");
+        if (identity.empty() && tokenizer && tokenizer->vocab != config.vocab)
+            say("note: the weights in %s are for %d tokens, and the tokenizer beside the shards has %d\n",
+                checkpoint.path.c_str(), config.vocab, tokenizer->vocab);
     }
 
     // What a resumed run must share with the one that it continues, or its steps would read other data; and what it

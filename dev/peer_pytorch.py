@@ -10,7 +10,8 @@ matrices of a shape in one batch under torch.compile (Newton-Schulz: five bf16 s
 blocks compiles one block, which all layers share, and the head, instead of the whole model: its time does not grow with the layers,
 and the step is somewhat slower. What was compiled is kept in build/torch_cache for the next start.
 What loss: the validation loss after training with AdamW and with Muon, fp32 weights under bf16 autocast, with the settings of
-`scripts/gpu_check.sh train`; windows and their order are drawn anew, so it is another run of the same experiment.
+`scripts/gpu_check.sh train`; windows and their order are drawn anew, so it is another run of the same experiment. There PyTorch keeps
+the residual stream and its gradient in fp32; --stream rounds one or both to bf16, as this program has them (precision_gap.py).
 """
 import argparse
 import glob
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-SIZES = {"d12": (12, 12, 768), "d24": (24, 16, 1024), "d36": (36, 20, 1280), "d48": (48, 25, 1600)}
+SIZES = {"d6": (6, 6, 384), "d12": (12, 12, 768), "d24": (24, 16, 1024), "d36": (36, 20, 1280), "d48": (48, 25, 1600)}
 POLAR_EXPRESS = [(8.28721201814563, -23.595886519098837, 17.300387312530933),
                  (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
                  (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
@@ -35,10 +36,32 @@ POLAR_EXPRESS = [(8.28721201814563, -23.595886519098837, 17.300387312530933),
 POLAR_EXPRESS = [(a / 1.05, b / 1.05**3, c / 1.05**5) for a, b, c in POLAR_EXPRESS]
 
 
+STREAMS = {"fp32": (False, False), "bf16_forward": (True, False), "bf16_backward": (False, True), "bf16": (True, True)}
+
+
+def to_bf16(x):
+    """fp32 rounded to bf16, ties to even, as fp32. Written with the bits: a compiler may take a cast there and back for nothing."""
+    if x.dtype != torch.float32:
+        return x
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).view(torch.float32)
+
+
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x, forward, backward):
+        context.backward_too = backward
+        return to_bf16(x) if forward else x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return to_bf16(gradient) if context.backward_too else gradient, None, None
+
+
 class Block(torch.nn.Module):
-    def __init__(self, channels, heads):
+    def __init__(self, channels, heads, stream):
         super().__init__()
-        self.heads = heads
+        self.heads, self.stream = heads, stream
         self.ln_1, self.ln_2 = torch.nn.LayerNorm(channels), torch.nn.LayerNorm(channels)
         self.qkv, self.proj = torch.nn.Linear(channels, 3 * channels), torch.nn.Linear(channels, channels)
         self.fc, self.fc_proj = torch.nn.Linear(channels, 4 * channels), torch.nn.Linear(4 * channels, channels)
@@ -47,19 +70,21 @@ class Block(torch.nn.Module):
         B, T, C = x.shape
         q, k, v = (y.view(B, T, self.heads, -1).transpose(1, 2) for y in self.qkv(self.ln_1(x)).split(C, dim=2))
         attention = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.proj(attention.transpose(1, 2).reshape(B, T, C))
-        return x + self.fc_proj(F.gelu(self.fc(self.ln_2(x)), approximate="tanh"))
+        x = self.stream(x + self.proj(attention.transpose(1, 2).reshape(B, T, C)))
+        return self.stream(x + self.fc_proj(F.gelu(self.fc(self.ln_2(x)), approximate="tanh")))
 
 
 class GPT(torch.nn.Module):
-    def __init__(self, layers, heads, channels, vocab=50304, length=1024):
+    def __init__(self, layers, heads, channels, stream="fp32", vocab=50304, length=1024):
         super().__init__()
+        forward, backward = STREAMS[stream]
+        self.stream = (lambda x: Rounded.apply(x, forward, backward)) if forward or backward else lambda x: x
         self.wte, self.wpe = torch.nn.Embedding(vocab, channels), torch.nn.Embedding(length, channels)
-        self.blocks = torch.nn.ModuleList(Block(channels, heads) for _ in range(layers))
+        self.blocks = torch.nn.ModuleList(Block(channels, heads, self.stream) for _ in range(layers))
         self.ln_f = torch.nn.LayerNorm(channels)
 
     def forward(self, tokens, targets):
-        x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
+        x = self.stream(self.wte(tokens) + self.wpe.weight[: tokens.shape[1]])
         for block in self.blocks:
             x = block(x)
         return self.head(x, targets)
@@ -198,8 +223,9 @@ def stack_hidden(model):
 def final_loss(args, muon):
     layers, heads, channels = SIZES[args.model]
     peak = 2.4e-3 if muon else 1.2e-3
-    torch.manual_seed(1)
-    model = GPT(layers, heads, channels).cuda()
+    torch._dynamo.reset()  # else the ninth model in one process is no longer compiled
+    torch.manual_seed(args.seed)
+    model = GPT(layers, heads, channels, args.stream).to(args.device)
     gpt2_init(model, layers)
     stacks = stack_hidden(model) if muon else []
     hidden = {id(p) for block in model.blocks for p in block.parameters() if p.dim() == 2} if muon else set()
@@ -208,23 +234,23 @@ def final_loss(args, muon):
                                    {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0}],
                                   betas=(0.9, 0.95), fused=True)
     update = torch.compile(muon_update)
-    forward = torch.compile(model)
+    forward = compiled_model(model, args)
 
     def loss_of(batch):
-        batch = batch.cuda().long()
-        with torch.autocast("cuda", torch.bfloat16):
+        batch = batch.to(args.device).long()
+        with torch.autocast(args.device, torch.bfloat16):
             return forward(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
 
     train, val = windows(args.data + "/train_*.bin"), windows(args.data + "/val_*.bin")
     per_epoch = len(train) // args.batch
-    lr = torch.zeros((), device="cuda")
+    lr = torch.zeros((), device=args.device)
     for step in range(args.steps):
         if step % per_epoch == 0:
             order = torch.randperm(len(train))
         at = step % per_epoch * args.batch
         loss_of(train[order[at:at + args.batch]]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        share = min((step + 1) / 60, max(0.02, 1 - 0.98 * max(0, (step + 1) / args.steps - 0.4) / 0.6))
+        share = min((step + 1) / max(1, args.steps // 10), max(0.02, 1 - 0.98 * max(0, (step + 1) / args.steps - 0.4) / 0.6))
         lr.fill_(peak * share)
         for group in optimizer.param_groups:
             group["lr"] = peak * share
@@ -243,12 +269,16 @@ def main():
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--data", help="directory with shards of GPT-2 tokens; without it speed is measured")
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), help="what loss: of the two just this")
+    parser.add_argument("--stream", choices=STREAMS, default="fp32", help="what loss: the residual stream, its gradient, or both")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", default="cuda", help="what loss: cpu for a look")
     parser.add_argument("--only", choices=("step", "optimizer"), help="how fast: of the two just this")
     parser.add_argument("--repeats", type=int, default=20, help="how fast: timed steps")
     parser.add_argument("--compile", choices=("whole", "blocks"), default="whole")
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")
-    torch.manual_seed(1)
+    torch.manual_seed(args.seed)
     if not args.data:
         if args.only != "step":
             measure_optimizers(args)
@@ -256,6 +286,8 @@ def main():
             measure_step(args)
         return
     for name, muon in (("AdamW", False), ("Muon, batched by shape", True)):
+        if args.optimizer == ("adamw" if muon else "muon"):
+            continue
         say(args, f"{name}: validation loss after {args.steps} steps", final_loss(args, muon), "val_loss")
 
 

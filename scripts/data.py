@@ -349,7 +349,7 @@ class Gpt2Tokenizer:
             self.bpe = tiktoken.get_encoding("gpt2")
         except Exception as e:  # tiktoken downloads its two files with another package, whose errors we do not know
             fail(f"tiktoken could not download GPT-2's vocabulary ({type(e).__name__}): try again with a network, point "
-                 "TIKTOKEN_CACHE_DIR at a directory that has it, or use --tokenizer byte")
+                 "TIKTOKEN_CACHE_DIR at a directory that has it, or train on shards of --tokenizer byte")
 
     def tokens(self):
         return [self.bpe.decode_single_token_bytes(i) for i in range(self.eot)] + [SEPARATOR]

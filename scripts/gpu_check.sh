@@ -1,12 +1,18 @@
 #!/usr/bin/env bash
 # What only a GPU can show, with a log to keep. Installs nothing and needs no network.
-#   scripts/gpu_check.sh PART... [--data DIR] [--steps N] [--name NAME] [--results DIR] [--limit SECONDS] [--budget SECONDS]
-#                        [--gpus N] [--dry_run]
+#   scripts/gpu_check.sh PART... [--data DIR] [--steps N] [--minutes N] [--name NAME] [--results DIR] [--limit SECONDS]
+#                        [--budget SECONDS] [--gpus N] [--dry_run]
 #   tests      builds, and runs the whole suite on the GPU; with several GPUs also the tests of ranks on them
 #   kernels_bf16, kernels_fp32   of these the kernels and the golden run alone, in one precision
 #   ladders    the ladders of dev/
 #   sanitize   compute-sanitizer over the kernel tests, at reduced sizes: memcheck, racecheck, initcheck,
 #              synccheck
+#   promises   the four that follow:
+#   repeat     two runs with one seed, adamw and dmuon: the same checkpoint, byte for byte
+#   sanitize_run   compute-sanitizer over five steps of training, the same four tools, adamw and dmuon
+#   refusals   GPUs that are hidden, full, too few, shared by two ranks, NCCL on a network that is not there: each ends in a
+#              line that helps
+#   soak       --minutes [10] of kills and resumes on the GPU: test/soak.py
 #   demo       what scripts/demo.sh does on a GPU, with the text that it has fetched before or can fetch
 #   train      124M (GPT-2 small) for --steps steps [600] on the GPT-2 shards in --data, with adamw, muon and dmuon
 #   train_pytorch   the same in PyTorch, with AdamW and Muon
@@ -26,13 +32,15 @@ cd "$(dirname "$0")/.."
 
 fail() { echo "gpu_check: $*" >&2; exit 2; }
 line="scripts/gpu_check.sh $*"
-parts=() data="" steps=600 name=gpu_check results=dev/results limit=1800 budget=530 gpus="" dry=""
+parts=() data="" steps=600 minutes=10 name=gpu_check results=dev/results limit=1800 budget=530 gpus="" dry=""
 while (($#)); do
     case $1 in
-        tests | kernels_bf16 | kernels_fp32 | ladders | sanitize | demo | train | train_pytorch | bench | peers | ranks | many) parts+=("$1") ;;
+        promises) parts+=(repeat sanitize_run refusals soak) ;;
+        repeat | sanitize_run | refusals | soak | tests | kernels_bf16 | kernels_fp32 | ladders | sanitize | demo | train | train_pytorch | \
+            bench | peers | ranks | many) parts+=("$1") ;;
         all) parts=(tests sanitize train train_pytorch bench peers) ;;
         --dry_run) dry=1 ;;
-        --data | --steps | --name | --results | --limit | --budget | --gpus)
+        --data | --steps | --minutes | --name | --results | --limit | --budget | --gpus)
             [[ ${2:-} ]] || fail "$1 needs a value"
             declare "${1#--}=$2"
             shift
@@ -41,6 +49,7 @@ while (($#)); do
     esac
     shift
 done
+random=build/gpu_check_random
 ((${#parts[@]})) || fail "which part? see the head of this file"
 [[ ! " ${parts[*]} " =~ \ (train|train_pytorch)\  ]] || ls "$data"/train_*.bin "$data"/val_*.bin > /dev/null 2>&1 ||
     fail "${parts[*]}: needs --data DIR with train_*.bin and val_*.bin: scripts/data.py --tokenizer gpt2 makes them"
@@ -67,9 +76,10 @@ failed=()
 log=$results/$name.log
 if [[ $dry ]]; then log=/dev/null; else mkdir -p "$results" build; fi
 query() { nvidia-smi --query-gpu="$1" --format=csv,noheader | head -n 1; }
+find_nvcc() { make info | sed -nE 's/^CUDA +([^,]*nvcc),.*/\1/p'; }
 header() {
     local nvcc
-    nvcc=$(make info | sed -nE 's/^CUDA +([^,]*nvcc),.*/\1/p')
+    nvcc=$(find_nvcc)
     echo "gpu: $(query name)"
     echo "gpus: $(nvidia-smi -L | wc -l)"
     echo "driver: $(query driver_version)"
@@ -130,6 +140,80 @@ sanitize() { # the runs side by side
     done
 }
 
+tiny=(--layers 2 --heads 2 --channels 128 --seq_len 64 --batch 2 --train "$random/train_*.bin")
+
+repeat() {
+    local optimizer at=build/gpu_check_repeat
+    random_tokens
+    [[ $dry ]] || rm -rf $at
+    for optimizer in adamw dmuon; do
+        for run in one two; do
+            part "$optimizer, run $run" ./train_gpt --model d6 --batch 8 --seq_len 512 --train "$random/train_*.bin" --device cuda \
+                --optimizer $optimizer --steps 200 --warmup 20 --save_every 100 --keep 9 --out $at/$optimizer/$run
+        done
+        # shellcheck disable=SC2016 # the inner shell expands them
+        part "$optimizer: the same bytes" bash -c 'cd "$1" && ls one/*.safetensors && for file in one/*.safetensors; do
+            cmp "$file" "two/${file#one/}"; done' - $at/$optimizer
+    done
+    [[ $dry ]] || rm -rf $at
+}
+
+sanitize_run() {
+    local tool optimizer
+    random_tokens
+    for tool in memcheck racecheck initcheck synccheck; do
+        for optimizer in adamw dmuon; do
+            part "$tool, five steps, $optimizer" compute-sanitizer --tool $tool --error-exitcode 1 ./train_gpt "${tiny[@]}" \
+                --device cuda --tune 0 --optimizer $optimizer --steps 5
+        done
+    done
+}
+
+# The command fails, with one line on stderr that has these words, in a minute.
+says() { # words command...
+    local words=$1 status=0
+    shift
+    timeout --kill-after=10 60 "$@" 2> build/gpu_check_said > /dev/null || status=$?
+    cat build/gpu_check_said
+    ((status != 0 && status < 124)) && [[ $(grep -c '^train_gpt: ' build/gpu_check_said) == 1 ]] && grep -qE "$words" build/gpu_check_said
+}
+export -f says
+refused() { # title words command...
+    # shellcheck disable=SC2016 # the inner shell expands them
+    part "$1" bash -c 'says "$@"' - "${@:2}"
+}
+
+refusals() {
+    local here=$gpus left
+    [[ $dry ]] || here=$(nvidia-smi -L | wc -l)
+    random_tokens
+    refused "hidden" 'leaves none' env CUDA_VISIBLE_DEVICES= ./train_gpt "${tiny[@]}" --device cuda --steps 2
+    refused "too few" "$((here + 1)) are wanted and $here are here" ./train_gpt "${tiny[@]}" --gpus $((here + 1)) --steps 2
+    if command -v mpirun > /dev/null; then
+        refused "shared by two ranks" 'share GPU' env CUDA_VISIBLE_DEVICES=0 mpirun --allow-run-as-root --oversubscribe -n 2 \
+            ./train_gpt "${tiny[@]}" --device cuda --steps 2
+    fi
+    if ((here > 1)); then
+        refused "NCCL without a network" 'nccl' env NCCL_SOCKET_IFNAME=nonsense ./train_gpt "${tiny[@]}" --gpus 2 --steps 2
+    fi
+    [[ ! $dry ]] || return 0
+    printf '%s\n' '#include <unistd.h>' 'int main(int, char **arguments) {' \
+        '    size_t free, total, left = size_t(atoi(arguments[1])) << 20; void *memory;' \
+        '    if (cudaMemGetInfo(&free, &total) || free < left || cudaMalloc(&memory, free - left)) return 1;' \
+        '    write(1, "full\n", 5); pause();' '}' > build/gpu_check_fill.cu
+    part "build of a program that fills a GPU" "$(find_nvcc)" -w build/gpu_check_fill.cu -o build/gpu_check_fill
+    for left in 1 300; do
+        coproc filler { exec build/gpu_check_fill $left; }
+        read -r -t 60 _ <&"${filler[0]}" || true
+        refused "all but $left MiB taken" 'memory' ./train_gpt --model d12 --batch 4 --train "$random/train_*.bin" --device cuda --steps 2
+        # shellcheck disable=SC2154 # of the coprocess
+        kill "$filler_PID"
+        wait "$filler_PID" 2> /dev/null || true
+    done
+}
+
+soak() { limit=$((limit + 120 * minutes)) part "kills and resumes" python3 test/soak.py ./train_gpt --device cuda --minutes "$minutes"; }
+
 demo() { part demo scripts/compare.sh adamw dmuon --no_setup; }
 
 have_torch() { python3 -c 'import torch' 2> /dev/null; }
@@ -159,7 +243,6 @@ train_pytorch() {
     part "PyTorch, 124M on $(basename "$data")" python3 dev/peer_pytorch.py --data "$data" --steps "$steps"
 }
 
-random=build/gpu_check_random
 random_tokens() { [[ $dry ]] || python3 scripts/random_tokens.py "$random/train_000.bin"; }
 
 rows=(d12:4 d12:64 d24:16 d36:8 d48:16) # model:sequences of a GPU in a micro-step

@@ -18,6 +18,7 @@ import os
 import sys
 from pathlib import Path
 
+import data
 import packages
 
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
@@ -31,8 +32,6 @@ OPTIONS = (("model_type", ("gpt2",), None),
            ("tie_word_embeddings", (True,), True),
            ("quantization_config", (None,), None))
 SIZES = {"layers": "n_layer", "heads": "n_head", "channels": "n_embd", "seq_len": "n_positions", "vocab": "vocab_size"}
-TOKENS = {256: "Tokens are bytes: `ids = list(text.encode())`, `text = bytes(ids).decode(errors=\"replace\")`.",
-          50257: "Tokens are GPT-2's: `transformers.AutoTokenizer.from_pretrained(\"openai-community/gpt2\")`."}
 
 
 def fail(text):
@@ -54,23 +53,29 @@ class Reader:
                 fail(f"{path} is not a safetensors file, or is cut short")
             self.header = file.read(length)
         try:
-            self.tensors = json.loads(self.header)
-            self.metadata = self.tensors.pop("__metadata__", {})
-            self.shapes = {name: tuple(tensor["shape"]) for name, tensor in self.tensors.items()}
-            self.end = self.begin + max((tensor["data_offsets"][1] for tensor in self.tensors.values()), default=0)
+            header = json.loads(self.header)
+            self.metadata = header.pop("__metadata__", {})
+            self.types, self.shapes, self.places = {}, {}, {}  # by name
+            for name, tensor in header.items():
+                self.types[name], self.shapes[name] = str(tensor["dtype"]), tuple(tensor["shape"])
+                self.places[name] = first, last = tensor["data_offsets"]
+                if not all(type(x) is int and 0 <= x <= self.size for x in (*self.shapes[name], first, last)) or first > last:
+                    raise ValueError
+            self.metadata.get("format")
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             fail(f"{path} is not a safetensors file: its header makes no sense")
-        if self.end != self.size:
-            fail(f"{path} is damaged: it has {self.size} bytes, its header asks for {self.end}")
+        end = self.begin + max((last for _, last in self.places.values()), default=0)
+        if end != self.size:
+            fail(f"{path} is damaged: it has {self.size} bytes, its header asks for {end}")
 
     def bytes(self, name):
-        first, last = self.tensors[name]["data_offsets"]
+        first, last = self.places[name]
         return numpy.fromfile(self.path, numpy.uint8, last - first, offset=self.begin + first)
 
     def read(self, name):
-        dtype = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}.get(self.tensors[name]["dtype"])
+        dtype = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}.get(self.types[name])
         if not dtype:
-            fail(f"{self.path}: tensor {name} is of type {self.tensors[name]['dtype']}; F32, F16 and BF16 are understood")
+            fail(f"{self.path}: tensor {name} is of type {self.types[name]}; F32, F16 and BF16 are understood")
         values, count = self.bytes(name), math.prod(self.shapes[name])
         if values.nbytes != count * numpy.dtype(dtype).itemsize:
             fail(f"{self.path} is damaged: tensor {name} has {values.nbytes} bytes for {count} elements")
@@ -78,8 +83,8 @@ class Reader:
         return (values.astype("<u4") << 16).view("<f4") if dtype == "<u2" else values.astype("<f4", copy=False)
 
 
-def checksum(data):
-    return xxhash.xxh64_hexdigest(data)
+def checksum(content):
+    return xxhash.xxh64_hexdigest(content)
 
 
 NO_CHECKSUM = "0" * 16
@@ -109,9 +114,9 @@ def write(path, metadata, shapes, values, checked):
         with open(part, "wb") as file:
             file.write(header())
             for name in sorted(shapes):
-                data = numpy.ascontiguousarray(values(name), "<f4").reshape(-1).view(numpy.uint8).data
-                sums[name] = checksum(data)
-                file.write(data)
+                content = numpy.ascontiguousarray(values(name), "<f4").reshape(-1).view(numpy.uint8).data
+                sums[name] = checksum(content)
+                file.write(content)
             file.seek(0)
             file.write(header())
             file.flush()
@@ -123,15 +128,16 @@ def write(path, metadata, shapes, values, checked):
 
 def read_checkpoint(path):
     """A checkpoint of train_gpt, verified from the first byte to the last."""
-    if path.is_file() and open(path, "rb").read(8) == b"TRAINGPT":
-        fail(f"{path} is of an earlier version of train_gpt, in a format that is no longer read")
+    with open(path, "rb") as file:
+        if file.read(8) == b"TRAINGPT":
+            fail(f"{path} is of an earlier version of train_gpt, in a format that is no longer read")
     file = Reader(path)
     if file.metadata.get("format") != "train_gpt":
         fail(f"{path} is not a checkpoint of train_gpt")
     given = f'"checksum":"{file.metadata.get("checksum")}"'.encode()
     if checksum(file.header.replace(given, f'"checksum":"{NO_CHECKSUM}"'.encode(), 1)) != file.metadata.get("checksum"):
         fail(f"{path} is damaged: its header has changed")
-    for name in file.tensors:
+    for name in file.shapes:
         if checksum(file.bytes(name)) != file.metadata.get(f"checksum.{name}"):
             fail(f"{path} is damaged: tensor {name} has changed")
     return file
@@ -159,6 +165,17 @@ def model_shapes(layers, channels, seq_len, vocab):
     return shapes
 
 
+def byte_tokenizer():
+    """The files by which transformers' AutoTokenizer makes each byte of a text the token of its number."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes these as themselves, and the others ...
+    others = [b for b in range(256) if b not in printable]
+    letters = {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(others)}}  # ... from U+0100 on
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    return {"tokenizer.json": {"version": "1.0", "added_tokens": [], "pre_tokenizer": level, "decoder": level,
+                               "model": {"type": "BPE", "vocab": letters, "merges": []}},
+            "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}}
+
+
 def export(path, directory):
     checkpoint = read_checkpoint(path)
     try:
@@ -181,15 +198,23 @@ def export(path, directory):
               **{name: values[0] for name, values, _ in OPTIONS if values[0] is not None}, "n_inner": None, "attn_pdrop": 0.0,
               "embd_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": end_of_text, "eos_token_id": end_of_text,
               "torch_dtype": "float32"}
-    tokens = TOKENS.get(vocab, f"Tokens are those of its training data: numbers below {vocab}.")
+    files = {"config.json": config}
+    if checkpoint.metadata.get("tokenizer") == data.tokenizer_identity(data.ByteTokenizer()):
+        tokens = "Tokens are bytes: `ids = list(text.encode())`, or `transformers.AutoTokenizer.from_pretrained(...)` of it."
+        files |= byte_tokenizer()
+    elif vocab == 50257:
+        tokens = "Tokens are GPT-2's: `transformers.AutoTokenizer.from_pretrained(\"openai-community/gpt2\")`."
+    else:
+        tokens = f"Tokens are those of its training data: numbers below {vocab}."
     directory.mkdir(parents=True, exist_ok=True)
     write(directory / "model.safetensors", {"format": "pt"}, theirs, values, checked=False)
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name, content in files.items():
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n")
     (directory / "README.md").write_text(
         f"A GPT-2 ({sizes['layers']} layers, {sizes['heads']} heads, {sizes['channels']} channels), trained by train_gpt"
         + (f" for {checkpoint.metadata['step']} steps" if "step" in checkpoint.metadata else "")
         + f".\n\n`transformers.GPT2LMHeadModel.from_pretrained(...)` of this directory loads it. {tokens}\n")
-    print(f"{directory}: model.safetensors, config.json, README.md. {tokens}")
+    print(f"{directory}: {', '.join(['model.safetensors', *files, 'README.md'])}. {tokens}")
 
 
 def download(name):
@@ -249,7 +274,7 @@ def import_(source, out):
     tensors = {}  # by train_gpt's name: file, name there
     for path in paths:
         file = Reader(path)
-        for name in file.tensors:
+        for name in file.shapes:
             ours = name[len("transformer."):] if name.startswith("transformer.") else name
             if not ours.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, in older files
                 tensors[ours] = file, name

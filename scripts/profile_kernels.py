@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The first pattern that a kernel's name has, without template and function arguments, decides.
 FAMILIES = [
-    ("attention", r"(flash|twin)_\w+_kernel|hopper_(forward|dq|dkv)\w*_kernel"),
+    ("attention", r"(flash|twin)_\w+_kernel|last_row_kernel|hopper_(forward|dq|dkv)\w*_kernel"),
     ("Newton-Schulz", r"muon_\w+_kernel|hopper_chain_kernel|\bhopper_kernel|\bproduct_(fp32_)?kernel"),
     ("LayerNorm, residual", r"layernorm_\w+_kernel"),
     ("classifier, loss", r"classifier_kernel|sum_losses_kernel"),

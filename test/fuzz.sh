@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Fuzzes the readers of files (test/fuzz.cpp): test/fuzz.sh [SECONDS for each]. Seeds, what was found interesting on the way,
+# Fuzzes the readers of files (test/fuzz.cpp): test/fuzz.sh [SECONDS for each [shard|tokenizer|hellaswag|checkpoint]]. Seeds, what was found interesting on the way,
 # and inputs that broke something: build/fuzz. Ends with "N passed, N failed, N skipped"; skipped where there is no libFuzzer.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 seconds=${1:-10}
-kinds=(shard tokenizer hellaswag checkpoint)
+kinds=("${2:-shard}")
+(($# > 1)) || kinds=(shard tokenizer hellaswag checkpoint)
 dir=build/fuzz
 mkdir -p $dir
 

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("*.h", "*.cuh", "*.cu", "Makefile", "README.md", "LICENSE", "kernels", "scripts", "test", "dev/*.h", "dev/*.md")
 LONGEST = 300  # seconds of a test: a fault that makes it hang is caught
 
-# test: the program, then which of its tests: a doctest pattern, or names of test_train.py, test_ranks.py, test_data.py
+# test: the program, then which of its tests: a doctest pattern, or names of test_train.py, test_ranks.py, test_generate.py, test_data.py
 Fault = namedtuple("Fault", "file old new test")
 FAULTS = [
     # --- What everyone stands on
@@ -75,7 +75,7 @@ FAULTS = [
           "cpu golden: two Muon*"),
     Fault("dmuon.cuh", "return you[k];", "return you[0];", "cpu golden: Muon's*"),
     Fault("dmuon.cuh", "? tensor.head_rows : piece.rows;", "? piece.rows : piece.rows;", "cpu golden: Muon's*"),
-    Fault("dmuon.cuh", 'options.muon_qkv == "fused" ? 1 : spec.split', 'options.muon_qkv != "split" ? 1 : spec.split', "cpu golden: Muon's*"),
+    Fault("dmuon.cuh", 'options.muon_qkv == "fused" ? 1 : spec.split', 'options.muon_qkv == "heads" ? 1 : spec.split', "cpu golden: Muon's*"),
     Fault("dmuon.cuh", "1.0f - muon_lr * wd, muon_lr", "1.0f - lr * wd, muon_lr", "cpu golden: two Muon*"),
     Fault("dmuon.cuh", "options.muon_weight_decay >= 0 ?", "options.muon_weight_decay > 0 ?", "train muon_weight_decay"),
     Fault("dmuon.cuh", "adamw(border, end, 0.0);", "adamw(border, end, options.weight_decay);", "cpu golden: ten AdamW steps with*"),
@@ -106,6 +106,8 @@ FAULTS = [
     Fault("train_gpt.cu", "if (skipped > 0 && !ends)", "if (skipped > 10 && !ends)", "train diverged_run_keeps_what_was_saved_before"),
     Fault("train_gpt.cu", '{"seed", options.seed, meta_number(checkpoint, "seed")}', '{"seed", options.seed, options.seed}',
           "train a_resume_needs_the_same_windows"),
+    Fault("train_gpt.cu", "ceil_div<int64_t>(options.eval_tokens, options.seq_len)", "options.eval_tokens / options.seq_len",
+          "ranks validation_reads_the_same_on_any_number_of_ranks"),
 
     # --- Generation
     Fault("cpu_backend.h", "const float weight = p[s] / total;", "const float weight = p[s];", "cpu attention"),
@@ -115,6 +117,8 @@ FAULTS = [
     Fault("generate.h", "logits[a] == logits[b] && a < b", "logits[a] == logits[b] && a > b", "cpu next_token: ties*"),
     Fault("generate.h", "mix(mix(sampling.seed) + uint64_t(i))", "mix(mix(sampling.seed))", "cpu golden: text*"),
     Fault("generate.h", "left >= weights[i]; i++) left -= weights[i]", "left >= weights[i]; i++) left -= total / 9", "cpu next_token: every*"),
+    Fault("generate.h", "uint64_t(options.seed + step)", "uint64_t(options.seed)", "generate samples_of_training"),
+    Fault("scripts/generate.py", "self.decoder.decode(piece, final)", 'piece.decode(errors="backslashreplace")', "generate odd_bytes"),
 
     # --- Data
     Fault("dataloader.h", "} while (i >= n);", "} while (i > n);", "host loader: permute*"),
@@ -135,6 +139,23 @@ FAULTS = [
     Fault("scripts/compare.py", "part = (value0 - loss) / (value0 - value)", "part = (value - loss) / (value0 - value)",
           "data Compare.test_where_a_run_reaches_a_loss"),
 
+    # --- Checkpoints
+    Fault("checkpoint.h", "if (size < 1 || size > left)", "if (size < 1)", "host checkpoint: a header of any other*"),
+    Fault("checkpoint.h", "if (tensor.name <= before) damaged", "if (tensor.name < before) damaged", "host checkpoint: a header of any other*"),
+    Fault("checkpoint.h", "if (ckpt::header_text(meta, tensors, sums_) != header)", "if (false)", "host checkpoint: every single bit*"),
+    Fault("checkpoint.h", "if (file_.bytes != expected) {", "if (file_.bytes < expected) {", "host checkpoint: cut anywhere*"),
+    Fault("checkpoint.h", "        verify(found->second);\n", "", "host checkpoint: a tensor is verified*"),
+    Fault("checkpoint.h", "if (held_ == kStripe) take_stripes(stripe_, kStripe), held_ = 0;", "if (held_ == kStripe) held_ = 0;", "host checksum*"),
+    Fault("checkpoint.h", "turn(lanes_[2], 12)", "turn(lanes_[2], 13)", "host checksum*"),
+    Fault("checkpoint.h", "step > step_ || keep-- <= 0", "keep-- <= 0", "host checkpoint: the newest stay*"),
+    Fault("checkpoint.h", "std::sort(found.rbegin(), found.rend());", "std::sort(found.begin(), found.end());", "host checkpoint: auto takes*"),
+    Fault("checkpoint.h", "if (!entries && errno == ENOENT) return found;", "if (!entries) return found;", "host checkpoint: auto passes over damage alone*"),
+    Fault("checkpoint.h", "if (wrote > 0) done += size_t(wrote);", "if (wrote > 0) done = buffer_.size();", "host checkpoint: no room under*"),
+    Fault("checkpoint.h", "if (rename(file_.path.c_str(), path_.c_str()) != 0) give_up(errno);\n        file_.close();",
+          "file_.close();\n        if (rename(file_.path.c_str(), path_.c_str()) != 0) give_up(errno);", "host checkpoint: round trip*"),
+    Fault("checkpoint.h", "if (data_begin_ % ckpt::kAlignment)", "if (false)", "host checkpoint: a header of any other form*"),
+    Fault("checkpoint.h", "if (!same) damaged", "if (false) damaged", "host checkpoint: a tensor is verified*"),
+
     # --- Ranks
     Fault("comm.h", "offset < length(r) ? std::min(kMessage, length(r) - offset) : 0", "offset < length(r) ? kMessage : 0",
           "comm collectives on 1 to 5*"),
@@ -143,7 +164,7 @@ FAULTS = [
     Fault("comm.h", 'messages.wait("all_gather");', "", "comm collectives on 1 to 5*"),
     Fault("ranks.h", "{ return std::min(2 * world.rank, 10); }", "{ return 0; }", "comm mpirun: an error of one rank*"),
     Fault("ranks.h", "if (atoi(size) > 1) {", "if (atoi(size) > 0) {", "comm the environment*"),
-    Fault("ranks.h", "if (seconds_now() > due + kStoppedFor) return innermost->start_clock();", "", "comm --gpus: a call that blocks*"),
+    Fault("ranks.h", "if (seconds_now() > due + kStoppedFor) return innermost->start_clock();", "", "comm a process that was stopped*"),
     Fault("ranks.h", "tell_all(SIGKILL);  // they would wait for it", "", "comm --gpus: a killed rank*"),
     Fault("ranks.h", "prctl(PR_SET_PDEATHSIG, SIGKILL);", "", "comm --gpus: the ranks end with their parent"),
     Fault("ranks.h", 'gather_host(facts == of_rank_0 ? "" : facts);', 'gather_host("");', "comm ranks that were given*"),
@@ -223,13 +244,14 @@ def build_commands():
 
 def program_of(test):
     kind = test.split(" ", 1)[0]
-    return {"train": "train_gpt", "ranks": "train_gpt", "data": None}.get(kind, "test_" + kind)
+    return {"train": "train_gpt", "ranks": "train_gpt", "generate": "train_gpt", "data": None}.get(kind, "test_" + kind)
 
 
 def test_command(test):
     kind, which = test.split(" ", 1)
     return {"train": [sys.executable, "test/test_train.py", "./train_gpt", which],
             "ranks": [sys.executable, "test/test_ranks.py", "./train_gpt", "cpu", which],
+            "generate": [sys.executable, "test/test_generate.py", "./train_gpt", which],
             "data": [sys.executable, "-m", "unittest", "-v", "test_data." + which],
             }.get(kind, [f"build/test_{kind}", "-tc=" + which.replace(",", "\\,")])
 

@@ -255,8 +255,8 @@ def main():
 
         def stories(ranks, until, share):
             """Until a time, or with --kills until this share of them is done."""
-            goal, told = soak.kills + soak.stops + (args.kills or 0) * share, 0
-            while told == 0 or (soak.kills + soak.stops < goal if args.kills else time.time() < until):
+            goal, told = soak.kills + (args.kills or 0) * share, 0
+            while told == 0 or (soak.kills < goal if args.kills else time.time() < until):
                 soak.story(("adamw", "dmuon")[told % 2], ranks, math.inf if args.kills else until)
                 told += 1
 

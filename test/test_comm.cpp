@@ -520,6 +520,26 @@ TEST_CASE("--gpus: a call that blocks for ever is ended by the alarm, whatever i
     }
 }
 
+TEST_CASE("a process that was stopped beyond its deadline has its time anew when it goes on") {
+    const pid_t child = fork();
+    if (child == 0) {
+        freopen("/dev/null", "w", stderr);
+        Deadline deadline("a call that returns in time, not counted what it was stopped", 0);  // 3 s
+        const double begin = seconds_now();
+        while (seconds_now() < begin + 5) sleep_seconds(0.1);
+        _exit(7);
+    }
+    REQUIRE(child > 0);
+    sleep_seconds(0.5);
+    kill(child, SIGSTOP);
+    sleep_seconds(3.5);
+    kill(child, SIGCONT);  // the alarm of 3 s finds it 1 s late
+    int status = 0;
+    REQUIRE(waitpid(child, &status, 0) == child);
+    REQUIRE(WIFEXITED(status));
+    CHECK(WEXITSTATUS(status) == 7);
+}
+
 TEST_CASE("--gpus: rank 0 may take long over a disk") {
     const Outcome o = gpus(3, "slow_disk", 2);
     INFO(o.output);

@@ -287,8 +287,8 @@ TEST_CASE("gelu, also where tanh saturates, and in place") {
 }
 
 TEST_CASE("matrix products: bias, row strides, tails of every tile") {
-    for (auto [N, C, OC] :
-         {std::tuple(1, 8, 24), std::tuple(5, 24, 61), std::tuple(77, 16, 7), std::tuple(130, 257, 133)}) {
+    for (auto [N, C, OC] : {std::tuple(1, 8, 24), std::tuple(1, 257, 133), std::tuple(5, 24, 61), std::tuple(77, 16, 7),
+                            std::tuple(130, 257, 133)}) {
         CAPTURE(N);
         CAPTURE(OC);
         const int ldo = OC + 3;
@@ -792,6 +792,8 @@ TEST_CASE("results do not depend on the number of threads") {
         CpuOps::matmul_backward_input(result(N * C), dout.data(), weight.data(), N, C, 3 * C);
         CpuOps::matmul_backward_weight(result(3 * C * C), dout.data(), 3 * C, x.data(), N, C, 3 * C, true);
         CpuOps::bias_backward(result(3 * C), dout.data(), N, 3 * C, scratch);
+        CpuOps::matmul_forward(result(3 * C), 3 * C, x.data(), weight.data(), nullptr, 1, C, 3 * C);
+        CpuOps::attention_last_row(result(C), qkv, T, C, H);
         CpuOps::attention_forward(out, lse, qkv, B, T, C, H);
         CpuOps::attention_backward(result(N * 3 * C), delta, x.data(), qkv, out, lse, B, T, C, H);
         CpuOps::gelu_forward(result(N * C), x.data(), N * C);

@@ -122,6 +122,20 @@ class Generate(unittest.TestCase):
         self.assertEqual(tokens([10], 30, "--temperature", 3, "--seed", 1)[1], one[:30])  # the length changes nothing
         self.assertGreater(len(set(text("--temperature", 100))), len(set(text("--temperature", 100, "--top_k", 2))))
 
+    def test_samples_of_training(self):
+        # The sample after the last step is what the checkpoint writes from the end of a text, with seed + step.
+        for optimizer in ("adamw", "dmuon"):
+            out = work / f"sampled_{optimizer}"
+            said = subprocess.run([BINARY, "--train", f"{work}/bytes/train_*.bin", "--layers", "2", "--heads", "2", "--channels", "32",
+                                   "--seq_len", "24", "--batch", "4", "--lr", "1e-2", "--steps", "40", "--optimizer", optimizer, "--device",
+                                   "cpu", "--out", out, "--sample_every", "20", "--sample_tokens", "100", "--top_k", "9", "--seed", "5"],
+                                  check=True, capture_output=True, env=environment()).stdout.decode()
+            samples = [text.split("\n---\n")[0] for text in said.split("--- sample at step ")[1:]]
+            self.assertEqual([text.split("\n")[0] for text in samples], ["20", "40"])
+            model = next(out.glob("step_*"))
+            written = bytes(tokens([10], 100, "--top_k", 9, "--seed", 45, model=model)[1])
+            self.assertEqual(samples[1].split("\n", 1)[1], written.decode(errors="backslashreplace"))
+
     def test_long_prompts(self):
         prompt = SENTENCE.encode() * 9
         for length in (SEQ_LEN - 1, SEQ_LEN, SEQ_LEN + 1, 3 * SEQ_LEN + 5):

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Tests of what measures on a GPU, without one: scripts/profile_kernels.py on samples in the formats of nsys and ncu, and
-scripts/bench.sh and scripts/gpu_check.sh many with programs in place of the trainer, of PyTorch and of nvidia-smi.
+scripts/bench.sh, scripts/gpu_check.sh many and dev/precision_gap.py with programs in place of the trainer, of PyTorch and of nvidia-smi.
 
     python3 test/test_measure.py
 """
@@ -233,6 +233,55 @@ class Many(unittest.TestCase):
         for flags in (["--budget", "x"], ["--gpus", "0"], ["--dry_run"], ["--gpus"]):
             done = self.many(*flags)
             self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (2, "", 1), done.stderr)
+
+
+class PrecisionGap(unittest.TestCase):
+    """dev/precision_gap.py with programs whose losses are known."""
+
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.dir = Path(temporary.name)
+        (self.dir / "dev").mkdir()
+        shutil.copy(ROOT / "dev/precision_gap.py", self.dir / "dev")
+        common = """
+import json, pathlib, sys
+def flag(name): return sys.argv[sys.argv.index(name) + 1]
+seed = int(flag("--seed"))
+"""
+        (self.dir / "dev/peer_pytorch.py").write_text(common + """
+if flag("--stream") == "bf16_backward" and seed == 2: sys.exit("out of memory")
+loss = {"fp32": 4.0, "bf16_forward": 4.1, "bf16_backward": 4.2, "bf16": 4.3}[flag("--stream")] + 0.01 * seed
+print(json.dumps({"val_loss": loss}))
+""")
+        (self.dir / "train_gpt").write_text("#!" + sys.executable + common + """
+out = pathlib.Path(flag("--out"))
+out.mkdir(parents=True)
+(out / "step_00000001.safetensors").write_text("x")
+(out / "log.jsonl").write_text('{"step": 1}\\n' + json.dumps({"step": 2, "val_loss": 5.0}) + "\\n")
+""")
+        (self.dir / "train_gpt").chmod(0o755)
+
+    def gap(self, *flags):
+        return subprocess.run([sys.executable, self.dir / "dev/precision_gap.py", "--data", self.dir, "--out", self.dir / "gap.md", *flags],
+                              capture_output=True, text=True, timeout=100)
+
+    def test_table(self):
+        done = self.gap("--seeds", "1,3")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        text = (self.dir / "gap.md").read_text()
+        self.assertIn("(bf16 parameters, stream and gradient) | 5.0000 | 5.0000 | 5.0000 | +0.9800 ± 0.0100 |", text)
+        self.assertIn("its gradient in fp32 | 4.0100 | 4.0300 | 4.0200 |  |", text)
+        self.assertIn("both rounded | 4.3100 | 4.3300 | 4.3200 | +0.3000 ± 0.0141 |", text)  # 0.01 sqrt(2)
+        self.assertFalse(list(self.dir.glob("build/**/*.safetensors")))
+
+    def test_what_fails_or_has_no_time_stays_empty(self):
+        done = self.gap("--seeds", "2")
+        self.assertEqual((done.returncode, "not all runs ended" in done.stderr), (1, True), done.stderr)
+        self.assertIn("its gradient rounded to bf16 |  |  |  |", (self.dir / "gap.md").read_text())
+        done = self.gap("--seeds", "1", "--minutes", "0")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("in fp32 |  |  |  |", done.stdout)
 
 
 if __name__ == "__main__":

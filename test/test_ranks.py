@@ -424,6 +424,12 @@ def test_bench_optimizer():
             file.write(SHAPES + "layers 1\n" + line + "\n")
         said = execute([BENCH, *flags], code=2)
         expect(why in said and said.count("train_gpt: ") == 1, said)
+    # The shapes that come with it are read, and what does not fit is left out in words.
+    known = ["%s/../dev/shapes/%s.txt" % (HERE, name) for name in ("qwen2.5-7b", "pi0")]
+    said = execute(["bash", "-c", "ulimit -v 8000000; exec \"$@\"", "-", BENCH, "--device", "cpu", "--emulate", "1", "--models", ",".join(known)])
+    for parameters in ("qwen2.5-7b: 7615.6 M parameters, 6525.3 M of them", "pi0: 3238.0 M parameters, 2704.3 M of them"):
+        expect(parameters in said, "not %s: %s" % (parameters, said))
+    expect(len(re.findall(r"left out: [\d.]+ GiB are needed, [\d.]+ free", said)) == 14, said)
 
 
 # --- Ranks that fail --------------------------------------------------------------------------------------------------
