@@ -18,6 +18,7 @@ import os
 import sys
 from pathlib import Path
 
+import data
 import packages
 
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
@@ -31,7 +32,6 @@ OPTIONS = (("model_type", ("gpt2",), None),
            ("tie_word_embeddings", (True,), True),
            ("quantization_config", (None,), None))
 SIZES = {"layers": "n_layer", "heads": "n_head", "channels": "n_embd", "seq_len": "n_positions", "vocab": "vocab_size"}
-BYTES = "067d69a0337c21b8"  # what a checkpoint calls the tokenizer of data.py --tokenizer byte
 
 
 def fail(text):
@@ -83,8 +83,8 @@ class Reader:
         return (values.astype("<u4") << 16).view("<f4") if dtype == "<u2" else values.astype("<f4", copy=False)
 
 
-def checksum(data):
-    return xxhash.xxh64_hexdigest(data)
+def checksum(content):
+    return xxhash.xxh64_hexdigest(content)
 
 
 NO_CHECKSUM = "0" * 16
@@ -114,9 +114,9 @@ def write(path, metadata, shapes, values, checked):
         with open(part, "wb") as file:
             file.write(header())
             for name in sorted(shapes):
-                data = numpy.ascontiguousarray(values(name), "<f4").reshape(-1).view(numpy.uint8).data
-                sums[name] = checksum(data)
-                file.write(data)
+                content = numpy.ascontiguousarray(values(name), "<f4").reshape(-1).view(numpy.uint8).data
+                sums[name] = checksum(content)
+                file.write(content)
             file.seek(0)
             file.write(header())
             file.flush()
@@ -199,7 +199,7 @@ def export(path, directory):
               "embd_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": end_of_text, "eos_token_id": end_of_text,
               "torch_dtype": "float32"}
     files = {"config.json": config}
-    if checkpoint.metadata.get("tokenizer") == BYTES:
+    if checkpoint.metadata.get("tokenizer") == data.tokenizer_identity(data.ByteTokenizer()):
         tokens = "Tokens are bytes: `ids = list(text.encode())`, or `transformers.AutoTokenizer.from_pretrained(...)` of it."
         files |= byte_tokenizer()
     elif vocab == 50257:

@@ -257,7 +257,7 @@ print(json.dumps({"val_loss": loss}))
         (self.dir / "train_gpt").write_text("#!" + sys.executable + common + """
 out = pathlib.Path(flag("--out"))
 out.mkdir(parents=True)
-(out / "step_00000001.ckpt").write_text("x")
+(out / "step_00000001.safetensors").write_text("x")
 (out / "log.jsonl").write_text('{"step": 1}\\n' + json.dumps({"step": 2, "val_loss": 5.0}) + "\\n")
 """)
         (self.dir / "train_gpt").chmod(0o755)
@@ -273,7 +273,7 @@ out.mkdir(parents=True)
         self.assertIn("(bf16 parameters, stream and gradient) | 5.0000 | 5.0000 | 5.0000 | +0.9800 ± 0.0100 |", text)
         self.assertIn("its gradient in fp32 | 4.0100 | 4.0300 | 4.0200 |  |", text)
         self.assertIn("both rounded | 4.3100 | 4.3300 | 4.3200 | +0.3000 ± 0.0141 |", text)  # 0.01 sqrt(2)
-        self.assertFalse(list(self.dir.glob("build/**/*.ckpt")))
+        self.assertFalse(list(self.dir.glob("build/**/*.safetensors")))
 
     def test_what_fails_or_has_no_time_stays_empty(self):
         done = self.gap("--seeds", "2")
