@@ -127,7 +127,7 @@ $(BUILD)/test_comm: test/test_comm.cpp $(TEST_HEADERS)
 	$(CPU_CXX) $< -o $@ $(LIBS)
 $(BUILD)/bench_optimizer_cpu: dev/bench_optimizer.cu train_gpt.cu $(HEADERS) $(BUILD)/config
 	$(CPU_CXX) -x c++ $< -o $@ $(LIBS)
-$(BUILD)/test_fiber_%: test/test_fiber.cpp $(TEST_HEADERS)
+$(BUILD)/test_fiber_%: test/test_fiber.cpp $(TEST_HEADERS) dev/newton_schulz_hopper.cuh
 	$(FIBER_FLAGS) $($*_define) $< -o $@ $(LIBS)
 $(BUILD)/test_cuda_%: test/test_cuda.cu train_gpt.cu $(TEST_HEADERS)
 	$(NVCC) $(NVCC_FLAGS) $($*_define) $< -o $@ $(NVCC_LIBS) -lcublas
@@ -152,7 +152,7 @@ demo:
 $(BUILD)/bench_optimizer: train_gpt.cu
 ifneq ($(NVCC),)
 dev: $(patsubst dev/%.cu,$(BUILD)/%,$(wildcard dev/*.cu))
-$(BUILD)/%: dev/%.cu $(HEADERS) $(wildcard dev/*.h) $(BUILD)/config
+$(BUILD)/%: dev/%.cu $(HEADERS) $(wildcard dev/*.h dev/*.cuh) $(BUILD)/config
 	$(NVCC) $(NVCC_FLAGS) $< -o $@ $(NVCC_LIBS) -lcublas
 else
 dev:

@@ -1,5 +1,5 @@
-// newton_schulz.cu: A = X X^T, the product that Newton-Schulz spends its time in, in seven versions of one idea each.
-// The last two are the trainer's: ns_product (../ns_kernels.cuh) for every GPU, and the one for Hopper
+// newton_schulz.cu: A = X X^T, the product that Newton-Schulz spends its time in, in twelve versions of one idea each.
+// Two of them are the trainer's: rung 6, ns_product (../ns_kernels.cuh) for every GPU, and rung 11, for Hopper
 // (../kernels/ns_hopper.cuh). Beside them stands cuBLAS; then whole Newton-Schulz iterations are timed, over all hidden
 // matrices of a GPT-2, by themselves and as a chain in one launch.
 //
@@ -11,6 +11,7 @@
 #include "../dmuon.cuh"
 #include "../ns_kernels.cuh"
 #include "bench.h"
+#include "newton_schulz_hopper.cuh"
 
 using bf16 = __nv_bfloat16;
 
@@ -83,9 +84,10 @@ __global__ void xxt_3(bf16* A, const bf16* X, int m, int n) {
 //    under way (cp.async) while the tensor cores work.
 // 5. The same kernel told of the symmetry: 21 of 36 tiles, mirrored.
 // 6. All 48 matrices in one launch: one 768 x 768 product has 21 tiles, an H100 has room for 264.
-// 7. Hopper's own instructions: some warps bring tiles (TMA), two warpgroups multiply them (wgmma, 128 x 256 a block),
-// others
-//    store and mirror; the block stays for all its tiles.
+// 7 to 10. Hopper's own instructions, again with every tile computed: newton_schulz_hopper.cuh.
+// 11. All of it: the lower tiles, mirrored by warps that only store, while others multiply the next tile; a chain of
+//     products in one launch.
+// 12. Pairs of blocks (clusters) load half of B each, for both: a third less from the L2.
 
 // ---------------------------------------------------------------------------------------------------------------------
 
@@ -166,11 +168,22 @@ static bool ladder() {
         NsKernels::ns_product(A, X, X, nullptr, 1, 0, 0, batch, m, m, n, NsProduct::symmetric_nt, NsType::bf16);
     });
     DeviceArray<int> counters(ns_chain_counters(batch));
-    if (hopper_kernels())
-        rung("7  wgmma, TMA, warps with different work", [&] {
+    if (hopper_kernels()) {
+        rung("7  wgmma, every tile", [=] { rungs::run_7(A, X, batch, m, n); });
+        rung("8  TMA", [=] { rungs::run_8(A, X, batch, m, n); });
+        rung("9  warps with different work, 128 x 256 tiles", [=] { rungs::run_9(A, X, batch, m, n); });
+        rung("10 persistent", [=] { rungs::run_10(A, X, batch, m, n); });
+        rung("11 lower tiles, mirrored by warps of their own: the trainer's", [&] {
             NsKernels::NsChain one(batch, NsType::bf16, counters);
             NsKernels::ns_product(A, X, X, nullptr, 1, 0, 0, batch, m, m, n, NsProduct::symmetric_nt, NsType::bf16);
         });
+        hopper_cluster = 2;
+        rung("12 the same, two blocks load B for each other", [&] {
+            NsKernels::NsChain one(batch, NsType::bf16, counters);
+            NsKernels::ns_product(A, X, X, nullptr, 1, 0, 0, batch, m, m, n, NsProduct::symmetric_nt, NsType::bf16);
+        });
+        hopper_cluster = 1;
+    }
     rung("   cuBLAS, one by one", one_by_one([=](bf16* A, const bf16* X, const bf16*) {
              cublas_product(A, X, X, 1, m, m, n, NsProduct::symmetric_nt);
          }));
@@ -278,8 +291,9 @@ static void whole_iterations() {
         int layers, C;
     };
     for (Model model : {Model{"124M", 12, 768}, Model{"350M", 24, 1024}}) {
-        printf("%s\n",
-               portable_kernels || !hopper_kernels() ? "mma.sync" : "wgmma, each chain of products in one launch");
+        printf("%s\n", !hopper_kernels()     ? "mma.sync"
+                       : hopper_cluster == 2 ? "wgmma, each chain of products in one launch, pairs of blocks"
+                                             : "wgmma, each chain of products in one launch");
         HiddenMatrices matrices(model.layers, model.C);
         struct Part {
             std::string name;
@@ -313,6 +327,8 @@ int main() {
         right &= products();
         whole_iterations();
         if (hopper_kernels()) {
+            hopper_cluster = 2;
+            whole_iterations();
             portable_kernels = true;
             whole_iterations();
         }

@@ -7,7 +7,7 @@
 
 What the tests are worth shows here: a wrong index, sign, constant or order, a wait or a check left out. A fault is a text
 that its file has exactly once, and what takes its place. A source that changes takes its faults with it: --check is part of
-the suite. What a GPU alone runs (cuda_backend.cuh, the kernels for Hopper, NCCL) is not here. Ends with
+the suite. What a GPU alone runs (cuda_backend.cuh, NCCL) is not here. Ends with
 `N passed, N failed, N skipped`; passed: caught.
 """
 import argparse
@@ -26,7 +26,7 @@ from collections import namedtuple
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("*.h", "*.cuh", "*.cu", "Makefile", "README.md", "LICENSE", "kernels", "scripts", "test", "dev/*.h", "dev/*.md")
+COPIED = ("*.h", "*.cuh", "*.cu", "Makefile", "README.md", "LICENSE", "kernels", "scripts", "test", "dev/*.h", "dev/*.cuh", "dev/*.md")
 LONGEST = 300  # seconds of a test: a fault that makes it hang is caught
 
 # test: the program, then which of its tests: a doctest pattern, or names of test_train.py, test_ranks.py, test_generate.py, test_data.py
@@ -199,6 +199,46 @@ FAULTS = [
     Fault("ns_kernels.cuh", "if (m0 + row == n0 + col) value += diag;", "if (row == col) value += diag;", "fiber_bf16 ns_product against sums*"),
     Fault("ns_kernels.cuh", "if (!move.ref.tall) return;\n    __syncthreads();", "if (!move.ref.tall) return;", "fiber_bf16 gradient and momentum to X*"),
     Fault("ns_kernels.cuh", "w[i][k] * decay - step *", "w[i][k] - step *", "fiber_bf16 muon_update*"),
+
+    # --- Kernels for Hopper, on fibers: descriptors, waits, fences, phases
+    Fault("kernels/wgmma.cuh", "descriptor + steps * 2048 / 16", "descriptor + steps * 1024 / 16", "fiber_bf16 wgmma.cuh: products*"),
+    Fault("kernels/wgmma.cuh", "descriptor + steps * 32 / 16", "descriptor + steps * 64 / 16", "fiber_bf16 wgmma.cuh: products*"),
+    Fault("kernels/wgmma.cuh", "wgmma_descriptor(box, 16, 1024)", "wgmma_descriptor(box, 16, 512)", "fiber_bf16 wgmma.cuh: products*"),
+    Fault("kernels/wgmma.cuh", "(((col / 8) ^ (row % 8)) * 8 + col % 8)", "(((col / 8) ^ (row % 4)) * 8 + col % 8)",
+          "fiber_bf16 wgmma.cuh: boxes*"),
+    Fault("kernels/ns_hopper.cuh", "mbarrier_wait(&shared->full[ring.stage], ring.parity);", "", "fiber_bf16 ns_product against sums*"),
+    Fault("kernels/ns_hopper.cuh", "mbarrier_wait(&shared->empty[ring.stage], ring.parity ^ 1);", "", "fiber_bf16 ns_product against sums*"),
+    Fault("kernels/ns_hopper.cuh", "mbarrier_wait(&shared->empty[ring.stage], ring.parity ^ 1);",
+          "mbarrier_wait(&shared->empty[ring.stage], ring.parity);", "fiber_bf16 ns_product against sums*"),
+    Fault("kernels/ns_hopper.cuh", "wgmma_wait<1>();  // the stage", "// the stage", "fiber_bf16 ns_product against sums*"),
+    Fault("kernels/ns_hopper.cuh", "    wgmma_wait<0>();\n    wgmma_keep(sums);", "    wgmma_keep(sums);", "fiber_bf16 ns_product against sums*"),
+    Fault("kernels/ns_hopper.cuh", "mbarrier_wait(&shared->staging_in, tile_parity);", "", "fiber_bf16 ns_product against sums*"),
+    Fault("kernels/ns_hopper.cuh", "mn_major(b, kHopperDepth * kBoxCols * 2)", "mn_major(b, kHopperRows * kBoxCols * 2)",
+          "fiber_bf16 ns_product against sums*"),
+    Fault("kernels/ns_hopper.cuh", "if (thread == 0) tma_store_wait_read();", "", "fiber_bf16 ns_product against sums*"),
+    Fault("kernels/ns_hopper.cuh", "            tma_store_wait();\n", "            tma_store_wait_read();\n", "fiber_bf16 a chain of more*"),
+    Fault("kernels/ns_hopper.cuh", "    counter_wait(counter, value);\n", "", "fiber_bf16 a chain of more*"),
+    Fault("kernels/ns_hopper.cuh", "chain.product_count = chain.tiles_per_matrix = 0;", "chain.product_count = 0;", "fiber_bf16 a chain of more*"),
+    Fault("kernels/attention_hopper.cuh", "k / 4 * Tiles::box_bytes + k % 4 * 32", "k * 32", "fiber_bf16 attention: heads of 32 and 128"),
+    Fault("kernels/attention_hopper.cuh", "mbarrier_wait(&shared.empty[stage], n / Tiles::stages % 2 ^ 1);", "",
+          "fiber_bf16 attention: heads of 64"),
+    Fault("kernels/attention_hopper.cuh", "            wgmma_wait<0>();\n            wgmma_keep(o);\n            my.release_tile();",
+          "            my.release_tile();\n            wgmma_wait<0>();\n            wgmma_keep(o);", "fiber_bf16 attention: heads of 64"),
+    Fault("kernels/attention_hopper.cuh", "mbarrier_arrive_expect(&shared.full[stage], 2 * Tiles::tile_bytes)",
+          "mbarrier_arrive_expect(&shared.full[stage], Tiles::tile_bytes)", "fiber_bf16 attention: heads of 64"),
+    Fault("kernels/attention_hopper.cuh", "        tma_store_fence();\n        barrier_sync", "        barrier_sync", "fiber_bf16 attention: heads of 64"),
+    Fault("kernels/attention_hopper.cuh", "item.start = own_queries ? item.first + item.own - 1", "item.start = own_queries ? item.first + item.own",
+          "fiber_bf16 attention: heads of 64"),
+    Fault("kernels/attention_hopper.cuh", "- producer_registers) / warpgroups / 8 * 8;", "- producer_registers) / warpgroups / 8 * 8 + 8;",
+          "fiber_bf16 attention: heads of 64"),
+    Fault("dev/newton_schulz_hopper.cuh", "cp_async_wait<1>();  // step k", "cp_async_wait<2>();  // step k", "fiber_bf16 ladder: X X^T*"),
+    Fault("dev/newton_schulz_hopper.cuh", "wgmma_wait<1>();         // step k - 1", "// step k - 1", "fiber_bf16 ladder: X X^T*"),
+    Fault("dev/newton_schulz_hopper.cuh", "if (k > 0) release();", "release();", "fiber_bf16 ladder: X X^T*"),
+    Fault("dev/newton_schulz_hopper.cuh", "mbarrier_wait(&shared->empty[ring.stage], ring.parity ^ 1);", "", "fiber_bf16 ladder: X X^T*"),
+    Fault("kernels/ns_hopper.cuh", "for (int rank = 0; rank < cluster; rank++) mbarrier_arrive_at", "for (int rank = 0; rank < 1; rank++) mbarrier_arrive_at",
+          "fiber_bf16 ns_product against sums*"),
+    Fault("kernels/ns_hopper.cuh", "const int first = rank * width / cluster, end", "const int first = 0, end", "fiber_bf16 ns_product against sums*"),
+    Fault("kernels/ns_hopper.cuh", ".tiles() * cluster);", ".tiles());", "fiber_bf16 a chain of more*"),
 ]
 
 

@@ -4,4 +4,5 @@
 #include "test_attention.cpp"
 #include "test_kernels.cpp"
 #include "test_ns.cpp"
+#include "test_rungs.cpp"
 #include "test_wgmma.cpp"

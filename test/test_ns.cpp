@@ -99,9 +99,14 @@ struct Operands {
     }
 };
 
-// A product by itself takes the portable kernel; one of a chain, where the GPU has it, that of ns_hopper.cuh.
-enum class Path { alone, chain };
-const std::vector<Path> kPaths = {Path::alone, Path::chain};
+// A product by itself takes the portable kernel; one of a chain, where the GPU has it, that of ns_hopper.cuh, whose
+// blocks work by themselves or in pairs.
+enum class Path { alone, chain, pairs };
+const std::vector<Path> kPaths = {Path::alone, Path::chain, Path::pairs};
+struct Cluster {
+    explicit Cluster(int blocks) { hopper_cluster = blocks; }
+    ~Cluster() { hopper_cluster = 1; }
+};
 
 // The product of matrices first .. first + batch - 1, by NsKernels.
 Bytes on_device(const Product& p, NsType type, const Operands& x, int first, int batch, Path path) {
@@ -114,7 +119,8 @@ Bytes on_device(const Product& p, NsType type, const Operands& x, int first, int
     DeviceBuffer<int> counters(ns_chain_counters(batch));
     {
         std::optional<NsKernels::NsChain> chain;
-        if (path == Path::chain) chain.emplace(batch, type, counters.data());
+        const Cluster cluster(path == Path::pairs ? 2 : 1);
+        if (path != Path::alone) chain.emplace(batch, type, counters.data());
         NsKernels::ns_product(D, A, p.same ? A.data() : B.data(), x.C.empty() ? nullptr : C.data(), p.alpha, p.beta,
                               p.diag, batch, p.M, p.N, p.K, p.kind, type);
     }
@@ -131,7 +137,7 @@ double product_bound(double exact, double magnitude, int K, NsType type) {
 }
 
 void check_product(const Product& p, NsType type, Path path) {
-    CAPTURE(path == Path::chain);
+    CAPTURE(int(path));
     CAPTURE(name_of(type));
     CAPTURE(p.M);
     CAPTURE(p.N);
@@ -210,6 +216,7 @@ TEST_CASE("a chain of more products than a launch takes") {
     const size_t matrix = size_t(M) * N;
     for (NsType type : {NsType::bf16, NsType::fp16}) {
         CAPTURE(name_of(type));
+        const Cluster cluster(type == NsType::bf16 ? 1 : 2);
         const Bytes S = encode(normal(batch * size_t(M) * M, 1, 0.5f / std::sqrt(float(M))), type),
                     start = encode(normal(batch * matrix, 2), type);
         const Floats s = decode(S, type), x0 = decode(start, type);
