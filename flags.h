@@ -67,7 +67,7 @@ struct Options {
     std::string kernels = "auto";
     std::string recompute = "none";
     int head_rows = 0;
-    bool graph = false, profile = false, tune = true;
+    bool graph = true, profile = false, tune = true;
     double rank_timeout = 300;
     bool help = false, version = false;
 };
@@ -206,7 +206,7 @@ inline const std::vector<Flag>& flag_table() {
          "~/.cache/train_gpt; "
          "0: the library's guess"},
         {"run", "graph", &O::graph, on_off,
-         "on one GPU enqueue forward and backward as a CUDA graph: for small models and batches; not with --profile"},
+         "on one GPU, without --profile: forward and backward as one CUDA graph; 0: kernel by kernel, as elsewhere"},
         {"run", "profile", &O::profile, on_off,
          "time the phases of each step; two steps in full go to trace.json in --out (scripts/timeline.py draws them)"},
         {"run", "rank_timeout", &O::rank_timeout, "SECONDS", "give up on a rank that is silent for so long", 1, 1e6},
@@ -449,7 +449,6 @@ inline void check_contradictions(const Options& o, const std::set<std::string>& 
     }
 
     // run
-    if (o.graph && o.profile) usage_fail("--graph contradicts --profile, which times parts of what would be one");
     if (o.head_rows > 0 && o.head_rows < 128)
         usage_fail("--head_rows %d is too small: at least 128, or 0 for all rows", o.head_rows);
     only_with("sample_tokens", o.sample_every > 0, "--sample_every");

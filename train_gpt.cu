@@ -674,8 +674,6 @@ struct Run {
         if (tokenizer && config.vocab < tokenizer->vocab)
             fail("a vocabulary of %d is smaller than the %d tokens of the tokenizer beside the shards", config.vocab,
                  tokenizer->vocab);
-        if (options.graph && world.size > 1)
-            usage_fail("--graph is for one GPU: on several, collectives run beside the backward pass");
         if (options.vocab > 0 && options.vocab != config.vocab)
             fail("--vocab %d contradicts the %d of checkpoint %s", options.vocab, config.vocab, options.model.c_str());
         if (is_checkpoint(options.model)) {
@@ -1224,7 +1222,9 @@ class Trainer {
             finish<Backend>("the products to be timed");
         }
         int64_t micro_steps = 0;
-        typename Backend::Graph graphs[2];  // --graph: of a step's first micro-step, and of the others
+        // Several ranks' collectives run beside the backward, and --profile times parts of what would be one.
+        const bool as_graph = options.graph && world.size == 1 && !options.profile;
+        typename Backend::Graph graphs[2];  // of a step's first micro-step, and of the others
         typename Backend::EnqueueDeadline deadline;
         note_stop_signals();
         for (int64_t step = run.first_step + 1; step <= options.steps; step++) {
@@ -1262,7 +1262,7 @@ class Trainer {
                     Backend::sum_losses(sums, model.losses, int(tokens));
                     until_here("backward", m);
                 };
-                if (options.graph) {
+                if (as_graph) {
                     optimizer.need_all();  // the host's part of forward; that of backward is left to the optimizer
                     graphs[m > 0].run([&] { micro_step(false); });
                 } else {

@@ -115,7 +115,7 @@ __device__ void init_barriers(typename Tiles::Shared& shared) {
     if (threadIdx.x == 0) {
         for (int i = 0; i < 2; i++) {
             mbarrier_init(&shared.own_full[i], 1);
-            mbarrier_init(&shared.own_empty[i], Tiles::warpgroups);
+            mbarrier_init(&shared.own_empty[i], 4 * Tiles::warpgroups);
         }
         for (int i = 0; i < Tiles::stages; i++) {
             mbarrier_init(&shared.full[i], kWarpSize);
@@ -242,18 +242,18 @@ struct HopperConsumer {
             }
             b = item.b, h = item.h, own_tile = item.first + place, tiles = item.passing - above;
             if (mine) return true;
-            // Thread 0 speaks for the warpgroup, which nothing else has brought together since it read `item`.
-            barrier_sync(1 + index, 128);
             free_last_item();
         }
         if (threadIdx.x % 128 == 0) tma_store_wait_read();  // shared memory goes with the block
         return false;
     }
     // Once in an item, when there is something to wait for anyway: the stores of the item before have left shared
-    // memory, and its own tiles may be overwritten.
+    // memory, and its number and own tiles may be overwritten. Each warp for itself: nothing brings the warps of a
+    // warpgroup together that has no tile.
     __device__ void free_last_item() const {
-        if (threadIdx.x % 128 == 0 && i > 0) {
-            tma_store_wait_read();
+        __syncwarp();
+        if (lane == 0 && i > 0) {
+            if (warp == 0) tma_store_wait_read();
             mbarrier_arrive(&shared.own_empty[(i - 1) % 2]);
         }
     }

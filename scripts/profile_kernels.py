@@ -26,7 +26,7 @@ FAMILIES = [
     ("Newton-Schulz", r"muon_\w+_kernel|hopper_chain_kernel|\bhopper_kernel|\bproduct_(fp32_)?kernel"),
     ("LayerNorm, residual", r"layernorm_\w+_kernel"),
     ("classifier, loss", r"classifier_kernel|sum_losses_kernel"),
-    ("GELU", r"gelu_\w+_kernel"),
+    ("GELU", r"\bgelu_\w+_kernel"),
     ("bias gradients, partial sums", r"bias_backward_kernel|add_partials_kernel"),
     ("embedding", r"embedding_\w+_kernel|(position|token)_backward_kernel"),
     ("AdamW, norm, casts", r"adamw_kernel|norm_sums_kernel|clip_scale_kernel|cast_params_kernel"),

@@ -359,7 +359,6 @@ TEST_CASE("flags: contradictions name the flags") {
         {"--resume auto", "--resume auto|--out"},
         {"--switch_optimizer", "--switch_optimizer|--resume"},
         {"--gpus 2 --device cpu", "--gpus|--device cpu"},
-        {"--graph --profile", "--graph|--profile"},
         {"--head_rows 127", "--head_rows 127 is too small|128"},
     };
     for (const auto& c : cases) {
