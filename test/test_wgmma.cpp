@@ -70,8 +70,8 @@ TEST_CASE("wgmma.cuh: boxes of TMA, their swizzle, and what lies outside of the 
     const std::vector<bf16> values = integers<bf16>(batch * batch_stride, 1);
     const DeviceBuffer<bf16> from(values);
     for (int matrix : {0, 2})
-        for (int row : {0, 5, 24, 36, -3})
-            for (int col : {0, 24, 64, -8}) {
+        for (int row : {0, 5, 24, 36})
+            for (int col : {0, 24, 64}) {
                 CAPTURE(matrix);
                 CAPTURE(row);
                 CAPTURE(col);
