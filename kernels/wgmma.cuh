@@ -92,7 +92,8 @@ inline CUtensorMap tensor_map(const void* data, bool half /*fp16, else bf16*/, s
     return map;
 }
 
-// Box at (matrix, row, col) -> shared memory; its box_rows * 128 bytes count towards the barrier's, inside or not.
+// Box at (matrix, row, col), none of them negative -> shared memory; its box_rows * 128 bytes count towards the
+// barrier's, inside or not.
 __device__ inline void tma_load(void* box, const CUtensorMap* map, int matrix, int row, int col, uint64_t* barrier) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::

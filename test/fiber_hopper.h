@@ -176,11 +176,15 @@ inline TensorMap tensor_of(const CUtensorMap* map) {
     std::memcpy(&tensor, map, sizeof tensor);
     return tensor;
 }
+// A box may end outside of its tensor, but not begin before it: an H200 that was to load one at column -8, and store
+// it there, met an illegal instruction.
+inline void not_negative(int matrix, int row, int col, const char* what) {
+    if (matrix < 0 || row < 0 || col < 0) die("%s: a box at (%d, %d, %d), before the tensor", what, matrix, row, col);
+}
 // Element i of the box at (matrix, row, col), 64 columns wide; null outside of the tensor.
 inline uint16_t* box_element(const TensorMap& tensor, int matrix, int row, int col, int i) {
     row += i / 64, col += i % 64;
-    if (col < 0 || size_t(col) >= tensor.sizes[0] || row < 0 || size_t(row) >= tensor.sizes[1] || matrix < 0 ||
-        size_t(matrix) >= tensor.sizes[2])
+    if (size_t(col) >= tensor.sizes[0] || size_t(row) >= tensor.sizes[1] || size_t(matrix) >= tensor.sizes[2])
         return nullptr;
     return reinterpret_cast<uint16_t*>(tensor.data + matrix * tensor.strides[1] + row * tensor.strides[0]) + col;
 }
@@ -473,6 +477,7 @@ inline CUtensorMap tensor_map(const void* data, bool, size_t cols, size_t rows, 
 inline void tma_load(void* box, const CUtensorMap* map, int matrix, int row, int col, uint64_t* barrier) {
     using namespace fiber;
     if (hopper_thread().acquired) die("tma_load of what a counter has announced, without proxy_fence");
+    not_negative(matrix, row, col, "tma_load");
     const TensorMap tensor = tensor_of(map);
     const uint32_t address = box_address(box, tensor, "tma_load");
     Mbarrier* b = mbarrier(barrier, "tma_load");
@@ -493,6 +498,7 @@ inline void tma_load(void* box, const CUtensorMap* map, int matrix, int row, int
 }
 inline void tma_store(const CUtensorMap* map, int matrix, int row, int col, const void* box) {
     using namespace fiber;
+    not_negative(matrix, row, col, "tma_store");
     const TensorMap tensor = tensor_of(map);
     const uint32_t address = box_address(box, tensor, "tma_store"), end = address + tensor.box_rows * 128;
     const int first = machine.current / kMaxThreads * kMaxThreads;
