@@ -269,6 +269,7 @@ struct HopperConsumer {
         mbarrier_wait(&shared.full[(n + ahead) % Tiles::stages], (n + ahead) / Tiles::stages % 2);
     }
     __device__ void release_tile() {
+        __syncwarp();
         if (lane == 0) mbarrier_arrive(&shared.empty[n % Tiles::stages]);
         n++;
     }

@@ -158,17 +158,28 @@ repeat() {
     [[ $dry ]] || rm -rf $at
 }
 
-# Without the graph, so that each kernel is checked by itself; and racecheck without cuBLAS's kernels, in whose split sums it reports
-# races that are not ours to judge.
+# Our own kernels as the tool reports them: it also finds races in cuBLAS's split sums (nvjet), which are not ours to judge, and to leave
+# those kernels out (--kernel-name-exclude) ends in memory errors.
+ours_without_races() { # command...
+    "$@" > build/gpu_check_races 2>&1 || { cat build/gpu_check_races; return 1; }
+    cat build/gpu_check_races
+    ! grep -E 'Race reported|and (Read|Write) access' build/gpu_check_races | grep -qv nvjet
+}
+export -f ours_without_races
+
+# Without the graph, so that each kernel is checked by itself.
 sanitize_run() {
-    local tool optimizer only
+    local tool optimizer command
     random_tokens
     for tool in memcheck racecheck initcheck synccheck; do
-        only=()
-        [[ $tool != racecheck ]] || only=(--kernel-name-exclude kernel_substring=nvjet)
         for optimizer in adamw dmuon; do
-            part "$tool, five steps, $optimizer" compute-sanitizer --tool $tool "${only[@]}" --error-exitcode 1 ./train_gpt \
-                "${tiny[@]}" --device cuda --tune 0 --graph 0 --optimizer $optimizer --steps 5
+            command=(./train_gpt "${tiny[@]}" --device cuda --tune 0 --graph 0 --optimizer "$optimizer" --steps 5)
+            if [[ $tool == racecheck ]]; then
+                # shellcheck disable=SC2016 # the inner shell expands them
+                part "$tool, five steps, $optimizer" bash -c 'ours_without_races "$@"' - compute-sanitizer --tool $tool "${command[@]}"
+            else
+                part "$tool, five steps, $optimizer" compute-sanitizer --tool $tool --error-exitcode 1 "${command[@]}"
+            fi
         done
     done
 }

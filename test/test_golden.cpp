@@ -276,11 +276,26 @@ void check_recompute() {
     }
 }
 
+// The default stream, on which the tests run, cannot be recorded.
+struct StreamOfItsOwn {
+#ifdef __CUDACC__
+    const cudaStream_t before = cuda_stream;
+    StreamOfItsOwn() { CUDA_CHECK(cudaStreamCreate(&cuda_stream)); }
+    ~StreamOfItsOwn() {
+        cudaStreamDestroy(cuda_stream);
+        cuda_stream = before;
+    }
+#else
+    ~StreamOfItsOwn() {}  // or the variable would seem unused
+#endif
+};
+
 // What was recorded computes what it did, on the tokens and the weights of another step: four steps, of which the first
 // runs, the second is recorded, and all but the first are launched as graphs.
 template <class Backend>
 void check_graph() {
     const Options options;  // the optimizer keeps a reference
+    const StreamOfItsOwn stream;
     OddGpt<Backend> want(options, Recompute::none, 0), got(options, Recompute::none, 0);
     got.in_graphs = true;
     want.run_steps(4), got.run_steps(4);
