@@ -1,5 +1,5 @@
-// newton_schulz.cu: A = X X^T, the product that Newton-Schulz spends its time in, in twelve versions of one idea each.
-// Two of them are the trainer's: rung 6, ns_product (../ns_kernels.cuh) for every GPU, and rung 11, for Hopper
+// newton_schulz.cu: A = X X^T, the product that Newton-Schulz spends its time in, in eleven versions of one idea each.
+// Two of them are the trainer's: rung 6, ns_product (../ns_kernels.cuh) for every GPU, and the last one, for Hopper
 // (../kernels/ns_hopper.cuh). Beside them stands cuBLAS; then whole Newton-Schulz iterations are timed, over all hidden
 // matrices of a GPT-2, by themselves and as a chain in one launch.
 //
@@ -87,7 +87,6 @@ __global__ void xxt_3(bf16* A, const bf16* X, int m, int n) {
 // 7 to 10. Hopper's own instructions, again with every tile computed: newton_schulz_hopper.cuh.
 // 11. All of it: the lower tiles, mirrored by warps that only store, while others multiply the next tile; a chain of
 //     products in one launch.
-// 12. Pairs of blocks (clusters) load half of B each, for both: a third less from the L2.
 
 // ---------------------------------------------------------------------------------------------------------------------
 
@@ -177,12 +176,6 @@ static bool ladder() {
             NsKernels::NsChain one(batch, NsType::bf16, counters);
             NsKernels::ns_product(A, X, X, nullptr, 1, 0, 0, batch, m, m, n, NsProduct::symmetric_nt, NsType::bf16);
         });
-        hopper_cluster = 2;
-        rung("12 the same, two blocks load B for each other", [&] {
-            NsKernels::NsChain one(batch, NsType::bf16, counters);
-            NsKernels::ns_product(A, X, X, nullptr, 1, 0, 0, batch, m, m, n, NsProduct::symmetric_nt, NsType::bf16);
-        });
-        hopper_cluster = 1;
     }
     rung("   cuBLAS, one by one", one_by_one([=](bf16* A, const bf16* X, const bf16*) {
              cublas_product(A, X, X, 1, m, m, n, NsProduct::symmetric_nt);
@@ -291,9 +284,7 @@ static void whole_iterations() {
         int layers, C;
     };
     for (Model model : {Model{"124M", 12, 768}, Model{"350M", 24, 1024}}) {
-        printf("%s\n", !hopper_kernels()     ? "mma.sync"
-                       : hopper_cluster == 2 ? "wgmma, each chain of products in one launch, pairs of blocks"
-                                             : "wgmma, each chain of products in one launch");
+        printf("%s\n", hopper_kernels() ? "wgmma, each chain of products in one launch" : "mma.sync");
         HiddenMatrices matrices(model.layers, model.C);
         struct Part {
             std::string name;
@@ -327,8 +318,6 @@ int main() {
         right &= products();
         whole_iterations();
         if (hopper_kernels()) {
-            hopper_cluster = 2;
-            whole_iterations();
             portable_kernels = true;
             whole_iterations();
         }

@@ -26,10 +26,6 @@
 // would ask for a third more per FLOP, of the L2 and of shared memory. A row of tiles of a symmetric result ends with
 // one half as wide where the diagonal would leave half of it unneeded.
 //
-// With hopper_cluster = 2, two blocks take two tiles, one below the other, at once: each loads half of the B that both
-// need, for both. That is a third less from the L2; of a symmetric result the upper one of two tiles on the diagonal is
-// narrow, and its block waits for the other one.
-//
 // The bits of a matrix depend on its operands and its shape alone. The mma.sync kernel adds up the same products in
 // another order within 64 of K: both round the fp32 sum to 16 bits once.
 #pragma once
@@ -44,10 +40,7 @@ constexpr int kHopperStageElements = (kHopperRows + kHopperCols) * kHopperDepth;
 constexpr int kHopperStagingElements = kHopperRows * kHopperCols;                 // 64 KiB, four boxes side by side
 constexpr size_t kHopperSharedBytes = (kHopperStages * kHopperStageElements + kHopperStagingElements) * 2 + 256;
 
-inline int hopper_cluster = 1;  // or 2, not measured yet
-
-// A product of the chain. Of each matrix, counted in tiles of a cluster, `wide` tiles of 256 columns and `narrow` of
-// 128.
+// A product of the chain. Of each matrix `wide` tiles of 256 columns and `narrow` of 128.
 struct HopperProduct {
     NsProduct kind;
     int a, b, c, d;  // its tensor maps; c < 0: none
@@ -73,9 +66,7 @@ struct HopperTile {
     bool on_diagonal;  // of a symmetric result: its last 128 columns are
 };
 
-// The tile of the block `rank` of a cluster.
-template <int cluster>
-__device__ inline HopperTile hopper_tile(const HopperChain& chain, int t, int rank) {
+__device__ inline HopperTile hopper_tile(const HopperChain& chain, int t) {
     HopperTile tile;
     if (t >= chain.batch * chain.tiles_per_matrix) {
         tile.product = -1;
@@ -89,16 +80,9 @@ __device__ inline HopperTile hopper_tile(const HopperChain& chain, int t, int ra
     tile.narrow = t >= p.wide;
     if (tile.narrow) t -= p.wide;
     if (p.kind == NsProduct::nn) {
-        tile.row = (tile.narrow ? t : t / p.wide_across) * cluster * kHopperRows + rank * kHopperRows;
+        tile.row = (tile.narrow ? t : t / p.wide_across) * kHopperRows;
         tile.col = (tile.narrow ? p.wide_across : t % p.wide_across) * kHopperCols;
         tile.on_diagonal = false;
-    } else if (cluster == 2) {
-        int row = 0;
-        while (t > row) t -= ++row;
-        tile.row = (row * cluster + rank) * kHopperRows;
-        tile.col = t * kHopperCols;
-        tile.on_diagonal = t == row;
-        tile.narrow = t == row && rank == 0;
     } else if (tile.narrow) {  // every second row of tiles ends with a narrow one
         tile.row = tile.col = t * 2 * kHopperRows;
         tile.on_diagonal = true;
@@ -116,8 +100,6 @@ __device__ inline HopperTile hopper_tile(const HopperChain& chain, int t, int ra
 struct HopperShared {
     uint64_t full[kHopperStages], empty[kHopperStages], staging_in, staging_out, tile_full[2], tile_empty[2];
     HopperTile tiles[2];
-    uint64_t number_full, number_empty;  // of a cluster: its first block passes on which tile is next
-    int number;
 };
 static_assert(sizeof(HopperShared) <= 256, "as kHopperSharedBytes counts it");
 
@@ -137,17 +119,8 @@ __device__ inline HopperTile hopper_next_tile(HopperShared* shared, int i) {
     return tile;
 }
 
-// A stage has been read, by this warpgroup.
-template <int cluster>
-__device__ inline void hopper_release(HopperShared* shared, int stage) {
-    if (threadIdx.x % 128 != 0) return;
-    if constexpr (cluster == 1) mbarrier_arrive(&shared->empty[stage]);
-    else
-        for (int rank = 0; rank < cluster; rank++) mbarrier_arrive_at(&shared->empty[stage], rank);
-}
-
 // One tile's sums by a warpgroup, from the ring to `staging`. width: 256, or 128 of a narrow tile.
-template <class T, NsProduct kind, int width, int cluster>
+template <class T, NsProduct kind, int width>
 __device__ inline void hopper_multiply(HopperRing& ring, T* stages, T* staging, HopperShared* shared,
                                        const HopperProduct& product, const HopperTile& tile, int tile_parity) {
     constexpr bool transposed_b = kind == NsProduct::nn;  // B is (K, N)
@@ -173,13 +146,13 @@ __device__ inline void hopper_multiply(HopperRing& ring, T* stages, T* staging, 
                 transposed_b ? mn_major_step(b_cols, step) : k_major_step(b_cols, step), k > 0 || step > 0);
         wgmma_commit();
         wgmma_wait<1>();  // the stage before this one has been read
-        if (k > 0) hopper_release<cluster>(shared, last.stage);
+        if (k > 0 && threadIdx.x % 128 == 0) mbarrier_arrive(&shared->empty[last.stage]);
         last = ring;
         ring.next();
     }
     wgmma_wait<0>();
     wgmma_keep(sums);
-    if (k_steps > 0) hopper_release<cluster>(shared, last.stage);
+    if (k_steps > 0 && threadIdx.x % 128 == 0) mbarrier_arrive(&shared->empty[last.stage]);
 
     // Sums -> staging, (16, 16) at a time, in the place where C lies. `place`: this lane's row of the four 8 x 8
     // matrices that ldmatrix and stmatrix move; with 16 columns more a bit of its swizzled address changes.
@@ -264,41 +237,19 @@ __device__ inline void hopper_wait_for(const int* counter, int value) {
     counter_wait(counter, value);
     proxy_fence();
 }
-
-// Which tile is next, for the one thread that loads: taken by the first block of a cluster, which tells the second one.
-// i counts its calls.
-template <int cluster>
-__device__ inline int hopper_take(HopperShared* shared, int* counter, int rank, int i) {
-    if constexpr (cluster == 1) return atomicAdd(counter, 1);
-    if (rank == 0) {
-        const int number = atomicAdd(counter, 1);
-        if (i > 0) mbarrier_wait(&shared->number_empty, (i - 1) % 2);
-        store_at(&shared->number, number, 1, &shared->number_full);
-        return number;
-    }
-    mbarrier_arrive_expect(&shared->number_full, sizeof(int));
-    mbarrier_wait(&shared->number_full, i % 2);
-    const int number = shared->number;
-    mbarrier_arrive_at(&shared->number_empty, 0);
-    return number;
-}
 #endif
 
 // Grid: at most one block per SM, so that all run at once.
-template <class T, int cluster>
+template <class T>
 __global__ void __launch_bounds__(kHopperThreads, 1) hopper_chain_kernel(const __grid_constant__ HopperChain chain) {
 #if HOPPER
     DYNAMIC_SHARED(T, stages);
-    const int rank = cluster == 1 ? 0 : cluster_rank();
-    auto meet = [] {  // nobody reaches into a block that has not begun, or has returned
-        if constexpr (cluster > 1) cluster_sync();
-    };
     T* staging = stages + kHopperStages * kHopperStageElements;
     HopperShared* shared = reinterpret_cast<HopperShared*>(staging + kHopperStagingElements);
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < kHopperStages; stage++) {
             mbarrier_init(&shared->full[stage], 1);
-            mbarrier_init(&shared->empty[stage], 2 * cluster);  // warpgroups
+            mbarrier_init(&shared->empty[stage], 2);  // the two warpgroups
         }
         mbarrier_init(&shared->staging_in, 1);
         mbarrier_init(&shared->staging_out, kHopperMultiplyThreads / 32);
@@ -306,21 +257,19 @@ __global__ void __launch_bounds__(kHopperThreads, 1) hopper_chain_kernel(const _
             mbarrier_init(&shared->tile_full[i], 1);
             mbarrier_init(&shared->tile_empty[i], kHopperMultiplyThreads + kHopperStoreThreads);
         }
-        if (cluster > 1) mbarrier_init(&shared->number_full, 1), mbarrier_init(&shared->number_empty, 1);
         mbarrier_init_fence();
     }
     __syncthreads();
-    meet();
 
     if (threadIdx.x >= 128) {  // multiply
         take_registers<232>();
         HopperRing ring;
         for (int i = 0;; i++) {
             const HopperTile tile = hopper_next_tile(shared, i);
-            if (tile.product < 0) return meet();
+            if (tile.product < 0) return;
             const HopperProduct& product = chain.products[tile.product];
             auto multiply = [&](auto kind, auto width) {
-                hopper_multiply<T, kind, width, cluster>(ring, stages, staging, shared, product, tile, i % 2);
+                hopper_multiply<T, kind, width>(ring, stages, staging, shared, product, tile, i % 2);
             };
             using Wide = std::integral_constant<int, kHopperCols>;
             using Narrow = std::integral_constant<int, kHopperRows>;
@@ -338,26 +287,20 @@ __global__ void __launch_bounds__(kHopperThreads, 1) hopper_chain_kernel(const _
     if (threadIdx.x < 32) {  // loads
         if (threadIdx.x != 0) return;
         HopperRing ring;
-        int next = hopper_take<cluster>(shared, chain.counters, rank, 0);
+        int next = atomicAdd(chain.counters, 1);
         for (int i = 0;; i++) {
-            const HopperTile tile = hopper_tile<cluster>(chain, next, rank);
+            const HopperTile tile = hopper_tile(chain, next);
             if (tile.product > 0)
                 hopper_wait_for(chain.counters + 1 + (tile.product - 1) * chain.batch + tile.matrix,
-                                chain.products[tile.product - 1].tiles() * cluster);
+                                chain.products[tile.product - 1].tiles());
             if (i >= 2) mbarrier_wait(&shared->tile_empty[i % 2], i / 2 % 2 ^ 1);
             shared->tiles[i % 2] = tile;
             mbarrier_arrive(&shared->tile_full[i % 2]);
-            if (tile.product < 0) return meet();
-            next = hopper_take<cluster>(shared, chain.counters, rank, i + 1);
+            if (tile.product < 0) return;
+            next = atomicAdd(chain.counters, 1);
             const HopperProduct& product = chain.products[tile.product];
             const CUtensorMap *a_map = &chain.maps[product.a], *b_map = &chain.maps[product.b];
-            const int width =
-                tile.narrow && (cluster == 1 || product.kind == NsProduct::nn) ? kHopperRows : kHopperCols;  // of B
-            const int first = rank * width / cluster, end = first + width / cluster;  // of them ours
-            auto load_b = [&](T* box, int row, int col, uint64_t* full) {
-                if constexpr (cluster == 1) tma_load(box, b_map, tile.matrix, row, col, full);
-                else tma_load_multicast(box, b_map, tile.matrix, row, col, full, (1 << cluster) - 1);
-            };
+            const int width = tile.narrow ? kHopperRows : kHopperCols;
             const bool one_box = product.same && tile.on_diagonal;
             for (int k = 0; k < product.K; k += kHopperDepth, ring.next()) {
                 T *a = stages + ring.stage * kHopperStageElements, *b = a + kHopperBox;
@@ -366,11 +309,11 @@ __global__ void __launch_bounds__(kHopperThreads, 1) hopper_chain_kernel(const _
                 mbarrier_arrive_expect(full, ((one_box ? 0 : kHopperRows) + width) * kHopperDepth * 2);
                 if (!one_box) tma_load(a, a_map, tile.matrix, tile.row, k, full);
                 if (product.kind == NsProduct::symmetric_nt) {
-                    for (int col = first; col < end; col += kHopperRows)
-                        load_b(b + col * kBoxCols, tile.col + col, k, full);
+                    for (int col = 0; col < width; col += kHopperRows)
+                        tma_load(b + col * kBoxCols, b_map, tile.matrix, tile.col + col, k, full);
                 } else {
-                    for (int col = first; col < end; col += kBoxCols)
-                        load_b(b + col * kHopperDepth, k, tile.col + col, full);
+                    for (int col = 0; col < width; col += kBoxCols)
+                        tma_load(b + col * kHopperDepth, b_map, tile.matrix, k, tile.col + col, full);
                 }
             }
         }
@@ -379,7 +322,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1) hopper_chain_kernel(const _
     const int thread = threadIdx.x - 32;  // store
     for (int i = 0;; i++) {
         const HopperTile tile = hopper_next_tile(shared, i);
-        if (tile.product < 0) return meet();
+        if (tile.product < 0) return;
         const HopperProduct& product = chain.products[tile.product];
         const CUtensorMap* d_map = &chain.maps[product.d];
         const int width = tile.narrow ? kHopperRows : kHopperCols;
@@ -428,7 +371,6 @@ __global__ void __launch_bounds__(kHopperThreads, 1) hopper_chain_kernel(const _
 // ones before it have made of the same matrix. counters: ns_chain_counters(batch).
 class HopperRecorder {
     const NsType type;
-    const int cluster = hopper_cluster;
     HopperChain chain = {};
     int map_count = 0;
     struct Mapped {
@@ -466,13 +408,11 @@ class HopperRecorder {
         p.alpha = alpha, p.beta = beta, p.diag = diag;
         p.M = M, p.N = N, p.K = K;
         p.same = A == B;
-        const int down = ceil_div(M, cluster * kHopperRows), halves = ceil_div(N, kHopperRows);
+        const int down = ceil_div(M, kHopperRows), halves = ceil_div(N, kHopperRows);
         if (kind == NsProduct::nn) {
             p.wide_across = halves / 2;
             p.wide = down * p.wide_across;
             p.narrow = down * (halves % 2);
-        } else if (cluster == 2) {
-            p.wide = down * (down + 1) / 2;
         } else {
             for (int row = 0; row < down; row++) p.wide += (row + 1) / 2;
             p.narrow = (down + 1) / 2;
@@ -488,14 +428,9 @@ class HopperRecorder {
         }();
         CUDA_CHECK(cudaMemsetAsync(chain.counters, 0, (1 + size_t(chain.product_count) * chain.batch) * sizeof(int),
                                    cuda_stream));
-        const int blocks = std::min(chain.batch * chain.tiles_per_matrix, multiprocessors / cluster) * cluster;
-        auto launch_as = [&](auto one, auto two) {
-            if (cluster == 1) LAUNCH(one, blocks, kHopperThreads, kHopperSharedBytes, chain);
-            else launch_clusters("clusters", two, cluster, blocks, kHopperThreads, kHopperSharedBytes, chain);
-        };
-        using bf16 = __nv_bfloat16;
-        if (type == NsType::fp16) launch_as(hopper_chain_kernel<__half, 1>, hopper_chain_kernel<__half, 2>);
-        else launch_as(hopper_chain_kernel<bf16, 1>, hopper_chain_kernel<bf16, 2>);
+        const int blocks = std::min(chain.batch * chain.tiles_per_matrix, multiprocessors);
+        const auto kernel = type == NsType::fp16 ? hopper_chain_kernel<__half> : hopper_chain_kernel<__nv_bfloat16>;
+        LAUNCH(kernel, blocks, kHopperThreads, kHopperSharedBytes, chain);
         chain.product_count = chain.tiles_per_matrix = 0;
     }
 };

@@ -3,7 +3,6 @@
 //   mbarriers         how the two wait for each other, in shared memory
 //   TMA               tiles of a 3-dimensional tensor <-> shared memory, by one thread, in the background
 //   wgmma             products of tiles in shared memory by a warpgroup (4 warps, the first a multiple of 4)
-//   clusters          blocks that reach into each other's shared memory, and load for each other
 //   the rest          stmatrix, registers handed from one warpgroup to another, barriers of some warps
 // Kernels that use them have their bodies between #if HOPPER and #endif, so that other architectures compile; where
 // hopper_kernels() is false the launchers take the mma.sync kernels. With -DFIBER the same functions come from the
@@ -93,7 +92,8 @@ inline CUtensorMap tensor_map(const void* data, bool half /*fp16, else bf16*/, s
     return map;
 }
 
-// Box at (matrix, row, col) -> shared memory; its box_rows * 128 bytes count towards the barrier's, inside or not.
+// Box at (matrix, row, col), none of them negative -> shared memory; its box_rows * 128 bytes count towards the
+// barrier's, inside or not.
 __device__ inline void tma_load(void* box, const CUtensorMap* map, int matrix, int row, int col, uint64_t* barrier) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
@@ -226,70 +226,6 @@ __device__ inline void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t
 }
 
 #endif
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Clusters: neighbouring blocks on neighbouring SMs. Pointers are the caller's own; what is meant lies at the same
-// place in the block `rank` of the cluster. A block must not reach into one that has not begun or has returned:
-// cluster_sync.
-
-#ifndef FIBER
-__device__ inline int cluster_rank() {
-    uint32_t rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return int(rank);
-}
-// Of all threads of the cluster that have not returned.
-__device__ inline void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-__device__ inline void mbarrier_arrive_at(uint64_t* barrier, int rank) {
-    asm volatile(
-        "{\n.reg .b32 remote;\n"
-        "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(barrier)),
-        "r"(rank)
-        : "memory");
-}
-// Stores a number, and counts its 4 bytes towards the barrier there.
-__device__ inline void store_at(int* to, int value, int rank, uint64_t* barrier) {
-    asm volatile(
-        "{\n.reg .b32 remote, remote_barrier;\n"
-        "mapa.shared::cluster.u32 remote, %0, %2;\n"
-        "mapa.shared::cluster.u32 remote_barrier, %1, %2;\n"
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [remote], %3, [remote_barrier];\n}" ::"r"(
-            shared_address(to)),
-        "r"(shared_address(barrier)), "r"(rank), "r"(value)
-        : "memory");
-}
-// tma_load into every block whose bit is set in `ranks`; each counts the bytes towards its own barrier.
-__device__ inline void tma_load_multicast(void* box, const CUtensorMap* map, int matrix, int row, int col,
-                                          uint64_t* barrier, int ranks) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-        "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared_address(box)),
-        "l"(map), "r"(col), "r"(row), "r"(matrix), "r"(shared_address(barrier)), "h"(uint16_t(ranks))
-        : "memory");
-}
-#endif
-
-template <class... Parameters, class... Arguments>
-void launch_clusters(const char* name, void (*kernel)(Parameters...), int cluster, int blocks, int threads,
-                     size_t shared_bytes, const Arguments&... arguments) {
-#ifdef FIBER
-    fiber::launch(
-        name, blocks, threads, shared_bytes, [&] { kernel(arguments...); }, cluster);
-#else
-    cudaLaunchAttribute size = {};
-    size.id = cudaLaunchAttributeClusterDimension;
-    size.val.clusterDim.x = cluster, size.val.clusterDim.y = size.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = shared_bytes;
-    config.stream = cuda_stream, config.attrs = &size, config.numAttrs = 1;
-    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), name,
-               __FILE__, __LINE__);
-    cuda_check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name, __FILE__, __LINE__);
-#endif
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The rest

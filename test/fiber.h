@@ -6,8 +6,8 @@
 // launch to launch.
 //
 // The GPU that it makes believe is a Hopper of four multiprocessors. Blocks with more dynamic shared memory than would
-// leave room for a second one run four at once, and may wait for each other; so do blocks of clusters. All others run
-// one after the other, so that __shared__ is a static variable.
+// leave room for a second one run four at once, and may wait for each other. All others run one after the other, so
+// that __shared__ is a static variable.
 //
 // In reading order: the switch between fibers, the scheduler, barriers and warp collectives, the launch, the vocabulary
 // of CUDA (threadIdx, shuffles, intrinsics, the few runtime calls), and the instructions that mma.cuh wraps. Those of
@@ -129,8 +129,7 @@ struct Machine {
     Context scheduler;
     std::vector<int> ready;  // the last one runs next: a warp whose lanes have met goes on before other warps start
     std::vector<Background> background;
-    int current = 0, count = 0 /*threads of a block*/, running = 0 /*blocks, at most*/, cluster = 1 /*blocks*/;
-    int made[kMultiprocessors] = {};
+    int current = 0, count = 0 /*threads of a block*/, running = 0 /*blocks, at most*/, made[kMultiprocessors] = {};
     size_t shared_bytes = 0;
     const std::function<void()>* body = nullptr;
     const char* kernel = "";
@@ -367,8 +366,7 @@ inline void start_block(int b, size_t order, size_t blocks) {
     }
 }
 
-inline void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body,
-                   int cluster = 1) {
+inline void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
     machine.kernel = kernel;
     machine.count = block.x * block.y * block.z;
     const size_t blocks = size_t(grid.x) * grid.y * grid.z;
@@ -376,10 +374,7 @@ inline void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_byte
     if (blocks < 1 || grid.y > 65535 || grid.z > 65535) die("grid (%u,%u,%u)", grid.x, grid.y, grid.z);
     if (shared_bytes > kSharedBytes)
         die("%zu bytes of dynamic shared memory; a block may have %zu", shared_bytes, kSharedBytes);
-    if (cluster > 1 && (blocks % cluster != 0 || blocks > kMultiprocessors)) die("%zu blocks of clusters", blocks);
-    machine.cluster = cluster;
-    machine.running =
-        shared_bytes > kSharedBytes / 2 || cluster > 1 ? int(std::min(blocks, size_t(kMultiprocessors))) : 1;
+    machine.running = shared_bytes > kSharedBytes / 2 ? int(std::min(blocks, size_t(kMultiprocessors))) : 1;
     for (int b = 0; b < machine.running; b++) make_threads(b, machine.count);
     machine.body = &body;
     machine.shared_bytes = shared_bytes;

@@ -77,11 +77,6 @@ struct HopperBlock {
     std::vector<uint64_t*> unfenced_barriers;
     int registers[kMaxThreads / kWarp], free_registers;
 };
-struct ClusterBarrier {
-    int arrived = 0;
-    unsigned phase = 0;
-};
-inline ClusterBarrier cluster_barriers[kMultiprocessors];  // of the cluster that begins at block i
 inline HopperThread hopper_threads[kMultiprocessors * kMaxThreads];
 inline HopperBlock hopper_blocks[kMultiprocessors];
 inline Warpgroup warpgroups[kMultiprocessors * kMaxThreads / kWarpgroup];
@@ -94,7 +89,6 @@ inline void hopper_start_block(int block) {
     const int registers = std::min(65536 / machine.count / 8 * 8, 248);
     hopper_blocks[block] = HopperBlock();
     hopper_blocks[block].free_registers = 0;
-    cluster_barriers[block] = ClusterBarrier();
     std::fill_n(hopper_blocks[block].registers, kMaxThreads / kWarp, registers);
     for (int t = 0; t < machine.count; t++) hopper_threads[block * kMaxThreads + t] = HopperThread();
     for (int w = 0; w < machine.count; w += kWarpgroup)
@@ -182,11 +176,15 @@ inline TensorMap tensor_of(const CUtensorMap* map) {
     std::memcpy(&tensor, map, sizeof tensor);
     return tensor;
 }
+// A box may end outside of its tensor, but not begin before it: an H200 that was to load one at column -8, and store
+// it there, met an illegal instruction.
+inline void not_negative(int matrix, int row, int col, const char* what) {
+    if (matrix < 0 || row < 0 || col < 0) die("%s: a box at (%d, %d, %d), before the tensor", what, matrix, row, col);
+}
 // Element i of the box at (matrix, row, col), 64 columns wide; null outside of the tensor.
 inline uint16_t* box_element(const TensorMap& tensor, int matrix, int row, int col, int i) {
     row += i / 64, col += i % 64;
-    if (col < 0 || size_t(col) >= tensor.sizes[0] || row < 0 || size_t(row) >= tensor.sizes[1] || matrix < 0 ||
-        size_t(matrix) >= tensor.sizes[2])
+    if (size_t(col) >= tensor.sizes[0] || size_t(row) >= tensor.sizes[1] || size_t(matrix) >= tensor.sizes[2])
         return nullptr;
     return reinterpret_cast<uint16_t*>(tensor.data + matrix * tensor.strides[1] + row * tensor.strides[0]) + col;
 }
@@ -199,29 +197,6 @@ inline uint32_t box_address(const void* box, const TensorMap& tensor, const char
     return address;
 }
 
-// To the same place of a block, which may be another one of the cluster.
-inline void load_box(void* box, const CUtensorMap* map, int matrix, int row, int col, uint64_t* barrier, int block) {
-    if (hopper_thread().acquired) die("tma_load of what a counter has announced, without proxy_fence");
-    const TensorMap tensor = tensor_of(map);
-    const uint32_t address = box_address(box, tensor, "tma_load");
-    address_in(barrier, 8, "tma_load: its barrier");
-    unsigned char* memory = dynamic_shared[block];
-    auto* b = reinterpret_cast<Mbarrier*>(memory + (reinterpret_cast<unsigned char*>(barrier) - shared_memory()));
-    if (b->magic != Mbarrier::kMagic) die("tma_load: its barrier is not initialised");
-    if (!b->visible_to_tma) die("tma_load: its barrier lacks mbarrier_init_fence");
-    const auto land = [=] {
-        for (int i = 0; i < tensor.box_rows * 64; i++) {
-            const uint16_t* from = box_element(tensor, matrix, row, col, i);
-            const uint16_t value = from ? *from : 0;
-            std::memcpy(memory + (in_box(address, i) - kSharedBase), &value, 2);
-        }
-        b->bytes -= tensor.box_rows * 128;
-        complete(b);
-    };
-    if (!machine.block().late_copies) return land();
-    std::memset(memory + (address - kSharedBase), 0xff, tensor.box_rows * 128);
-    machine.background.push_back({block, land});
-}
 inline void read_box(Box& store) {
     if (!store.elements.empty()) return;
     const TensorMap tensor = tensor_of(&store.map);
@@ -500,10 +475,30 @@ inline CUtensorMap tensor_map(const void* data, bool, size_t cols, size_t rows, 
 }
 
 inline void tma_load(void* box, const CUtensorMap* map, int matrix, int row, int col, uint64_t* barrier) {
-    fiber::load_box(box, map, matrix, row, col, barrier, fiber::machine.current / fiber::kMaxThreads);
+    using namespace fiber;
+    if (hopper_thread().acquired) die("tma_load of what a counter has announced, without proxy_fence");
+    not_negative(matrix, row, col, "tma_load");
+    const TensorMap tensor = tensor_of(map);
+    const uint32_t address = box_address(box, tensor, "tma_load");
+    Mbarrier* b = mbarrier(barrier, "tma_load");
+    if (!b->visible_to_tma) die("tma_load: its barrier lacks mbarrier_init_fence");
+    unsigned char* memory = shared_memory();
+    const auto land = [=] {
+        for (int i = 0; i < tensor.box_rows * 64; i++) {
+            const uint16_t* from = box_element(tensor, matrix, row, col, i);
+            const uint16_t value = from ? *from : 0;
+            std::memcpy(memory + (in_box(address, i) - kSharedBase), &value, 2);
+        }
+        b->bytes -= tensor.box_rows * 128;
+        complete(b);
+    };
+    if (!machine.block().late_copies) return land();
+    std::memset(box, 0xff, tensor.box_rows * 128);
+    machine.background.push_back({machine.current / kMaxThreads, land});
 }
 inline void tma_store(const CUtensorMap* map, int matrix, int row, int col, const void* box) {
     using namespace fiber;
+    not_negative(matrix, row, col, "tma_store");
     const TensorMap tensor = tensor_of(map);
     const uint32_t address = box_address(box, tensor, "tma_store"), end = address + tensor.box_rows * 128;
     const int first = machine.current / kMaxThreads * kMaxThreads;
@@ -533,70 +528,6 @@ inline void tma_store_wait() {
     thread.stores.swap(left);
 }
 inline void tma_prefetch(const CUtensorMap*) {}
-
-namespace fiber {
-
-// The running block that has that rank in the current one's cluster
-inline int block_of_rank(int rank) {
-    const int here = machine.current / kMaxThreads, first = here / machine.cluster * machine.cluster;
-    if (rank < 0 || rank >= machine.cluster) die("rank %d of a cluster of %d blocks", rank, machine.cluster);
-    for (int b = first; b < first + machine.cluster; b++)
-        if (int(machine.blocks[b].index.x) % machine.cluster == rank) {
-            if (machine.blocks[b].live == 0) die("reaches into a block of the cluster that has returned");
-            return b;
-        }
-    die("clusters are torn");
-}
-template <class T>
-T* in_block(int block, T* mine) {
-    address_in(mine, sizeof(T), "an address in a cluster");
-    unsigned char* there = dynamic_shared[block] + (reinterpret_cast<const unsigned char*>(mine) - shared_memory());
-    return reinterpret_cast<T*>(there);
-}
-inline Mbarrier* mbarrier_in(int block, uint64_t* mine) {
-    auto* b = reinterpret_cast<Mbarrier*>(in_block(block, mine));
-    if (b->magic != Mbarrier::kMagic) die("reaches a barrier of another block that is not initialised");
-    return b;
-}
-
-}  // namespace fiber
-
-inline int cluster_rank() { return int(blockIdx.x) % fiber::machine.cluster; }
-inline void cluster_sync() {
-    using namespace fiber;
-    const int first = machine.current / kMaxThreads / machine.cluster * machine.cluster;
-    ClusterBarrier& barrier = cluster_barriers[first];
-    barrier.arrived++;
-    const unsigned phase = barrier.phase;
-    auto all_there = [&] {
-        int live = 0;  // who has returned is not waited for
-        for (int b = first; b < first + machine.cluster; b++) live += machine.blocks[b].live;
-        if (barrier.phase == phase && barrier.arrived == live) barrier.arrived = 0, barrier.phase++;
-        return barrier.phase != phase;
-    };
-    wait_until(all_there, [&] { return "cluster_sync: " + std::to_string(barrier.arrived) + " threads"; });
-}
-inline void mbarrier_arrive_at(uint64_t* barrier, int rank) {
-    fiber::arrive(fiber::mbarrier_in(fiber::block_of_rank(rank), barrier));
-}
-inline void store_at(int* to, int value, int rank, uint64_t* barrier) {
-    using namespace fiber;
-    const int block = block_of_rank(rank);
-    int* there = in_block(block, to);
-    Mbarrier* b = mbarrier_in(block, barrier);
-    const auto land = [=] {
-        *there = value;
-        b->bytes -= 4;
-        complete(b);
-    };
-    if (machine.block().late_copies) machine.background.push_back({block, land});
-    else land();
-}
-inline void tma_load_multicast(void* box, const CUtensorMap* map, int matrix, int row, int col, uint64_t* barrier,
-                               int ranks) {
-    for (int rank = 0; rank < fiber::machine.cluster; rank++)
-        if (ranks >> rank & 1) fiber::load_box(box, map, matrix, row, col, barrier, fiber::block_of_rank(rank));
-}
 
 inline void proxy_fence() {
     tma_store_fence();

@@ -218,6 +218,8 @@ FAULTS = [
     Fault("kernels/ns_hopper.cuh", "if (thread == 0) tma_store_wait_read();", "", "fiber_bf16 ns_product against sums*"),
     Fault("kernels/ns_hopper.cuh", "            tma_store_wait();\n", "            tma_store_wait_read();\n", "fiber_bf16 a chain of more*"),
     Fault("kernels/ns_hopper.cuh", "    counter_wait(counter, value);\n", "", "fiber_bf16 a chain of more*"),
+    Fault("kernels/ns_hopper.cuh", "chain.products[tile.product - 1].tiles());", "chain.products[tile.product - 1].tiles() / 2);",
+          "fiber_bf16 a chain of more*"),
     Fault("kernels/ns_hopper.cuh", "chain.product_count = chain.tiles_per_matrix = 0;", "chain.product_count = 0;", "fiber_bf16 a chain of more*"),
     Fault("kernels/attention_hopper.cuh", "k / 4 * Tiles::box_bytes + k % 4 * 32", "k * 32", "fiber_bf16 attention: heads of 32 and 128"),
     Fault("kernels/attention_hopper.cuh", "mbarrier_wait(&shared.empty[stage], n / Tiles::stages % 2 ^ 1);", "",
@@ -235,10 +237,6 @@ FAULTS = [
     Fault("dev/newton_schulz_hopper.cuh", "wgmma_wait<1>();         // step k - 1", "// step k - 1", "fiber_bf16 ladder: X X^T*"),
     Fault("dev/newton_schulz_hopper.cuh", "if (k > 0) release();", "release();", "fiber_bf16 ladder: X X^T*"),
     Fault("dev/newton_schulz_hopper.cuh", "mbarrier_wait(&shared->empty[ring.stage], ring.parity ^ 1);", "", "fiber_bf16 ladder: X X^T*"),
-    Fault("kernels/ns_hopper.cuh", "for (int rank = 0; rank < cluster; rank++) mbarrier_arrive_at", "for (int rank = 0; rank < 1; rank++) mbarrier_arrive_at",
-          "fiber_bf16 ns_product against sums*"),
-    Fault("kernels/ns_hopper.cuh", "const int first = rank * width / cluster, end", "const int first = 0, end", "fiber_bf16 ns_product against sums*"),
-    Fault("kernels/ns_hopper.cuh", ".tiles() * cluster);", ".tiles());", "fiber_bf16 a chain of more*"),
 ]
 
 

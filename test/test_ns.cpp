@@ -99,14 +99,9 @@ struct Operands {
     }
 };
 
-// A product by itself takes the portable kernel; one of a chain, where the GPU has it, that of ns_hopper.cuh, whose
-// blocks work by themselves or in pairs.
-enum class Path { alone, chain, pairs };
-const std::vector<Path> kPaths = {Path::alone, Path::chain, Path::pairs};
-struct Cluster {
-    explicit Cluster(int blocks) { hopper_cluster = blocks; }
-    ~Cluster() { hopper_cluster = 1; }
-};
+// A product by itself takes the portable kernel; one of a chain, where the GPU has it, that of ns_hopper.cuh.
+enum class Path { alone, chain };
+const std::vector<Path> kPaths = {Path::alone, Path::chain};
 
 // The product of matrices first .. first + batch - 1, by NsKernels.
 Bytes on_device(const Product& p, NsType type, const Operands& x, int first, int batch, Path path) {
@@ -119,8 +114,7 @@ Bytes on_device(const Product& p, NsType type, const Operands& x, int first, int
     DeviceBuffer<int> counters(ns_chain_counters(batch));
     {
         std::optional<NsKernels::NsChain> chain;
-        const Cluster cluster(path == Path::pairs ? 2 : 1);
-        if (path != Path::alone) chain.emplace(batch, type, counters.data());
+        if (path == Path::chain) chain.emplace(batch, type, counters.data());
         NsKernels::ns_product(D, A, p.same ? A.data() : B.data(), x.C.empty() ? nullptr : C.data(), p.alpha, p.beta,
                               p.diag, batch, p.M, p.N, p.K, p.kind, type);
     }
@@ -137,7 +131,7 @@ double product_bound(double exact, double magnitude, int K, NsType type) {
 }
 
 void check_product(const Product& p, NsType type, Path path) {
-    CAPTURE(int(path));
+    CAPTURE(path == Path::chain);
     CAPTURE(name_of(type));
     CAPTURE(p.M);
     CAPTURE(p.N);
@@ -215,30 +209,26 @@ TEST_CASE("a chain of more products than a launch takes") {
     const int M = 136, N = 72, batch = 2, products = 2 * kNsChainProducts + 3;
     const size_t matrix = size_t(M) * N;
     for (NsType type : {NsType::bf16, NsType::fp16}) {
-        for (int blocks : {1, 2}) {
-            CAPTURE(name_of(type));
-            CAPTURE(blocks);
-            const Cluster cluster(blocks);
-            Floats P(batch * size_t(M) * M, 0.0f);
-            for (int i = 0; i < batch * M; i++) P[size_t(i) * M + (i % M + 1) % M] = 1;
-            const Bytes start = encode(normal(batch * matrix, 2), type);
-            const DeviceBuffer<unsigned char> device_p(encode(P, type)), first(start), other(start.size());
-            const DeviceBuffer<int> counters(ns_chain_counters(batch));
-            {
-                NsKernels::NsChain chain(batch, type, counters);
-                for (int k = 0; k < products; k++)
-                    NsKernels::ns_product(k % 2 ? first : other, device_p, k % 2 ? other : first, nullptr, 1, 0, 0,
-                                          batch, M, N, M, NsProduct::nn, type);
-            }
-            const Floats got = decode((products % 2 ? other : first).download(), type), x0 = decode(start, type);
-            int wrong = 0;
-            for (int b = 0; b < batch; b++)
-                for (int i = 0; i < M; i++)
-                    for (int c = 0; c < N; c++)
-                        wrong += got[b * matrix + i * N + c] != x0[b * matrix + ((i + products) % M) * size_t(N) + c];
-            CHECK(wrong == 0);
-            CHECK(counters.guards_intact());
+        CAPTURE(name_of(type));
+        Floats P(batch * size_t(M) * M, 0.0f);
+        for (int i = 0; i < batch * M; i++) P[size_t(i) * M + (i % M + 1) % M] = 1;
+        const Bytes start = encode(normal(batch * matrix, 2), type);
+        const DeviceBuffer<unsigned char> device_p(encode(P, type)), first(start), other(start.size());
+        const DeviceBuffer<int> counters(ns_chain_counters(batch));
+        {
+            NsKernels::NsChain chain(batch, type, counters);
+            for (int k = 0; k < products; k++)
+                NsKernels::ns_product(k % 2 ? first : other, device_p, k % 2 ? other : first, nullptr, 1, 0, 0, batch,
+                                      M, N, M, NsProduct::nn, type);
         }
+        const Floats got = decode((products % 2 ? other : first).download(), type), x0 = decode(start, type);
+        int wrong = 0;
+        for (int b = 0; b < batch; b++)
+            for (int i = 0; i < M; i++)
+                for (int c = 0; c < N; c++)
+                    wrong += got[b * matrix + i * N + c] != x0[b * matrix + ((i + products) % M) * size_t(N) + c];
+        CHECK(wrong == 0);
+        CHECK(counters.guards_intact());
     }
 }
 

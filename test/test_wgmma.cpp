@@ -85,7 +85,7 @@ TEST_CASE("wgmma.cuh: boxes of TMA, their swizzle, and what lies outside of the 
                 int wrong = 0;
                 for (int r = 0; r < kBoxRows; r++)
                     for (int c = 0; c < kBoxCols; c++) {
-                        const bool inside = row + r >= 0 && row + r < rows && col + c >= 0 && col + c < cols;
+                        const bool inside = row + r < rows && col + c < cols;
                         const size_t at = matrix * batch_stride + (row + r) * row_stride + col + c;
                         wrong += to_float(got[r * kBoxCols + c]) != (inside ? to_float(values[at]) : 0.0f);
                         if (inside) want[at] = from_float<bf16>(to_float(values[at]) + 1.0f);
@@ -379,6 +379,8 @@ enum class Fault {
     registers,
     unfenced_load,
     half_a_barrier,
+    load_before_tensor,
+    store_before_tensor,
 };
 
 // Does what a kernel does with every instruction, but for one fault.
@@ -399,7 +401,7 @@ __global__ void faulty_kernel(const CUtensorMap map, int* counter, Fault fault) 
         mbarrier_arrive_expect(barrier, 64 * kBoxCols * 2);
         if (fault != Fault::wait_for_nothing) mbarrier_arrive(barrier);
         if (fault == Fault::too_many_arrivals) mbarrier_arrive(barrier);
-        tma_load(box, &map, 0, 0, 0, barrier);
+        tma_load(box, &map, 0, 0, fault == Fault::load_before_tensor ? -8 : 0, barrier);
     }
     mbarrier_wait(barrier, 0);
     float d[32] = {};
@@ -413,7 +415,7 @@ __global__ void faulty_kernel(const CUtensorMap map, int* counter, Fault fault) 
     if (fault != Fault::unfenced_store) tma_store_fence();
     __syncthreads();
     if (first) {
-        tma_store(&map, 0, 0, 0, box);
+        tma_store(&map, 0, fault == Fault::store_before_tensor ? -3 : 0, 0, box);
         if (fault != Fault::uncommitted_store) tma_store_commit();
         if (fault != Fault::unread_store) tma_store_wait_read();
     }
@@ -446,6 +448,8 @@ TEST_CASE("fiber_hopper.h: each fault is reported") {
     CHECK(reports(Fault::registers, "take_registers<256>: 8 more for each thread, and the block has 0 left"));
     CHECK(reports(Fault::unfenced_load, "without proxy_fence"));
     CHECK(reports(Fault::half_a_barrier, "barrier_sync 1: 96 of 128 threads"));
+    CHECK(reports(Fault::load_before_tensor, "tma_load: a box at (0, 0, -8), before the tensor"));
+    CHECK(reports(Fault::store_before_tensor, "tma_store: a box at (0, -3, 0), before the tensor"));
 }
 #endif
 
