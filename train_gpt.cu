@@ -1192,9 +1192,7 @@ class Trainer {
                                                                             options.batch, config.seq_len));
         sums = static_cast<double*>(Backend::alloc(2 * sizeof(double), "sums"));
         host_stopping = static_cast<double*>(Backend::alloc_host(2 * sizeof(double)));
-        for (Slot& slot : slots) {
-            slot.host = static_cast<Stats*>(Backend::alloc_host(sizeof(Stats)));
-        }
+        for (Slot& slot : slots) slot.host = static_cast<Stats*>(Backend::alloc_host(sizeof(Stats)));
         traced_last = std::min(run.first_step + 11, std::max(run.first_step + 1, options.steps - 1));
         for (Timeline<Backend>& timeline : traced) timeline.traces_collectives = true;
     }
@@ -1297,8 +1295,7 @@ class Trainer {
             }
             if (generator && due(options.sample_every)) {
                 report(slot);
-                optimizer.need_flat();
-                for (int l = 0; l < run.config.layers; l++) optimizer.need_layer(l);
+                optimizer.need_all();
                 say("--- sample at step %" PRId64 "\n%s\n---\n", step, sample(run, *generator, step).c_str());
             }
             // All ranks read in the same place that one of them is to stop, so they stop after the same step.

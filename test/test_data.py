@@ -253,14 +253,17 @@ class Data(unittest.TestCase):
             self.refused(1, "line 2 is no question of HellaSwag", "hellaswag", "--out", self.dir / "other", "--downloads", downloads)
             self.assertFalse((self.dir / "other").exists())
 
-    def test_hellaswag_gpt2(self):
+    def gpt2_tokens(self):
         if importlib.util.find_spec("tiktoken") is None:
             self.skipTest("no tiktoken")
         import tiktoken
         try:
-            bpe = tiktoken.get_encoding("gpt2")
+            return tiktoken.get_encoding("gpt2")
         except Exception as e:
             self.skipTest(f"no GPT-2 vocabulary: {e}")
+
+    def test_hellaswag_gpt2(self):
+        bpe = self.gpt2_tokens()
         self.hellaswag("gpt2", bpe.decode)
 
     def test_r_character_vector(self):
@@ -343,13 +346,7 @@ class Data(unittest.TestCase):
         path = self.dir / "text.txt"
         text = TEXT * 4 + "  odd   spaces\n \n\n\tand 12345's\u00a0ends\n".encode() * 1000  # several pieces
         path.write_bytes(text)
-        if importlib.util.find_spec("tiktoken") is None:
-            self.skipTest("no tiktoken")
-        import tiktoken
-        try:
-            bpe = tiktoken.get_encoding("gpt2")
-        except Exception as e:
-            self.skipTest(f"no GPT-2 vocabulary: {e}")
+        bpe = self.gpt2_tokens()
         self.make(path, "--tokenizer", "gpt2")
         tokens = shards(self.out, "train") + shards(self.out, "val")
         self.assertEqual(list(tokens), [50256] + bpe.encode_ordinary(text.decode()))
