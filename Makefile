@@ -98,7 +98,8 @@ train_gpt: train_gpt.cu $(HEADERS) $(BUILD)/config
 	$(say_what_is_here)
 ifneq ($(NVCC),)
 	@echo "compiling for the GPU: up to a minute"
-	$(NVCC) $(NVCC_FLAGS) $(if $(filter fp32,$(PRECISION)),$(fp32_define)) train_gpt.cu -o $@ $(NVCC_LIBS)
+	$(NVCC) $(NVCC_FLAGS) $(if $(filter fp32,$(PRECISION)),$(fp32_define)) -c train_gpt.cu -o $(BUILD)/train_gpt.o
+	$(NVCC) $(NVCC_FLAGS) $(BUILD)/train_gpt.o -o $@ $(NVCC_LIBS)
 else
 	$(CPU_CXX) -x c++ train_gpt.cu -o $@ $(LIBS)
 endif
@@ -114,7 +115,7 @@ found:
 
 # fiber.h takes bf16 and half from the toolkit's headers
 TESTS := test_host test_cpu test_comm $(if $(NVCC),test_fiber_fp32 test_fiber_bf16 test_cuda_fp32 test_cuda_bf16)
-tests: train_gpt $(addprefix $(BUILD)/,$(TESTS) bench_optimizer_cpu)
+tests: train_gpt $(addprefix $(BUILD)/,$(TESTS) bench_optimizer_cpu $(if $(NVCC),train_gpt_shared invented_gpus.so))
 
 TEST_HEADERS := $(HEADERS) $(wildcard test/*.h test/*.cpp) $(BUILD)/config
 FIBER_FLAGS   = $(CXX) -std=c++17 -O2 -g -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi -fno-strict-aliasing -DFIBER $(DEFINES) $(INCLUDES) $(if $(CUDA_DIR),-isystem $(CUDA_DIR)/include)
@@ -127,6 +128,11 @@ $(BUILD)/test_comm: test/test_comm.cpp $(TEST_HEADERS)
 	$(CPU_CXX) $< -o $@ $(LIBS)
 $(BUILD)/bench_optimizer_cpu: dev/bench_optimizer.cu train_gpt.cu $(HEADERS) $(BUILD)/config
 	$(CPU_CXX) -x c++ $< -o $@ $(LIBS)
+# The trainer with the CUDA runtime as a library beside it, and what takes the place of that library's GPUs (test_train.py).
+$(BUILD)/train_gpt_shared: train_gpt
+	$(NVCC) $(NVCC_FLAGS) -cudart shared $(BUILD)/train_gpt.o -o $@ $(NVCC_LIBS)
+$(BUILD)/invented_gpus.so: test/invented_gpus.cpp
+	$(CXX) -std=c++17 -Wall -Wextra -shared -fPIC -isystem $(CUDA_DIR)/include $< -o $@
 $(BUILD)/test_fiber_%: test/test_fiber.cpp $(TEST_HEADERS) dev/newton_schulz_hopper.cuh
 	$(FIBER_FLAGS) $($*_define) $< -o $@ $(LIBS)
 $(BUILD)/test_cuda_%: test/test_cuda.cu train_gpt.cu $(TEST_HEADERS)

@@ -346,9 +346,11 @@ struct CudaComm {
     // Ends the run on the spot: unwinding would free device memory, which waits for a collective that never finishes.
     static void check(ncclResult_t status, const char* what) {
         if (status == ncclSuccess || status == ncclInProgress) return;
-        fail_ranks(strprintf("%s: %s (%s). If another rank has ended, resume from the last checkpoint; "
-                             "else NCCL_DEBUG=INFO says more",
-                             what, ncclGetErrorString(status), ncclGetLastError(comm))
+        const char* detail = ncclGetLastError(comm);  // "" if it has none
+        fail_ranks(strprintf("%s: %s%s%s; %s", what, ncclGetErrorString(status), *detail ? ": " : "", detail,
+                             comm ? "if another rank has ended, resume from the last checkpoint; else NCCL_DEBUG=INFO "
+                                    "says more"
+                                  : "NCCL has not started: NCCL_DEBUG=INFO says more, and one GPU does without it")
                        .c_str(),
                    1);
     }

@@ -754,8 +754,12 @@ int cuGetProcAddress(const char *name, void **function, int version, unsigned lo
 }
 """
 
-    def test_gpus_that_cannot_be_used(self):
-        if "cuda" not in subprocess.run([BINARY, "--version"], capture_output=True, text=True).stdout:
+    @staticmethod
+    def has(word):
+        return word in subprocess.run([BINARY, "--version"], capture_output=True, text=True).stdout
+
+    def test_drivers_that_cannot_be_used(self):
+        if not self.has("cuda"):
             self.skipTest("this build has no CUDA")
         fake = work / "driver"
         fake.mkdir()
@@ -763,12 +767,55 @@ int cuGetProcAddress(const char *name, void **function, int version, unsigned lo
         subprocess.run(["gcc", "-w", "-shared", "-fPIC", "-o", fake / "libcuda.so.1", fake / "driver.c"], check=True)
         no_gpu = [flag if flag != "cpu" else "cuda" for flag in TINY]
         for words, version, error in ((["the NVIDIA driver knows CUDA 12.4 and this program needs", "update the driver"], 12040, 100),
-                                      (["there is none that the NVIDIA driver knows"], 99000, 100), (["fabricmanager"], 99000, 802)):
+                                      (["there is none that the NVIDIA driver knows"], 99000, 100), (["fabricmanager"], 99000, 802),
+                                      (["another process has it"], 99000, 46)):
             self.refused(1, ["no GPU can be used", "--device cpu", *words], *no_gpu, "--steps", 2, LD_LIBRARY_PATH=str(fake),
                          FAKE_DRIVER=str(version), FAKE_ERROR=str(error))
         self.refused(1, "CUDA_VISIBLE_DEVICES='7' leaves none", *no_gpu, "--steps", 2, LD_LIBRARY_PATH=str(fake), FAKE_DRIVER="99000",
                      FAKE_ERROR="100", CUDA_VISIBLE_DEVICES="7")
 
+    def test_gpus_that_cannot_be_used(self):
+        """Behind the driver the runtime asks it for things that nobody documents. So the rest is tested with the same program
+        linked to a runtime that invented_gpus.cpp stands in for."""
+        program, invented = ROOT / "build/train_gpt_shared", ROOT / "build/invented_gpus.so"
+        if not self.has("cuda") or not program.exists() or not invented.exists():
+            self.skipTest("this build has no CUDA, or make tests has not made build/train_gpt_shared")
+        flags = [flag if flag != "cpu" else "cuda" for flag in command(*TINY, "--steps", 2)][1:]
+
+        def said(*more, launcher=(), **changes):
+            done = subprocess.run([*launcher, program, *flags, *more], capture_output=True, text=True, timeout=50,
+                                  env=environment(LD_PRELOAD=str(invented), **{"INVENTED_MAJOR": "9", **changes}))
+            lines = [line for line in done.stderr.splitlines() if launcher == () or line.startswith("train_gpt: ")]
+            self.assertEqual((done.returncode, len(lines)), (1, 1), done.stderr)
+            return lines[0]
+
+        # by the error that CUDA has at its first call, or for a kernel
+        for words, changes in ((["Invented GPU is of compute capability 7.5", "8.0 (Ampere) or newer", "--device cpu"], {"INVENTED_MAJOR": "7"}),
+                               (["GPU 0 (Invented GPU) cannot be used: another process has it"], {"INVENTED_CONTEXT": "46"}),
+                               (["GPU 0 (Invented GPU) cannot be used: its memory is full"], {"INVENTED_CONTEXT": "2"}),
+                               (["no GPU memory for", "out of memory"], {"INVENTED_MALLOC": "2"}),
+                               (["GPU 0 (Invented GPU) cannot be used: this program was built for other GPUs"], {"INVENTED_KERNEL": "209"})):
+            line = said(**changes)
+            for word in words:
+                self.assertIn(word, line)
+        self.assertIn("train_gpt: rank 0: GPU 0 (Invented GPU) cannot be used", said("--gpus", "2", INVENTED_CONTEXT="46"))
+        self.assertIn("3 are wanted and 2 are here", said("--gpus", "3"))
+        self.assertIn("ranks 0 and 1 share GPU GPU-01", said("--gpus", "2", INVENTED_UUID="1"))
+
+        # 2: NCCL's "unhandled system error"
+        if not self.has("nccl"):
+            self.assertIn("several GPUs need NCCL: install it", said("--gpus", "2"))
+            return
+        two = ("mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2")
+        alone = {"INVENTED_NCCL_INIT": "2", "INVENTED_NCCL_WAIT": "1"}  # rank 1, while rank 0 waits for it
+        for launcher, function, rank, changes in (((), "ncclGetUniqueId", 0, {"INVENTED_NCCL_ID": "2"}),
+                                                  ((), "ncclCommInitRank", 0, {"INVENTED_NCCL_INIT": "2"}),
+                                                  (two, "ncclCommInitRank", 1, alone)):
+            if launcher and not (self.has("mpi") and shutil.which("mpirun")):
+                continue
+            line = said(*([] if launcher else ["--gpus", "2"]), launcher=launcher, **changes)
+            self.assertIn(f"train_gpt: rank {rank}: {function}: unhandled system error", line)
+            self.assertIn("NCCL has not started: NCCL_DEBUG=INFO says more", line)
 
 
 if __name__ == "__main__":
