@@ -11,6 +11,7 @@ Then runs on 4 ranks are killed and go on with 1, 2, 3 and 5. Ends with `N passe
 rank, and as many as there are GPUs, by --gpus.
 """
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -205,14 +206,19 @@ class Soak:
         whole, out = WORK / "whole_4", WORK / "elastic"
         if not whole.exists():
             finish(4, flags("dmuon", whole) + more)
-        shutil.rmtree(out, ignore_errors=True)
         arguments = flags("dmuon", out) + more
-        at = self.chance.randrange(4, 40)
-        with Process(4, arguments) as run:
-            while run.process.poll() is None and not any(path.name > f"step_{at:08}" for path in out.glob("step_*.safetensors")):
-                time.sleep(0.001)
-            os.kill(self.chance.choice(run.ranks()), signal.SIGKILL)
-            self.kills += 1
+        killed = False
+        while not killed:  # a run that ends before we see its checkpoint is begun again
+            shutil.rmtree(out, ignore_errors=True)
+            at = self.chance.randrange(4, 40)
+            with Process(4, arguments) as run:
+                while run.process.poll() is None and not any(path.name > f"step_{at:08}" for path in out.glob("step_*.safetensors")):
+                    time.sleep(0.001)
+                victims = run.ranks()
+                with contextlib.suppress(ProcessLookupError, IndexError):
+                    os.kill(self.chance.choice(victims), signal.SIGKILL)
+                    killed = True
+        self.kills += 1
         finish(ranks, arguments)
         pairs = [(line["loss"], other["loss"]) for line, other in zip(log_of(out), log_of(whole), strict=True)]
         worst = max(abs(a - b) / b for a, b in pairs)

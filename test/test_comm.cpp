@@ -521,18 +521,24 @@ TEST_CASE("--gpus: a call that blocks for ever is ended by the alarm, whatever i
 }
 
 TEST_CASE("a process that was stopped beyond its deadline has its time anew when it goes on") {
+    int started[2];
+    REQUIRE(pipe(started) == 0);
     const pid_t child = fork();
     if (child == 0) {
         freopen("/dev/null", "w", stderr);
         Deadline deadline("a call that returns in time, not counted what it was stopped", 0);  // 3 s
         const double begin = seconds_now();
+        close(started[1]);
         while (seconds_now() < begin + 5) sleep_seconds(0.1);
         _exit(7);
     }
     REQUIRE(child > 0);
-    sleep_seconds(0.5);
+    close(started[1]);
+    char none;
+    CHECK(read(started[0], &none, 1) == 0);  // when the child, too, has closed its end
+    close(started[0]);
     kill(child, SIGSTOP);
-    sleep_seconds(3.5);
+    sleep_seconds(4);
     kill(child, SIGCONT);  // the alarm of 3 s finds it 1 s late
     int status = 0;
     REQUIRE(waitpid(child, &status, 0) == child);
