@@ -147,9 +147,10 @@ struct Plan {
     size_t state_elements = 0;    // of one rank, each moment by itself
     int layers_per_bucket = 0;
     int64_t ns_matrices = 0;  // matrices (or tiles) that a step puts through Newton-Schulz, over all ranks
+    bool trains;              // --steps 0 only evaluates: weights and masters alone are allocated
 
     Plan(std::vector<TensorSpec> specs, const Options& options, int ranks_)
-        : method(method_of(options)), ranks(ranks_), tensors(std::move(specs)) {
+        : method(method_of(options)), ranks(ranks_), tensors(std::move(specs)), trains(options.steps > 0) {
         place_flat();
         place_layers(options);
         std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) {
@@ -187,10 +188,12 @@ struct Plan {
     // Elements of a rank's state that are AdamW's, which come first.
     size_t adamw_state() const { return method == Method::adamw ? state_elements : buckets[0].chunk; }
 
-    // What a rank has of weights, of `element` bytes each, gradients and fp32 state
-    size_t bytes(size_t element) const {
-        return arena * (element + sizeof(float)) + (2 * state_elements + adamw_state()) * sizeof(float);
+    // Bytes of what a rank has: weights, of `element` bytes each, and gradients; masters and moments
+    size_t weight_bytes(size_t element) const { return arena * (element + (trains ? sizeof(float) : 0)); }
+    size_t state_bytes() const {
+        return (state_elements + (trains ? state_elements + adamw_state() : 0)) * sizeof(float);
     }
+    size_t bytes(size_t element) const { return weight_bytes(element) + state_bytes(); }
 
     size_t adamw_elements() const {
         size_t sum = 0;
@@ -579,10 +582,10 @@ class Optimizer {
           plan(std::move(tensors), options_, world.size),
           batches(ns_batches(plan, options_, world.rank)) {
         params = allocate<real>(plan.arena, "parameters");
-        grads = allocate<float>(plan.arena, "gradients");
+        grads = allocate<float>(plan.trains ? plan.arena : 0, "gradients");
         master = allocate<float>(plan.state_elements, "master weights");
-        moment1 = allocate<float>(plan.state_elements, "first moments");
-        moment2 = allocate<float>(plan.adamw_state(), "second moments");
+        moment1 = allocate<float>(plan.trains ? plan.state_elements : 0, "first moments");
+        moment2 = allocate<float>(plan.trains ? plan.adamw_state() : 0, "second moments");
         clip = allocate<float>(4, "the clip scale");
         updates = allocate<int64_t>(1, "the count of updates");
         reducing.resize(plan.buckets.size());
@@ -811,6 +814,7 @@ class Optimizer {
         matrices = int(all.size());
         refs = device_table(all, "matrix table");
         inverse_norms = allocate<float>(matrices, "norms of matrices");
+        if (!plan.trains) ns_bytes = 0;
         ns_memory = Backend::alloc(ns_bytes, "the Newton-Schulz workspace");
     }
 
@@ -971,10 +975,9 @@ inline void print_plan(const Plan& plan, const Options& options, size_t element,
     }
     const double needed = std::accumulate(plan.tensors.begin(), plan.tensors.end(), 0.0,
                                           [](double sum, const TensorSpec& tensor) { return sum + tensor.size(); });
-    fprintf(out,
-            "allocated on every rank: weights and gradients %.1f MiB (%.1f%% of it padding), fp32 state %.1f MiB\n",
-            plan.arena * (element + sizeof(float)) / 1048576.0, 100 * (1 - needed / plan.arena),
-            (2 * plan.state_elements + plan.adamw_state()) * sizeof(float) / 1048576.0);
+    fprintf(out, "allocated on every rank: weights%s %.1f MiB (%.1f%% of it padding), fp32 state %.1f MiB\n",
+            plan.trains ? " and gradients" : "", plan.weight_bytes(element) / 1048576.0,
+            100 * (1 - needed / plan.arena), plan.state_bytes() / 1048576.0);
     // Each rank sends and receives (N-1)/N of every bucket, once as fp32 gradients and once as weights; an all-reduce
     // of the replicated matrices moves their gradients twice and gathers nothing.
     double share = double(plan.ranks - 1) / plan.ranks, traffic = 0;

@@ -525,7 +525,8 @@ inline int largest_batch(size_t free, const std::function<size_t(int)>& bytes_of
 // What fits beside weights, gradients, state and the workspace of Newton-Schulz, by the arithmetic that allocates.
 inline int batch_that_fits(size_t memory, const Plan& plan, const ModelConfig& config, Recompute level, int head_rows) {
     using Bf16 = uint16_t;
-    const size_t fixed = plan.bytes(sizeof(Bf16)) + (plan.method == Method::adamw ? 0 : kNsWorkspaceLimit);
+    const bool has_workspace = plan.method != Method::adamw && plan.trains;
+    const size_t fixed = plan.bytes(sizeof(Bf16)) + (has_workspace ? kNsWorkspaceLimit : 0);
     const std::vector<bool> apart = qkv_apart(plan);
     return largest_batch(memory - std::min(memory, fixed),
                          [&](int B) { return Activations<Bf16>().arena(config, B, level, head_rows, apart, 0).bytes; });
@@ -1337,8 +1338,9 @@ class Trainer {
                                config.layers, config.heads, config.channels, config.seq_len, config.vocab,
                                config.padded_vocab()));
         row("parameters", strprintf("%.2f M", parameter_count(optimizer.plan.tensors) / 1e6));
-        row("memory", strprintf("%.2f GiB: %.2f weights, gradients and optimizer, %.2f activations",
-                                (fixed + activations) / 0x1p30, fixed / 0x1p30, activations / 0x1p30));
+        row("memory",
+            strprintf("%.2f GiB: %.2f weights%s, %.2f activations", (fixed + activations) / 0x1p30, fixed / 0x1p30,
+                      options.steps > 0 ? ", gradients and optimizer" : "", activations / 0x1p30));
         std::vector<std::string> levels;
         for (const std::string& level : recompute_levels())
             levels.push_back(

@@ -444,6 +444,34 @@ class Train(unittest.TestCase):
             self.assertEqual(len(result.stderr.splitlines()), result.returncode, f"{megabytes} MiB: {result.stderr}")
         self.assertEqual(result.returncode, 0)
 
+    def test_evaluation_alone_needs_no_gradients(self):
+        """What a process had in memory at most, what its table says, and what --print_plan says: the same."""
+        def taken(channels, *flags):  # bytes in memory, bytes by the table
+            flags = ["--device", "cpu", "--layers", 4, "--heads", 4, "--channels", channels, "--seq_len", 32, "--batch", 1, "--eval_tokens", 32, *flags]
+            with subprocess.Popen(command(*flags), stdout=subprocess.PIPE, text=True, env=environment()) as process:
+                said = process.stdout.read()
+                _, status, usage = os.wait4(process.pid, 0)
+                process.returncode = os.waitstatus_to_exitcode(status)
+            self.assertEqual(process.returncode, 0, said)
+            return usage.ru_maxrss << 10, float(re.search(r"^\| memory +\| ([0-9.]+) GiB:", said, re.M)[1]) * 2**30, said
+
+        for optimizer in ("adamw", "dmuon"):
+            least = taken(8, "--steps", 0, "--optimizer", optimizer)[0]
+            tables = []
+            for steps in (0, 1):
+                memory, table, said = taken(512, "--steps", steps, "--optimizer", optimizer)
+                # A tensor on its way from the disk or to it, and what the table rounds
+                self.assertAlmostEqual(memory - least, table, delta=20e6, msg=said)
+                self.assertEqual(", gradients and optimizer" in said, steps == 1)
+                tables.append(table)
+            self.assertLess(tables[0], 0.6 * tables[1])
+
+        def planned(steps):
+            said = subprocess.run([BINARY, "--print_plan", "--model", "d12", "--steps", str(steps)], capture_output=True, text=True).stdout
+            return [float(number) for number in re.search(r"^allocated on every rank: weights.*? ([0-9.]+) MiB .* state ([0-9.]+) MiB", said, re.M).groups()]
+        weights, state = planned(1)
+        self.assertEqual(planned(0), [round(weights / 3, 1), round(state / 3, 1)])  # 2 bytes of 2 + 4; a master without two moments
+
     def test_out_that_holds_a_run(self):
         out = work / "held"
         self.trained(*TINY, "--steps", 20, "--save_every", 10, "--out", out)
