@@ -343,7 +343,11 @@ class Checkpoint {
         if (length > file_.bytes - ckpt::kLengthBytes) damaged("it ends within its header");
         if (length > ckpt::kMaxHeaderBytes) damaged(strprintf("it has a header of %" PRIu64 " bytes", length));
         const std::string_view header = content.substr(ckpt::kLengthBytes, length);
-        if (header.find(strprintf("\"format\":\"%s\"", ckpt::kFormat)) == header.npos) not_ours();
+        const std::string format = strprintf("\"format\":\"%s", ckpt::kFormat);
+        if (header.find(format + '"') == header.npos) {
+            if (header.find(format) == header.npos) not_ours();
+            fail("checkpoint %s is of a newer version of train_gpt: go on from it with that version", path.c_str());
+        }
         data_begin_ = ckpt::kLengthBytes + length;  // floats are read where they lie
         if (data_begin_ % ckpt::kAlignment) damaged(strprintf("its tensors begin at byte %" PRIu64, data_begin_));
         parse(header);

@@ -1,6 +1,6 @@
-// common.h: what every room may use. Errors that end in one clear line, a printf into std::string, a file mapped into
-// memory, integer helpers, and the few plain types that appear in the signatures of both backends (cpu_backend.h,
-// cuda_backend.cuh).
+// common.h: what every room may use. Errors that end in one clear line, a printf into std::string, text that may go to
+// a terminal, a file mapped into memory, integer helpers, and the few plain types that appear in the signatures of both
+// backends (cpu_backend.h, cuda_backend.cuh).
 #pragma once
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -38,6 +38,36 @@ __attribute__((format(printf, 1, 2))) inline std::string strprintf(const char* f
     std::string text = vstrprintf(format, args);
     va_end(args);
     return text;
+}
+
+// Text from a model, or a file name, as it may go to a terminal: bytes that would steer it, and bytes that are no
+// UTF-8, as \xHH.
+inline std::string printable(const std::string& text) {
+    std::string shown;
+    for (size_t i = 0; i < text.size();) {
+        const uint8_t c = uint8_t(text[i]);
+        const size_t length = c < 0x80 ? 1 : c >= 0xc2 && c < 0xe0 ? 2 : c >= 0xe0 && c < 0xf0 ? 3 : c < 0xf5 ? 4 : 0;
+        uint32_t point = length == 1 ? c : c & (0xff >> (length + 1));
+        bool good = length == 1 ? c == '\n' || c == '\t' || (c >= 0x20 && c != 0x7f) : c >= 0xc2 && length > 0;
+        for (size_t k = 1; good && k < length; k++) {
+            good = i + k < text.size() && (text[i + k] & 0xc0) == 0x80;
+            if (good) point = point << 6 | (text[i + k] & 0x3f);
+        }
+        // Control characters again, forms longer than need be, surrogates, beyond Unicode.
+        const uint32_t least[] = {0, 0, 0xa0, 0x800, 0x10000};
+        good = good && point >= least[length] && !(point >= 0xd800 && point < 0xe000) && point <= 0x10ffff;
+        if (good) shown.append(text, i, length);
+        else shown += strprintf("\\x%02x", c);
+        i += good ? length : 1;
+    }
+    return shown;
+}
+
+// And on one line.
+inline std::string one_line(const std::string& text) {
+    std::string line;
+    for (char c : printable(text)) line += c == '\n' ? "\\n" : std::string(1, c);
+    return line;
 }
 
 [[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail(const char* format, ...) {

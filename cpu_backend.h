@@ -55,11 +55,12 @@ struct CpuOps {
     static void start(int local_ranks) {
 #ifdef _OPENMP
         const int cores = int(sysconf(_SC_NPROCESSORS_ONLN)), asked = omp_get_max_threads();
-        if (!getenv("OMP_NUM_THREADS")) {
+        const char* wanted = getenv("OMP_NUM_THREADS");
+        if (!wanted) {
             const int allowed = omp_get_num_procs();  // fewer where a launcher bound this rank to some cores
             omp_set_num_threads(std::max(1, std::min(allowed, cores / local_ranks)));
-        } else if (asked > std::max(64, 4 * cores)) {
-            usage_fail("OMP_NUM_THREADS asks for %d threads on %d cores: lower it", asked, cores);
+        } else if (asked < 1 || asked > std::max(64, 4 * cores)) {  // below 1: more than an int holds
+            usage_fail("OMP_NUM_THREADS asks for %s threads on %d cores: lower it", wanted, cores);
         }
 #else
         (void)local_ranks;

@@ -1,7 +1,7 @@
 // dataloader.h: from token shards on disk to batches in memory, and back from tokens to text.
 // Read: Shard (one file, mapped and checked), permute() (a shuffle that needs no memory), Shards (which window is
 // sample g, and its tokens checked), DataLoader (which samples a rank's batch holds; a thread prepares the next one),
-// Tokenizer, printable().
+// Tokenizer.
 //
 // The sample order is a pure function: sample number g of a run is the same seq_len + 1 tokens whatever the ranks, the
 // micro-batch or the history of interruptions. So the data position of a checkpoint is just its step.
@@ -360,25 +360,3 @@ struct Tokenizer {
   private:
     std::vector<std::string> texts_;  // (vocab)
 };
-
-// Text from a model as it may go to a terminal: bytes that would steer it, and bytes that are no UTF-8, as \xHH.
-inline std::string printable(const std::string& text) {
-    std::string shown;
-    for (size_t i = 0; i < text.size();) {
-        const uint8_t c = uint8_t(text[i]);
-        const size_t length = c < 0x80 ? 1 : c >= 0xc2 && c < 0xe0 ? 2 : c >= 0xe0 && c < 0xf0 ? 3 : c < 0xf5 ? 4 : 0;
-        uint32_t point = length == 1 ? c : c & (0xff >> (length + 1));
-        bool good = length == 1 ? c == '\n' || c == '\t' || (c >= 0x20 && c != 0x7f) : c >= 0xc2 && length > 0;
-        for (size_t k = 1; good && k < length; k++) {
-            good = i + k < text.size() && (text[i + k] & 0xc0) == 0x80;
-            if (good) point = point << 6 | (text[i + k] & 0x3f);
-        }
-        // Control characters again, forms longer than need be, surrogates, beyond Unicode.
-        const uint32_t least[] = {0, 0, 0xa0, 0x800, 0x10000};
-        good = good && point >= least[length] && !(point >= 0xd800 && point < 0xe000) && point <= 0x10ffff;
-        if (good) shown.append(text, i, length);
-        else shown += strprintf("\\x%02x", c);
-        i += good ? length : 1;
-    }
-    return shown;
-}

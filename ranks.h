@@ -106,10 +106,11 @@ inline void sleep_seconds(double seconds) {
 [[noreturn]] inline void abort_ranks(int code) {
     fflush(nullptr);
 #ifdef USE_MPI
-    int started = 0, finished = 0;
+    int started = 0, finished = 0, size = 1;
     MPI_Initialized(&started);
     MPI_Finalized(&finished);
-    if (started && !finished) {
+    if (started && !finished) MPI_Comm_size(MPI_COMM_WORLD, &size);
+    if (size > 1) {                // alone, it would only print lines of its own
         signal(SIGALRM, SIG_DFL);  // should MPI_Abort itself hang, the alarm ends this process
         alarm(5);
         MPI_Abort(MPI_COMM_WORLD, code);
@@ -127,8 +128,8 @@ inline int turn_to_speak() { return std::min(2 * world.rank, 10); }  // seconds
     alarm(0);                  // of a Deadline: the reason is known
     signal(SIGTERM, SIG_DFL);  // with which mpirun ends the others when one has spoken: noted, it would end nothing
     sleep_seconds(turn_to_speak());
-    if (world.size > 1) fprintf(stderr, "train_gpt: rank %d: %s\n", world.rank, message);
-    else fprintf(stderr, "train_gpt: %s\n", message);
+    const std::string who = world.size > 1 ? strprintf("rank %d: ", world.rank) : "";
+    fprintf(stderr, "train_gpt: %s%s\n", who.c_str(), one_line(message).c_str());
     if (shared_page) shared_page->explained = true;
     abort_ranks(code);
 }

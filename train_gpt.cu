@@ -612,7 +612,7 @@ __attribute__((format(printf, 1, 2))) inline void say(const char* format, ...) {
     if (world.rank != 0) return;
     va_list args;
     va_start(args, format);
-    const std::string text = vstrprintf(format, args);
+    const std::string text = printable(vstrprintf(format, args));
     va_end(args);
     if (fputs(text.c_str(), stdout) < 0 || fflush(stdout) != 0)
         fail("cannot write to the standard output: %s", strerror(errno));

@@ -644,6 +644,12 @@ class Train(unittest.TestCase):
         self.assertIn("step_00000020.safetensors", result.stdout)
         self.assertEqual(newest.read_bytes(), content)  # ... the same steps again
 
+        newest.write_bytes(content.replace(b'"format":"train_gpt"', b'"format":"train_gpt 2"', 1))  # good, and not to be replaced
+        for flags_of in (["--model", newest], ["--out", out, "--resume", "auto"]):
+            shape = flags if flags_of[0] == "--out" else TINY[6:]
+            self.refused(1, [newest.name, "newer version"], *shape, *flags_of)
+        newest.write_bytes(content)
+
         other = [flag if flag != "32" else "48" for flag in TINY]
         self.refused(1, [newest.name, "another model"], *other, "--steps", 40, "--resume", newest)
         self.refused(1, [newest.name, "--switch_optimizer"], *TINY, "--steps", 40, "--resume", newest, "--optimizer", "dmuon")
@@ -669,7 +675,9 @@ class Train(unittest.TestCase):
                              ("--total_batch", ["--total_batch", 100]), ("--ns_steps", ["--ns_steps", 3]),
                              ("--device", ["--gpus", 2]), ("--resume", ["--resume", "auto"])):
             self.refused(2, words, *TINY, *flags)
-        self.refused(2, ["OMP_NUM_THREADS", "10000"], *TINY, "--steps", 2, OMP_NUM_THREADS="10000")
+        for threads in ("10000", "999999999999"):
+            self.refused(2, ["OMP_NUM_THREADS", threads], *TINY, "--steps", 2, OMP_NUM_THREADS=threads)
+        self.refused(1, ["train_gpt: rank 0: ", "MPI"], *TINY, "--steps", 2, OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK="0")
         result = subprocess.run([BINARY, "--help"], capture_output=True, text=True)
         self.assertEqual(result.returncode, 0)
         self.assertIn("--optimizer adamw|muon|dmuon", result.stdout)
@@ -768,6 +776,10 @@ class Train(unittest.TestCase):
         (work / "a_file").write_text("")
         for out in (work / "a_file", work / "a_file" / "below", "/proc/self/nothing"):
             self.refused(1, str(out), *TINY, "--steps", 2, "--out", out)
+        self.refused(1, r"a_file/b\n\x1b[2Jé: ", *TINY, "--steps", 2, "--out", work / "a_file" / "b\n\x1b[2Jé")
+        odd = work / "ü \n\x1b[2J $(x) '\""
+        self.assertNotIn("\x1b", self.trained(*TINY, "--steps", 2, "--out", odd).stdout)
+        self.trained(*TINY, "--steps", 4, "--out", odd, "--resume", "auto")
         self.trained(*TINY, "--steps", 2, "--out", work / "on" / "the" / "way")
         no_gpu = [flag if flag != "cpu" else "cuda" for flag in TINY]
         self.refused(1, "--device cpu", *no_gpu, "--steps", 2, CUDA_VISIBLE_DEVICES="")
