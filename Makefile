@@ -150,6 +150,11 @@ demo:
 # --- Kernel ladders ---------------------------------------------------------------------------------------------------------------
 
 $(BUILD)/bench_optimizer: train_gpt.cu
+# For scripts/profile_kernels.py. CUPTI comes with the toolkit, beside its libraries or in extras.
+CUPTI_DIRS := $(CUDA_DIR)/extras/CUPTI/lib64 $(CUDA_DIR)/lib64
+$(BUILD)/kernel_trace.so: dev/kernel_trace.cpp
+	$(CXX) -std=c++17 -O2 -Wall -Wextra -shared -fPIC -I$(CUDA_DIR)/extras/CUPTI/include -I$(CUDA_DIR)/include $< -o $@ \
+	    $(foreach dir,$(CUPTI_DIRS),-L$(dir) -Wl$(comma)-rpath$(comma)$(dir)) -lcupti
 ifneq ($(NVCC),)
 dev: $(patsubst dev/%.cu,$(BUILD)/%,$(wildcard dev/*.cu))
 $(BUILD)/%: dev/%.cu $(HEADERS) $(wildcard dev/*.h dev/*.cuh) $(BUILD)/config
