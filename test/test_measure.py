@@ -302,6 +302,12 @@ out.mkdir(parents=True)
         self.assertIn("both rounded | 4.3100 | 4.3300 | 4.3200 | +0.3000 ± 0.0141 |", text)  # 0.01 sqrt(2)
         self.assertFalse(list(self.dir.glob("build/**/*.safetensors")))
 
+    def test_some_rows(self):
+        done = self.gap("--seeds", "1", "--rows", "ours,fp32")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(done.stdout.count("\n| "), 2 + 1)
+        self.assertIn("no bf17 among ours, fp32", self.gap("--rows", "bf17").stderr)
+
     def test_what_fails_or_has_no_time_stays_empty(self):
         done = self.gap("--seeds", "2")
         self.assertEqual((done.returncode, "not all runs ended" in done.stderr), (1, True), done.stderr)
