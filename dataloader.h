@@ -102,9 +102,12 @@ class Shards {
         std::error_code unknown;
         if (std::filesystem::is_directory(pattern, unknown))
             fail("%s is a directory: name its files, as in '%s/train_*.bin'", pattern.c_str(), pattern.c_str());
+        // A directory that cannot be listed may hold some of the shards.
+        const auto matters = [](const char*, int error) { return int(error != ENOENT); };
         glob_t found;
-        const bool any = glob(pattern.c_str(), 0, nullptr, &found) == 0;
-        if (any) paths_.assign(found.gl_pathv, found.gl_pathv + found.gl_pathc);
+        const int result = glob(pattern.c_str(), 0, matters, &found);
+        if (result == GLOB_ABORTED) fail("cannot list the files of '%s': %s", pattern.c_str(), strerror(errno));
+        if (result == 0) paths_.assign(found.gl_pathv, found.gl_pathv + found.gl_pathc);
         globfree(&found);
         if (paths_.empty()) fail("no file matches '%s': make token shards with scripts/data.py", pattern.c_str());
         std::sort(paths_.begin(), paths_.end());  // the same order in every locale

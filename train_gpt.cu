@@ -1083,6 +1083,8 @@ class StepLog {
         const std::string old = old_log(), temporary = path + ".tmp";
         std::string kept;
         bool cuts = false;
+        if (std::filesystem::exists(old) && !std::filesystem::is_regular_file(old))
+            fail("%s is not a file: remove it", old.c_str());
         std::ifstream lines(old);
         if (!lines && errno != ENOENT) fail("cannot read %s: %s", old.c_str(), strerror(errno));
         int64_t step;

@@ -701,6 +701,8 @@ class Train(unittest.TestCase):
         self.refused(1, ["train_000.bin", "token 256 at position 77,"], *TINY, "--steps", 2, shards=shards)
         (shards / "train_000.bin").unlink()
         self.refused(1, str(shards), *TINY, "--steps", 2, shards=shards)
+        (shards / "loop").symlink_to("loop")  # a directory that cannot be listed, even for root
+        self.refused(1, "cannot list the files of", *TINY, "--steps", 2, "--train", shards / "loop" / "train_*.bin")
         (shards / "train_000.bin").write_bytes(good)
         (shards / "tokenizer.bin").write_bytes((data / "tokenizer.bin").read_bytes()[:-1])
         self.refused(1, "tokenizer.bin", *TINY, "--steps", 2, shards=shards)
@@ -777,6 +779,9 @@ class Train(unittest.TestCase):
         for out in (work / "a_file", work / "a_file" / "below", "/proc/self/nothing"):
             self.refused(1, str(out), *TINY, "--steps", 2, "--out", out)
         self.refused(1, r"a_file/b\n\x1b[2Jé: ", *TINY, "--steps", 2, "--out", work / "a_file" / "b\n\x1b[2Jé")
+        (work / "fifo").mkdir()
+        os.mkfifo(work / "fifo" / "log.jsonl")
+        self.refused(1, "fifo/log.jsonl is not a file", *TINY, "--steps", 2, "--out", work / "fifo", "--resume", "auto")
         odd = work / "ü \n\x1b[2J $(x) '\""
         self.assertNotIn("\x1b", self.trained(*TINY, "--steps", 2, "--out", odd).stdout)
         self.trained(*TINY, "--steps", 4, "--out", odd, "--resume", "auto")
