@@ -354,28 +354,28 @@ struct HopperConsumer {
         }
     }
     // Behind store(): the sum of the staged rows of each matrix, rows past T with them, into row (b, own_tile) of sums
-    // (B, ceil(T / 64), columns). It is ones (64, 64) times the tile, in every row of that product: as much work as one
-    // of the products with a passing tile, and in registers that are free by now.
+    // (B, ceil(T / 64), columns). It is ones (16, 64) times the tile, and stands in every row of that product; a warp
+    // has 16 columns of each box. (By wgmma it would be ones (64, 64), four times the work.)
     template <int n>
     __device__ void store_row_sums(float* sums, int columns, const HopperMatrix (&to)[n]) const {
         const uint32_t one = pack_pair<real>(1.0f, 1.0f), ones[4] = {one, one, one, one};
-        float sum[n][HD / 2];
-        wgmma_begin();
+        float* row_of_sums = sums + (size_t(b) * items.tiles + own_tile) * columns + h * HD;
         UNROLL
         for (int m = 0; m < n; m++) UNROLL
-        for (int k = 0; k < 4; k++)
-            wgmma<real, HD, true>(sum[m], ones, mn_major_step(mn_major(own(m), Tiles::box_bytes), k), k > 0);
-        wgmma_commit();
-        wgmma_wait<0>();
-        float* row_of_sums = sums + (size_t(b) * items.tiles + own_tile) * columns + h * HD + column;
-        UNROLL
-        for (int m = 0; m < n; m++) {
-            wgmma_keep(sum[m]);
-            if (row != 0) continue;
+        for (int j = 0; j < HD / kBoxCols; j++) {
+            float sum[2][4] = {};  // of 8 columns each
             UNROLL
-            for (int j = 0; j < HD / 8; j++)
-                *reinterpret_cast<float2*>(row_of_sums + to[m].first_col + 8 * j) =
-                    make_float2(sum[m][4 * j], sum[m][4 * j + 1]);
+            for (int k = 0; k < kTileRows / 16; k++) {
+                uint32_t rows[4];
+                const int at = box_at(16 * k + lane % 16, 16 * warp + lane / 16 * 8);
+                ldmatrix_x4_trans(rows, own(m) + j * Tiles::box + at);
+                mma_m16n8k16<real>(sum[0], ones, rows);
+                mma_m16n8k16<real>(sum[1], ones, rows + 2);
+            }
+            if (lane >= 8) continue;
+            float* place = row_of_sums + to[m].first_col + j * kBoxCols + 16 * warp + lane * 2;
+            *reinterpret_cast<float2*>(place) =
+                lane < 4 ? make_float2(sum[0][0], sum[0][1]) : make_float2(sum[1][0], sum[1][1]);
         }
     }
 };
