@@ -398,8 +398,8 @@ inline NsConfig ns_config(const Options& options, int m, int n) {
     return {gram, options.ns_coefficients, int(options.ns_steps), type};
 }
 
-constexpr size_t kNsWorkspaceLimit = size_t(1)
-                                     << 30;  // of the matrices that go through it together, unless one is more
+// Bytes of the matrices that go through it together, unless one alone has more.
+constexpr size_t kNsWorkspaceLimit = size_t(1) << 30;
 
 // Scratch of newton_schulz: the iterate and its successor (count, m, n), and square matrices (count, m, m), all of type
 // `type`.
@@ -604,6 +604,8 @@ class Optimizer {
     template <class PhaseDone>
     void step(float lr, float muon_lr, PhaseDone phase_done) {
         const typename Backend::Range range("optimizer");
+        // Weights that nobody has needed since the step before are on their way: they are written only then.
+        for (std::optional<Ticket>& ticket : gathering) wait_for(ticket);
         for (size_t b = 0; b < plan.buckets.size(); b++) start_reduce(b);
         for (std::optional<Ticket>& ticket : reducing) wait_for(ticket);
         phase_done(phase_reduce);
@@ -720,7 +722,6 @@ class Optimizer {
     }
     void start_gather(size_t b) {
         const Bucket& bucket = plan.buckets[b];
-        wait_for(gathering[b]);  // a step whose weights nobody needed
         if (bucket.replicated) return;
         traced("gather", b,
                [&] { gathering[b] = std::optional<Ticket>(Backend::all_gather(params + bucket.begin, bucket.chunk)); });
