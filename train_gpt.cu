@@ -17,10 +17,6 @@
 #include "dataloader.h"
 // defines: Checkpoint, CheckpointWriter, newest_good_checkpoint
 #include "checkpoint.h"
-// defines: LAUNCH, from_float, to_float, sums over warps and blocks
-#ifdef __CUDACC__
-#include "kernels/cuda_common.cuh"
-#endif
 // defines: world, start_ranks, stop_ranks, fail_ranks, wait_until
 #include "ranks.h"
 // defines: CpuComm, CudaComm
@@ -1164,8 +1160,7 @@ class Trainer {
     // then caches and libraries are warm, if the run is long enough; and one more follows, for the second's weights.
     Timeline<Backend> traced[2];
     int64_t traced_last;
-    double* sums;           // [2] device: loss, stopping
-    double* host_stopping;  // [2] pinned, by slot
+    double* sums;           // [2] device: Stats' first two
     bool stopping = false;  // some rank was asked to stop, and all know
     int64_t skipped = 0;    // updates skipped in a row
     double mean_ms = 0;
@@ -1191,7 +1186,6 @@ class Trainer {
             hellaswag.reset(new HellaSwagEvaluator<Backend, Model<Backend>>(*run.hellaswag, run.tokenizer.get(), model,
                                                                             options.batch, config.seq_len));
         sums = static_cast<double*>(Backend::alloc(2 * sizeof(double), "sums"));
-        host_stopping = static_cast<double*>(Backend::alloc_host(2 * sizeof(double)));
         for (Slot& slot : slots) slot.host = static_cast<Stats*>(Backend::alloc_host(sizeof(Stats)));
         traced_last = std::min(run.first_step + 11, std::max(run.first_step + 1, options.steps - 1));
         for (Timeline<Backend>& timeline : traced) timeline.traces_collectives = true;
@@ -1268,10 +1262,10 @@ class Trainer {
                 }
             }
             slot.optimizer_begin.record();
-            host_stopping[step % 2] = stop_signal != 0;
-            Backend::upload(&sums[1], &host_stopping[step % 2], sizeof(double));
-            Ticket summed =
-                Backend::all_reduce(sums, 2);  // before the collectives of the optimizer, which go on after it
+            slot.host->stopping = stop_signal != 0;
+            Backend::upload(&sums[1], &slot.host->stopping, sizeof(double));
+            // Before the optimizer's collectives, of which the last go on after the step.
+            Ticket summed = Backend::all_reduce(sums, 2);
             const double share = schedule(options, step),
                          muon_peak = options.muon_lr > 0 ? options.muon_lr : 2 * options.lr;
             slot.lr = options.lr * share;
@@ -1595,8 +1589,8 @@ int main(int argc, char** argv) {
         const Options options = parse_flags(argc, argv);
         if (options.help || options.version || options.print_plan) {
             print_what_is_asked(options);
-            _exit(
-                0);  // OpenBLAS's destructor waits for its threads, which under a memory limit (ulimit -v) never start
+            // No destructors: OpenBLAS's waits for its threads, which under a memory limit (ulimit -v) never start.
+            _exit(0);
         }
         if (options.generate > 0 && world.size > 1)
             usage_fail("--generate runs as one process, and mpirun or srun has started %d: leave it out", world.size);
