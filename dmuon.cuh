@@ -287,20 +287,19 @@ struct Plan {
             // Each owner's matrices one after the other; of replicated ones nobody is the owner, and all go one after
             // the other.
             const bool replicated = method == Method::muon;
-            std::vector<size_t> used(ranks, 0);
-            auto place = [&](bool for_good, size_t chunk) {
-                for (Piece piece : all) {
-                    if (!in_bucket(piece.tensor)) continue;
-                    const int place_of = std::max(piece.owner, 0);
-                    piece.offset = begin + place_of * chunk + used[place_of];
-                    used[place_of] += round_up<size_t>(piece.count, 64);
-                    if (for_good) pieces.push_back(piece);
-                }
-                return std::exchange(used, std::vector<size_t>(ranks, 0));
-            };
-            const std::vector<size_t> needed = place(false, 0);
-            const size_t chunk = *std::max_element(needed.begin(), needed.end());
-            place(true, chunk);
+            std::vector<Piece> members;
+            std::vector<size_t> used(ranks, 0);  // of each owner's chunk
+            for (Piece piece : all) {
+                if (!in_bucket(piece.tensor)) continue;
+                size_t& end = used[std::max(piece.owner, 0)];
+                piece.offset = std::exchange(end, end + round_up<size_t>(piece.count, 64));
+                members.push_back(piece);
+            }
+            const size_t chunk = *std::max_element(used.begin(), used.end());
+            for (Piece& piece : members) {
+                piece.offset += begin + std::max(piece.owner, 0) * chunk;
+                pieces.push_back(piece);
+            }
             buckets.push_back({begin, chunk, replicated, first});
             begin += chunk * (replicated ? 1 : ranks);
         }
