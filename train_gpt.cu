@@ -1385,7 +1385,9 @@ class Trainer {
             number = std::max(number, atoi(received.c_str()));
         say("stopped after step %" PRId64 " of %" PRId64 " by signal %d (%s): %s\n", step, options.steps, number,
             strsignal(number),
-            options.out.empty() ? "nothing is saved without --out" : "--resume auto goes on from here");
+            options.out.empty()     ? "nothing is saved without --out"
+            : step == options.steps ? "--steps 0 --model CHECKPOINT --hellaswag FILE scores what it has saved"
+                                    : "--resume auto goes on from here");
         return 128 + number;
     }
 
