@@ -3,7 +3,7 @@
 # make demo       trains a small GPT on real text; it fetches that text, and the build takes nothing but g++
 # make tests      the test programs, in build/; needs doctest
 # make test       builds and runs the whole suite; skips, and counts, what this machine lacks nvcc, a GPU or MPI for
-# make soak       200 runs killed and resumed, about 10 minutes; make fuzz: half an hour of libFuzzer (both in short in make test)
+# make soak       200 runs killed and resumed, about 10 minutes; make fuzz: libFuzzer for half an hour each (both in short in make test)
 # make sanitize   the host's part under the sanitizers of threads, addresses and leaks; some minutes
 # make mutants    plants deliberate faults in copies of the tree: each must make its test fail; about an hour
 # make lint       the style of every source; needs clang-format 14, clang-tidy 14, shellcheck: scripts/setup.sh --lint
@@ -139,7 +139,7 @@ lint:
 soak: train_gpt
 	python3 test/soak.py ./train_gpt --kills 200
 fuzz:
-	./test/fuzz.sh 600
+	./test/fuzz.sh 1800
 sanitize:
 	./test/sanitize.sh
 mutants:
@@ -150,6 +150,11 @@ demo:
 # --- Kernel ladders ---------------------------------------------------------------------------------------------------------------
 
 $(BUILD)/bench_optimizer: train_gpt.cu
+# For scripts/profile_kernels.py. CUPTI comes with the toolkit, beside its libraries or in extras.
+CUPTI_DIRS := $(CUDA_DIR)/extras/CUPTI/lib64 $(CUDA_DIR)/lib64
+$(BUILD)/kernel_trace.so: dev/kernel_trace.cpp
+	$(CXX) -std=c++17 -O2 -Wall -Wextra -shared -fPIC -I$(CUDA_DIR)/extras/CUPTI/include -I$(CUDA_DIR)/include $< -o $@ \
+	    $(foreach dir,$(CUPTI_DIRS),-L$(dir) -Wl$(comma)-rpath$(comma)$(dir)) -lcupti
 ifneq ($(NVCC),)
 dev: $(patsubst dev/%.cu,$(BUILD)/%,$(wildcard dev/*.cu))
 $(BUILD)/%: dev/%.cu $(HEADERS) $(wildcard dev/*.h dev/*.cuh) $(BUILD)/config

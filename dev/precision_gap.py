@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """Where PyTorch's lower loss comes from: the seed, or this program's bf16 residual stream and its gradient.
 
-    python3 dev/precision_gap.py --data DIR [--seeds 1,2,3] [--steps 600] [--minutes 40] [--out dev/results/precision_gap.md]
+    python3 dev/precision_gap.py --data DIR [--seeds 1,2,3] [--rows ours,fp32] [--steps 600] [--minutes 40]
+                                             [--out dev/results/precision_gap.md]
 
 124M on the GPT-2 shards of DIR with AdamW and the settings of `scripts/gpu_check.sh train`, for each seed: this program, then PyTorch
 with fp32 weights under bf16 autocast (peer_pytorch.py), whose residual stream and gradient of it are fp32, and again with one
 or both rounded to bf16 after each addition, as this program has them. The same windows are held out; initial weights and the order of
 the data are each program's own, a function of the seed. A row that differs from the fp32 row by less than about two standard
-errors says nothing. The table is written after each run; what --minutes leaves no time for stays empty.
+errors says nothing. --rows takes some of ours, fp32, bf16_forward, bf16_backward and bf16. The table is written after each run;
+what --minutes leaves no time for stays empty.
 """
 import argparse
 import json
@@ -19,7 +21,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = "this program"
+OURS = "ours"
 NAMES = {OURS: "this program (bf16 parameters, stream and gradient)", "fp32": "PyTorch, stream and its gradient in fp32",
          "bf16_forward": "PyTorch, the stream rounded to bf16", "bf16_backward": "PyTorch, its gradient rounded to bf16",
          "bf16": "PyTorch, both rounded"}
@@ -27,7 +29,7 @@ NAMES = {OURS: "this program (bf16 parameters, stream and gradient)", "fp32": "P
 
 def final_loss(args, row, seed, limit):
     """The validation loss at the end, or None if the run fails or takes longer than `limit` seconds."""
-    out = ROOT / "build" / "precision_gap" / f"{row.replace(' ', '_')}_{seed}"
+    out = ROOT / "build" / "precision_gap" / f"{row}_{seed}"
     shutil.rmtree(out, ignore_errors=True)
     if row == OURS:
         command = [args.program, "--model", args.model, "--batch", args.batch, "--train", f"{args.data}/train_*.bin",
@@ -62,16 +64,15 @@ def mean_and_error(values):
 def table(losses, seeds):
     lines = ["| validation loss | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean | minus the fp32 row, ± standard error |",
              "|---|" + "---|" * (len(seeds) + 2)]
-    base = mean_and_error(list(losses["fp32"].values())) if losses["fp32"] else None
-    for row, name in NAMES.items():
-        of = losses[row]
+    base = mean_and_error(list(losses["fp32"].values())) if losses.get("fp32") else None
+    for row, of in losses.items():
         cells = [f"{of[seed]:.4f}" if seed in of else "" for seed in seeds] + ["", ""]
         if of:
             mean, error = mean_and_error(list(of.values()))
             cells[-2] = f"{mean:.4f}"
             if base and row != "fp32":
                 cells[-1] = f"{mean - base[0]:+.4f} ± {math.hypot(error, base[1]):.4f}"
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {NAMES[row]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -79,6 +80,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--rows", default=",".join(NAMES))
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--minutes", type=float, default=40)
     parser.add_argument("--out", default="dev/results/precision_gap.md")
@@ -91,10 +93,12 @@ def main():
     args = parser.parse_args()
     args.data = str(Path(args.data).resolve())
     seeds = [int(seed) for seed in args.seeds.split(",")]
-    losses = {row: {} for row in NAMES}
+    losses = {row: {} for row in args.rows.split(",")}
+    if unknown := losses.keys() - NAMES.keys():
+        parser.error(f"--rows: no {', '.join(unknown)} among {', '.join(NAMES)}")
     end = time.monotonic() + 60 * args.minutes
     for seed in seeds:
-        for row in NAMES:
+        for row in losses:
             left = end - time.monotonic()
             loss = final_loss(args, row, seed, left) if left > 1 else None
             if loss is None:

@@ -1,18 +1,20 @@
 #!/usr/bin/env python3
 """GPU time of a training step by family of kernels.
 
-    scripts/profile_kernels.py run [--tool nsys|ncu] -- FLAG...    runs ./train_gpt FLAG... under the tool, then the table
-    scripts/profile_kernels.py FILE...                             the table, from what a tool has written before:
+    scripts/profile_kernels.py run [--tool cupti|nsys|ncu] -- FLAG...    runs ./train_gpt FLAG... under the tool, then the table
+    scripts/profile_kernels.py FILE...                                   the table, from what a tool has written before:
         nsys stats --report cuda_gpu_trace --format csv RUN.nsys-rep
         ncu --csv --metrics gpu__time_duration.sum --cache-control none --clock-control none ./train_gpt FLAG...
 
-nsys measures the step as it runs, gaps between kernels included; ncu each kernel by itself, which takes minutes. Summed is what
+cupti (dev/kernel_trace.cpp, with nothing but the CUDA Toolkit) and nsys measure the step as it runs, gaps between kernels
+included; ncu each kernel by itself, which takes minutes. Summed is what
 lies between the first and the last step of the run: each step has one clip_scale_kernel, and it begins with the next embedding.
 So a run wants --steps 3 or more, and neither --val nor --sample_every. The program's NVTX ranges (step, forward of layer 3, head,
 optimizer) are on nsys' and ncu's own pages: `nsys profile --trace=cuda,nvtx`, `ncu --nvtx`.
 """
 import argparse
 import csv
+import os
 import re
 import subprocess
 import sys
@@ -70,7 +72,7 @@ def launches(lines):
             elif row[columns["metric"]] == "gpu__time_duration.sum":
                 found.append((row[columns["name"]], number(row[columns["value"]]) * MILLISECONDS[row[columns["unit"]]], None))
     if not found:
-        raise ValueError("neither a cuda_gpu_trace of nsys stats nor ncu's CSV with gpu__time_duration.sum")
+        raise ValueError("no kernel in it, in the format of a cuda_gpu_trace of nsys stats or of ncu's gpu__time_duration.sum")
     return sorted(found, key=lambda launch: launch[2]) if found[0][2] is not None else found
 
 
@@ -117,7 +119,15 @@ def run_tool(tool, flags):
     directory = ROOT / "build" / "profile"
     directory.mkdir(parents=True, exist_ok=True)
     program = ["./train_gpt", *flags]
+    file = directory / f"{tool}.csv"
     try:
+        if tool == "cupti":
+            library = "build/kernel_trace.so"
+            subprocess.run(["make", library], cwd=ROOT, check=True, stdout=sys.stderr)
+            file.unlink(missing_ok=True)
+            subprocess.run(program, cwd=ROOT, check=True, stdout=sys.stderr,
+                           env={**os.environ, "CUDA_INJECTION64_PATH": str(ROOT / library), "KERNEL_TRACE": str(file)})
+            return file.read_text().splitlines() if file.exists() else []
         if tool == "nsys":
             subprocess.run(["nsys", "profile", "--trace=cuda,nvtx", "--force-overwrite=true", f"--output={directory}/run", *program],
                            cwd=ROOT, check=True, stdout=sys.stderr)
@@ -130,7 +140,7 @@ def run_tool(tool, flags):
         sys.exit(f"profile_kernels.py: no {tool} here: it comes with the CUDA Toolkit (Nsight)")
     except subprocess.CalledProcessError as error:
         sys.exit(f"profile_kernels.py: {' '.join(error.cmd[:2])} ended with exit status {error.returncode}")
-    (directory / f"{tool}.csv").write_text(done.stdout)
+    file.write_text(done.stdout)
     return done.stdout.splitlines()
 
 
@@ -140,7 +150,7 @@ def main():
         split = arguments.index("--") if "--" in arguments else len(arguments)
         parser = argparse.ArgumentParser(prog="profile_kernels.py run", description=__doc__,
                                          formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--tool", choices=("nsys", "ncu"), default="nsys")
+        parser.add_argument("--tool", choices=("cupti", "nsys", "ncu"), default="cupti")
         tool = parser.parse_args(arguments[1:split]).tool
         sources = [(tool, run_tool(tool, arguments[split + 1:]))]
     else:

@@ -135,7 +135,7 @@ program test_hf python3 test/test_hf.py ./train_gpt
 program test_proof python3 test/test_proof.py
 program test_measure python3 test/test_measure.py
 program soak python3 test/soak.py ./train_gpt
-program fuzz test/fuzz.sh 5
+program fuzz test/fuzz.sh "$([[ ${CI:-} == true ]] && echo 60 || echo 5)"
 program test_seam python3 test/test_seam.py
 check faults python3 test/mutants.py --check
 program lint make -s lint

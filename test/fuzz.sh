@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Fuzzes the readers of files (test/fuzz.cpp): test/fuzz.sh [SECONDS for each [shard|tokenizer|hellaswag|checkpoint]]. Seeds, what was found interesting on the way,
-# and inputs that broke something: build/fuzz. Ends with "N passed, N failed, N skipped"; skipped where there is no libFuzzer.
+# Fuzzes the readers of files (test/fuzz.cpp), as many side by side as there are cores:
+#   test/fuzz.sh [SECONDS for each [shard|tokenizer|hellaswag|checkpoint]]
+# Seeds, what was found interesting on the way, and inputs that broke something: build/fuzz. Ends with
+# "N passed, N failed, N skipped"; skipped where there is no libFuzzer.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 seconds=${1:-10}
@@ -26,11 +28,21 @@ fi
 "$fuzzer" -x c++ -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -Wall -Wextra \
     -Wno-unknown-pragmas -I. test/fuzz.cpp -o $dir/fuzz -lpthread
 FUZZ_SEEDS=$dir/seeds $dir/fuzz
-failed=0
-for kind in "${kinds[@]}"; do
-    mkdir -p $dir/corpus_"$kind"
-    if FUZZ=$kind $dir/fuzz -max_total_time="$seconds" -timeout=20 -rss_limit_mb=4096 -artifact_prefix=$dir/bad_"$kind"_ \
-        $dir/corpus_"$kind" $dir/seeds/"$kind" > $dir/"$kind".txt 2>&1; then
+fuzz() { # kind
+    mkdir -p $dir/corpus_"$1"
+    FUZZ=$1 $dir/fuzz -max_total_time="$seconds" -timeout=20 -rss_limit_mb=4096 -artifact_prefix=$dir/bad_"$1"_ \
+        $dir/corpus_"$1" $dir/seeds/"$1" > $dir/"$1".txt 2>&1
+}
+failed=0 cores=$(nproc) pids=()
+trap 'kill $(jobs -p) 2> /dev/null' EXIT
+for i in "${!kinds[@]}"; do
+    ((i < cores)) || wait "${pids[i - cores]}" || true
+    fuzz "${kinds[i]}" &
+    pids+=($!)
+done
+for i in "${!kinds[@]}"; do
+    kind=${kinds[i]}
+    if wait "${pids[i]}"; then
         echo "ok $kind: $(tail -n 1 $dir/"$kind".txt)"
     else
         echo "FAIL $kind:"

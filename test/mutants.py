@@ -26,7 +26,7 @@ from collections import namedtuple
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("*.h", "*.cuh", "*.cu", "Makefile", "README.md", "LICENSE", "kernels", "scripts", "test", "dev/*.h", "dev/*.cuh", "dev/*.md")
+COPIED = ("*.h", "*.cuh", "*.cu", "Makefile", "README.md", "LICENSE", "kernels", "scripts", "test", "dev/*.h", "dev/*.cuh", "dev/*.md", "dev/results/*.log")
 LONGEST = 300  # seconds of a test: a fault that makes it hang is caught
 
 # test: the program, then which of its tests: a doctest pattern, or names of test_train.py, test_ranks.py, test_generate.py, test_data.py
@@ -88,6 +88,8 @@ FAULTS = [
           "comm the same gradients*"),
     Fault("dmuon.cuh", "seen[std::minmax({piece.rows, piece.cols})]++ % ranks;", "seen[{piece.rows, piece.cols}]++ % ranks;",
           "ranks plan_is_balanced"),
+    Fault("dmuon.cuh", "? down * (down + 1) / 2 : down * across", "? down * across : down * across", "cpu print_plan*"),
+    Fault("dmuon.cuh", "bytes / kPlanMemory + blocks * kPlanNormBlock", "bytes / kPlanMemory", "cpu print_plan*"),
     Fault("dmuon.cuh", "return cost[a] > cost[b];", "return cost[a] < cost[b];", "ranks plan_by_lpt"),
     Fault("dmuon.cuh", "end + round_up<size_t>(piece.count, 64)", "end", "comm the same gradients*"),
 

@@ -3,7 +3,8 @@
 //   2. backward operations against central differences of those loops (error about 1e-9: the bounds below are fp32's),
 //      the linear ones (embedding, products, bias) against sums written out in double;
 //   3. the optimizer against a transcription in double, Newton-Schulz against a singular value decomposition;
-//   4. the same bits on 1, 2 and 3 threads.
+//   4. the same bits on 1, 2 and 3 threads;
+//   5. the prediction of --print_plan against logs of dev/results.
 // At the end the whole program, on this backend, against PyTorch: test_golden.cpp.
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
@@ -1068,6 +1069,71 @@ TEST_CASE("read_prompt: token numbers, the last of them kept") {
         CHECK_THROWS_WITH_AS(read(text, 4), doctest::Contains("byte 0x"), Error);
     CHECK_THROWS_WITH_AS(read(std::string("5 \0 6", 5), 4), doctest::Contains("byte 0x00"), Error);
     for (const char* text : {" ", "\n\n"}) CHECK_THROWS_WITH_AS(read(text, 4), doctest::Contains("empty"), Error);
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// The prediction of --print_plan against recorded measurements: no time is taken here. A constant of the model, or a
+// log, that changes must leave it within what dmuon.cuh states.
+
+// NAME of bench_optimizer.log (dev/bench_optimizer.cu: kVariants), or of the end of step_time.log.
+static Options measured_options(const std::string& model, const std::string& name) {
+    Options options;
+    options.model = model;
+    options.optimizer = name.substr(0, name.find('_'));
+    if (name.find("_one") != std::string::npos) options.muon_batch = "one";
+    if (name.find("_tile_256") != std::string::npos) options.muon_tile = 256;
+    if (name.find("_fp16") != std::string::npos) options.ns_dtype = "fp16", options.ns = "auto";
+    return options;
+}
+
+static Prediction predicted_for(const Options& options, int ranks) {
+    return predict(Plan(tensor_specs(model_config(options, 50257)), options, ranks), options, 2);  // bf16
+}
+
+TEST_CASE("print_plan: the prediction meets what was measured") {
+    const std::string source = __FILE__, results = source.substr(0, source.rfind('/') + 1) + "../dev/results/";
+    std::string line, model;
+    char name[32] = "", of_model[32] = "";
+    int ranks, count, m, n, steps = 0, batches = 0, runs = 0;
+    double ms;
+    std::map<std::string, double> adamw_alone;  // by model: ms as one of two ranks, without the other
+    std::ifstream alone(results + "bench_optimizer.log");
+    REQUIRE(alone);
+    while (std::getline(alone, line)) {
+        CAPTURE(line);
+        if (sscanf(line.c_str(), "## %31[^:]:", name) == 1) model = name;
+        if (line.find("_portable") != std::string::npos) continue;
+        if (sscanf(line.c_str(), "| %d | %31[a-z0-9_] | %lf |", &ranks, name, &ms) == 3) {
+            const Prediction prediction = predicted_for(measured_options(model, name), ranks);
+            CHECK(std::fabs((prediction.total() - prediction.exposed) / ms - 1) < 0.10);
+            if (ranks == 2 && name == std::string("adamw")) adamw_alone[model] = ms;
+            steps++;
+        }
+        if (sscanf(line.c_str(), "| %31[a-z0-9_] | %d | %d of %d x %d | %lf |", name, &ranks, &count, &m, &n, &ms) ==
+            6) {
+            CHECK(std::fabs(1e3 * ns_seconds(measured_options(model, name), {count, m, n}) / ms - 1) < 0.15);
+            batches++;
+        }
+    }
+    CHECK(steps >= 2 * 7 * 5);  // models, ranks, optimizers
+    CHECK(batches >= 90);
+
+    // In training: "d12_64_dmuon_2gpu step N ms optimizer N ..."
+    std::ifstream training(results + "step_time.log");
+    REQUIRE(training);
+    while (std::getline(training, line)) {
+        CAPTURE(line);
+        if (line.find("_portable") != std::string::npos) continue;
+        if (sscanf(line.c_str(), "%31[d0-9]_%*d_%31s step %*f ms optimizer %lf", of_model, name, &ms) != 3) continue;
+        const bool two = std::string(name).find("_2gpu") != std::string::npos;
+        const Prediction prediction = predicted_for(measured_options(of_model, name), two ? 2 : 1);
+        CHECK(ms / prediction.total() > 0.94);
+        CHECK(ms / prediction.total() < 1.20);
+        if (name == std::string("adamw_2gpu"))
+            CHECK(std::fabs(prediction.exposed / (ms - adamw_alone.at(of_model)) - 1) < 0.15);
+        runs++;
+    }
+    CHECK(runs >= 15);
 }
 
 // --------------------------------------------------------------------------------------------------------------------

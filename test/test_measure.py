@@ -4,6 +4,7 @@ scripts/bench.sh, scripts/gpu_check.sh many and dev/precision_gap.py with progra
 
     python3 test/test_measure.py
 """
+import csv
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import unittest
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -80,10 +82,35 @@ class Profile(unittest.TestCase):
             short, other = Path(work) / "short.csv", Path(work) / "other.csv"
             short.write_text("\n".join(self.nsys()[:12]))
             other.write_text("Time (%),Name\n1,x\n")
-            for path, why in ((short, "fewer than three whole steps"), (other, "neither"), (Path(work) / "none", "cannot read")):
+            for path, why in ((short, "fewer than three whole steps"), (other, "no kernel in it"), (Path(work) / "none", "cannot read")):
                 done = subprocess.run([sys.executable, ROOT / "scripts/profile_kernels.py", path], capture_output=True, text=True)
                 self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (1, "", 1), done.stderr)
                 self.assertIn(why, done.stderr)
+
+
+    def test_a_run_with_the_trace_library(self):
+        with tempfile.TemporaryDirectory() as work, mock.patch.object(profile_kernels, "ROOT", Path(work)):
+            trace, program = Path(work) / "trace.csv", Path(work) / "train_gpt"
+            with trace.open("w", newline="") as file:  # the columns that the library writes
+                csv.writer(file).writerows([row[0], row[1], row[-1]] for row in csv.reader(self.nsys()[2:]))
+            (Path(work) / "Makefile").write_text("build/kernel_trace.so:\n\techo library > $@\n")
+            program.write_text('#!/bin/bash\ngrep -q library "$CUDA_INJECTION64_PATH" && [ "$*" = "--steps 3" ] && cp trace.csv "$KERNEL_TRACE"\n')
+            program.chmod(0o755)
+            self.assertEqual(profile_kernels.table(profile_kernels.launches(profile_kernels.run_tool("cupti", ["--steps", "3"]))),
+                             profile_kernels.table(profile_kernels.launches(self.nsys())))
+            program.write_text("#!/bin/bash\n")  # it never came to a GPU
+            with self.assertRaisesRegex(ValueError, "no kernel in it"):
+                profile_kernels.launches(profile_kernels.run_tool("cupti", []))
+
+    def test_the_trace_library_compiles(self):
+        if shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists():
+            self.skipTest("no CUDA Toolkit")
+        built = subprocess.run(["make", "-B", "build/kernel_trace.so"], cwd=ROOT, capture_output=True, text=True)
+        if re.search("cupti.h: No such file|cannot find -lcupti", built.stderr):
+            self.skipTest("no CUPTI beside the CUDA Toolkit")
+        self.assertEqual((built.returncode, "warning" in built.stderr), (0, False), built.stderr)
+        names = subprocess.run(["nm", "-D", "--defined-only", ROOT / "build/kernel_trace.so"], check=True, capture_output=True, text=True)
+        self.assertIn(" T InitializeInjection", names.stdout)
 
 
 class Bench(unittest.TestCase):
@@ -274,6 +301,12 @@ out.mkdir(parents=True)
         self.assertIn("its gradient in fp32 | 4.0100 | 4.0300 | 4.0200 |  |", text)
         self.assertIn("both rounded | 4.3100 | 4.3300 | 4.3200 | +0.3000 ± 0.0141 |", text)  # 0.01 sqrt(2)
         self.assertFalse(list(self.dir.glob("build/**/*.safetensors")))
+
+    def test_some_rows(self):
+        done = self.gap("--seeds", "1", "--rows", "ours,fp32")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(done.stdout.count("\n| "), 2 + 1)
+        self.assertIn("no bf17 among ours, fp32", self.gap("--rows", "bf17").stderr)
 
     def test_what_fails_or_has_no_time_stays_empty(self):
         done = self.gap("--seeds", "2")
