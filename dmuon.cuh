@@ -618,9 +618,9 @@ class Optimizer {
             Backend::muon_inverse_norms(inverse_norms, squares, dots, refs, matrices, mu, options.nesterov, clip);
         phase_done(phase_clip);
 
-        for (size_t b = 0; b < plan.buckets.size(); b++) {
+        const size_t adamw_buckets = plan.method == Method::adamw ? plan.buckets.size() : 1;  // else the flat one
+        for (size_t b = 0; b < adamw_buckets; b++) {
             const Bucket& bucket = plan.buckets[b];
-            if (b > 0 && plan.method != Method::adamw) break;
             const size_t mine = my_chunk(bucket), end = mine + bucket.chunk;
             // Of the flat bucket the tensors with weight decay come first, the matrices all have it.
             const size_t border = b > 0 ? end : std::min(std::max(plan.decay_end, mine), end);
@@ -654,7 +654,7 @@ class Optimizer {
             phase_done(phase_update);
         }
 
-        for (size_t b = 1; b < plan.buckets.size() && plan.method == Method::dmuon; b++) start_gather(b);
+        for (size_t b = adamw_buckets; b < plan.buckets.size(); b++) start_gather(b);
         phase_done(phase_gather);
     }
 

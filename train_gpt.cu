@@ -203,8 +203,8 @@ class Arena {
     }
 };
 
-// How much of a block's forward pass the backward pass computes again instead of keeping it, each level what the one
-// before does and more: the GELU; both LayerNorms; all but attention, which costs the most time for what it keeps.
+// What of a block's forward pass the backward pass computes again instead of keeping it, each level more than the one
+// before: the GELU; LayerNorms as well; all but attention, which takes the longest for the bytes that it would save.
 enum class Recompute { none, gelu, layernorm, block };
 
 inline const std::vector<std::string>& recompute_levels() {
@@ -256,7 +256,7 @@ struct Activations {
     float* delta;                  // (B,H,T) scratch of the attention backward
     float* partials;               // partial sums of layernorm_backward and bias_backward
 
-    // Each layer has its own up to this level, above it all have one; `width` in C elements for each of N rows.
+    // A tensor (N, width C) of which each layer keeps its own up to this level; above it all layers share one.
     struct Kept {
         using Member = real* Layer::*;
         Member tensor;
@@ -898,7 +898,7 @@ class RunState {
 
     struct Kind {
         const char* prefix;
-        float* arena;
+        float* array;  // of all that this rank has of it
     };
     std::vector<Kind> kinds_of(int tensor) const {
         if (optimizer.plan.is_muon(tensor)) return {{"", optimizer.master}, {"optimizer.momentum.", optimizer.moment1}};
@@ -906,16 +906,16 @@ class RunState {
             {"", optimizer.master}, {"optimizer.adam_m.", optimizer.moment1}, {"optimizer.adam_v.", optimizer.moment2}};
     }
 
-    // Calls fill(begin, count, host) for every run of the tensor's fp32 state in `arena` that this rank holds, and
+    // Calls fill(begin, count, host) for every run of the tensor's fp32 state in `array` that this rank holds, and
     // uploads the result.
     template <class Fill>
-    void fill_state(int tensor, float* arena, Fill fill) {
+    void fill_state(int tensor, float* array, Fill fill) {
         std::vector<float> host;
         for (const auto& part : optimizer.state_parts(tensor)) {
             if (!part.here) continue;
             host.assign(part.count, 0.0f);
             fill(part.begin, part.count, host.data());
-            Backend::upload(arena + part.state, host.data(), part.count * sizeof(float));
+            Backend::upload(array + part.state, host.data(), part.count * sizeof(float));
             Backend::synchronize();
         }
     }
@@ -933,7 +933,7 @@ class RunState {
                 const bool positions = spec.kind == TensorKind::position_embedding;  // there may be more in the file
                 const size_t there = positions ? size_t(meta_number(checkpoint, "seq_len")) * spec.cols : stored;
                 const float* values = checkpoint.data(kind.prefix + spec.name, there);
-                fill_state(t, kind.arena, [&](size_t begin, size_t count, float* host) {
+                fill_state(t, kind.array, [&](size_t begin, size_t count, float* host) {
                     if (begin < stored) memcpy(host, values + begin, std::min(count, stored - begin) * sizeof(float));
                 });
             }
@@ -970,11 +970,11 @@ class RunState {
         const auto& tensors = optimizer.plan.tensors;
         struct Source {
             int tensor;
-            float* arena;
+            float* array;
         };
         std::map<std::string, Source> sources;  // by the name in the file: the order in which a checkpoint has them
         for (int t = 0; t < int(tensors.size()); t++)
-            for (const Kind& kind : kinds_of(t)) sources[kind.prefix + tensors[t].name] = {t, kind.arena};
+            for (const Kind& kind : kinds_of(t)) sources[kind.prefix + tensors[t].name] = {t, kind.array};
         std::vector<TensorInfo> table;
         for (const auto& [name, source] : sources) {
             const TensorSpec& spec = tensors[source.tensor];
@@ -996,7 +996,7 @@ class RunState {
                 for (size_t at = 0; at < part.count && part.begin + at < stored; at += kStagingFloats) {
                     const size_t count = std::min({kStagingFloats, part.count - at, stored - part.begin - at});
                     if (world.rank == part.owner)
-                        Backend::copy(staging, source.arena + part.state + at, count * sizeof(float));
+                        Backend::copy(staging, source.array + part.state + at, count * sizeof(float));
                     if (part.owner != 0) Backend::wait(Backend::broadcast(staging, count * sizeof(float), part.owner));
                     if (writer) Backend::download(staging_host, staging, count * sizeof(float));
                     finish<Backend>("a checkpoint");
