@@ -120,11 +120,6 @@ constexpr size_t attention_row_sums(int B, int T, int C) { return size_t(B) * ce
 constexpr float kGeluScale = 0.7978845608f;  // sqrt(2/pi)
 constexpr float kGeluCubic = 0.044715f;
 
-// A run of elements in one of the arenas (parameters, gradients, optimizer state).
-struct Range {
-    size_t begin, count;
-};
-
 // Storage type of the Newton-Schulz iterate; products accumulate in fp32 whatever it is.
 enum class NsType { bf16, fp16, fp32 };
 inline size_t ns_type_bytes(NsType type) { return type == NsType::fp32 ? 4 : 2; }

@@ -17,10 +17,6 @@
 #include "dataloader.h"
 // defines: Checkpoint, CheckpointWriter, newest_good_checkpoint
 #include "checkpoint.h"
-// defines: LAUNCH, from_float, to_float, sums over warps and blocks
-#ifdef __CUDACC__
-#include "kernels/cuda_common.cuh"
-#endif
 // defines: world, start_ranks, stop_ranks, fail_ranks, wait_until
 #include "ranks.h"
 // defines: CpuComm, CudaComm
@@ -207,8 +203,8 @@ class Arena {
     }
 };
 
-// How much of a block's forward pass the backward pass computes again instead of keeping it, each level what the one
-// before does and more: the GELU; both LayerNorms; all but attention, which costs the most time for what it keeps.
+// What of a block's forward pass the backward pass computes again instead of keeping it, each level more than the one
+// before: the GELU; LayerNorms as well; all but attention, which takes the longest for the bytes that it would save.
 enum class Recompute { none, gelu, layernorm, block };
 
 inline const std::vector<std::string>& recompute_levels() {
@@ -260,7 +256,7 @@ struct Activations {
     float* delta;                  // (B,H,T) scratch of the attention backward
     float* partials;               // partial sums of the gradients of biases and LayerNorms
 
-    // Each layer has its own up to this level, above it all have one; `width` in C elements for each of N rows.
+    // A tensor (N, width C) of which each layer keeps its own up to this level; above it all layers share one.
     struct Kept {
         using Member = real* Layer::*;
         Member tensor;
@@ -904,7 +900,7 @@ class RunState {
 
     struct Kind {
         const char* prefix;
-        float* arena;
+        float* array;  // of all that this rank has of it
     };
     std::vector<Kind> kinds_of(int tensor) const {
         if (optimizer.plan.is_muon(tensor)) return {{"", optimizer.master}, {"optimizer.momentum.", optimizer.moment1}};
@@ -912,16 +908,16 @@ class RunState {
             {"", optimizer.master}, {"optimizer.adam_m.", optimizer.moment1}, {"optimizer.adam_v.", optimizer.moment2}};
     }
 
-    // Calls fill(begin, count, host) for every run of the tensor's fp32 state in `arena` that this rank holds, and
+    // Calls fill(begin, count, host) for every run of the tensor's fp32 state in `array` that this rank holds, and
     // uploads the result.
     template <class Fill>
-    void fill_state(int tensor, float* arena, Fill fill) {
+    void fill_state(int tensor, float* array, Fill fill) {
         std::vector<float> host;
         for (const auto& part : optimizer.state_parts(tensor)) {
             if (!part.here) continue;
             host.assign(part.count, 0.0f);
             fill(part.begin, part.count, host.data());
-            Backend::upload(arena + part.state, host.data(), part.count * sizeof(float));
+            Backend::upload(array + part.state, host.data(), part.count * sizeof(float));
             Backend::synchronize();
         }
     }
@@ -939,7 +935,7 @@ class RunState {
                 const bool positions = spec.kind == TensorKind::position_embedding;  // there may be more in the file
                 const size_t there = positions ? size_t(meta_number(checkpoint, "seq_len")) * spec.cols : stored;
                 const float* values = checkpoint.data(kind.prefix + spec.name, there);
-                fill_state(t, kind.arena, [&](size_t begin, size_t count, float* host) {
+                fill_state(t, kind.array, [&](size_t begin, size_t count, float* host) {
                     if (begin < stored) memcpy(host, values + begin, std::min(count, stored - begin) * sizeof(float));
                 });
             }
@@ -976,11 +972,11 @@ class RunState {
         const auto& tensors = optimizer.plan.tensors;
         struct Source {
             int tensor;
-            float* arena;
+            float* array;
         };
         std::map<std::string, Source> sources;  // by the name in the file: the order in which a checkpoint has them
         for (int t = 0; t < int(tensors.size()); t++)
-            for (const Kind& kind : kinds_of(t)) sources[kind.prefix + tensors[t].name] = {t, kind.arena};
+            for (const Kind& kind : kinds_of(t)) sources[kind.prefix + tensors[t].name] = {t, kind.array};
         std::vector<TensorInfo> table;
         for (const auto& [name, source] : sources) {
             const TensorSpec& spec = tensors[source.tensor];
@@ -1002,7 +998,7 @@ class RunState {
                 for (size_t at = 0; at < part.count && part.begin + at < stored; at += kStagingFloats) {
                     const size_t count = std::min({kStagingFloats, part.count - at, stored - part.begin - at});
                     if (world.rank == part.owner)
-                        Backend::copy(staging, source.arena + part.state + at, count * sizeof(float));
+                        Backend::copy(staging, source.array + part.state + at, count * sizeof(float));
                     if (part.owner != 0) Backend::wait(Backend::broadcast(staging, count * sizeof(float), part.owner));
                     if (writer) Backend::download(staging_host, staging, count * sizeof(float));
                     finish<Backend>("a checkpoint");
@@ -1166,8 +1162,7 @@ class Trainer {
     // then caches and libraries are warm, if the run is long enough; and one more follows, for the second's weights.
     Timeline<Backend> traced[2];
     int64_t traced_last;
-    double* sums;           // [2] device: loss, stopping
-    double* host_stopping;  // [2] pinned, by slot
+    double* sums;           // [2] device: Stats' first two
     bool stopping = false;  // some rank was asked to stop, and all know
     int64_t skipped = 0;    // updates skipped in a row
     double mean_ms = 0;
@@ -1193,7 +1188,6 @@ class Trainer {
             hellaswag.reset(new HellaSwagEvaluator<Backend, Model<Backend>>(*run.hellaswag, run.tokenizer.get(), model,
                                                                             options.batch, config.seq_len));
         sums = static_cast<double*>(Backend::alloc(2 * sizeof(double), "sums"));
-        host_stopping = static_cast<double*>(Backend::alloc_host(2 * sizeof(double)));
         for (Slot& slot : slots) slot.host = static_cast<Stats*>(Backend::alloc_host(sizeof(Stats)));
         traced_last = std::min(run.first_step + 11, std::max(run.first_step + 1, options.steps - 1));
         for (Timeline<Backend>& timeline : traced) timeline.traces_collectives = true;
@@ -1270,10 +1264,10 @@ class Trainer {
                 }
             }
             slot.optimizer_begin.record();
-            host_stopping[step % 2] = stop_signal != 0;
-            Backend::upload(&sums[1], &host_stopping[step % 2], sizeof(double));
-            Ticket summed =
-                Backend::all_reduce(sums, 2);  // before the collectives of the optimizer, which go on after it
+            slot.host->stopping = stop_signal != 0;
+            Backend::upload(&sums[1], &slot.host->stopping, sizeof(double));
+            // Before the optimizer's collectives, of which the last go on after the step.
+            Ticket summed = Backend::all_reduce(sums, 2);
             const double share = schedule(options, step),
                          muon_peak = options.muon_lr > 0 ? options.muon_lr : 2 * options.lr;
             slot.lr = options.lr * share;
@@ -1393,7 +1387,9 @@ class Trainer {
             number = std::max(number, atoi(received.c_str()));
         say("stopped after step %" PRId64 " of %" PRId64 " by signal %d (%s): %s\n", step, options.steps, number,
             strsignal(number),
-            options.out.empty() ? "nothing is saved without --out" : "--resume auto goes on from here");
+            options.out.empty()     ? "nothing is saved without --out"
+            : step == options.steps ? "--steps 0 --model CHECKPOINT --hellaswag FILE scores what it has saved"
+                                    : "--resume auto goes on from here");
         return 128 + number;
     }
 
@@ -1597,8 +1593,8 @@ int main(int argc, char** argv) {
         const Options options = parse_flags(argc, argv);
         if (options.help || options.version || options.print_plan) {
             print_what_is_asked(options);
-            _exit(
-                0);  // OpenBLAS's destructor waits for its threads, which under a memory limit (ulimit -v) never start
+            // No destructors: OpenBLAS's waits for its threads, which under a memory limit (ulimit -v) never start.
+            _exit(0);
         }
         if (options.generate > 0 && world.size > 1)
             usage_fail("--generate runs as one process, and mpirun or srun has started %d: leave it out", world.size);

@@ -85,14 +85,14 @@ FAULTS = [
     Fault("dmuon.cuh", "void need_flat() { need(0); }", "void need_flat() {}", "cpu golden: ten AdamW steps, coll*"),
     Fault("dmuon.cuh", "if (l == plan.buckets[b].layer) start_reduce(b);", "start_reduce(b);", "cpu golden: ten AdamW steps, coll*"),
     Fault("dmuon.cuh", "counted = std::max(piece.owner, 0) == world.rank;", "counted = here;", "comm the same gradients*"),
-    Fault("dmuon.cuh", "const int place_of = std::max(piece.owner, 0);", "const int place_of = std::max(piece.owner - 1, 0);",
+    Fault("dmuon.cuh", "begin + std::max(piece.owner, 0) * chunk;", "begin + std::max(piece.owner - 1, 0) * chunk;",
           "comm the same gradients*"),
     Fault("dmuon.cuh", "seen[std::minmax({piece.rows, piece.cols})]++ % ranks;", "seen[{piece.rows, piece.cols}]++ % ranks;",
           "ranks plan_is_balanced"),
     Fault("dmuon.cuh", "? down * (down + 1) / 2 : down * across", "? down * across : down * across", "cpu print_plan*"),
     Fault("dmuon.cuh", "bytes / kPlanMemory + blocks * kPlanNormBlock", "bytes / kPlanMemory", "cpu print_plan*"),
     Fault("dmuon.cuh", "return cost[a] > cost[b];", "return cost[a] < cost[b];", "ranks plan_by_lpt"),
-    Fault("dmuon.cuh", "std::exchange(used, std::vector<size_t>(ranks, 0))", "used", "comm the same gradients*"),
+    Fault("dmuon.cuh", "end + round_up<size_t>(piece.count, 64)", "end", "comm the same gradients*"),
 
     # --- The program
     Fault("train_gpt.cu", "return double(step) / double(o.warmup);", "return double(step - 1) / double(o.warmup);", "train schedules"),
