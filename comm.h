@@ -255,12 +255,11 @@ struct CudaComm {
         };
     }
 
-    // After the last collective has finished (synchronize).
     static void stop() {
         if (!comm) return;
         check_peers = nullptr;
         Deadline deadline("all ranks to finish (ncclCommDestroy)", startup_timeout());
-        check(ncclCommFinalize(comm), "ncclCommFinalize");
+        check(ncclCommFinalize(comm), "ncclCommFinalize");  // waits for the last step's weights, which nobody needs
         check(ncclCommDestroy(comm), "ncclCommDestroy");
         comm = nullptr;
         CUDA_CHECK(cudaStreamDestroy(stream));

@@ -3,8 +3,12 @@
 // on a machine without a GPU, and is the truth that the CUDA kernels are tested against, so it is clear before it is
 // fast.
 //
-// Read in this order: the start and memory; sums, exp and gemm, which the rest stands on; the model from the embedding
-// to the classifier, each forward beside its backward; the optimizer, AdamW first, then Newton-Schulz; struct Cpu.
+//   1. The machine    threads, memory and its limits, events
+//   2. Foundations    sums, exp, matrix products
+//   3. The model      products; then from the embedding to the classifier, each forward beside its backward
+//   4. The optimizer  AdamW, then what surrounds and makes Newton-Schulz; struct Cpu
+//
+// Sections 3 and 4 are what a backend computes; 1 and 2 can be left for when they are asked for.
 //
 // Results do not depend on the number of threads. Work is cut into tiles and slices (the words of dmuon.cuh) by shapes
 // alone, each is computed by one thread, and sums over slices are taken in a fixed order. Sums inside a slice are
@@ -49,7 +53,7 @@ struct CpuOps {
     using real = float;
 
     // ----------------------------------------------------------------------------------------------------------------
-    // Start, memory, time
+    // 1. The machine
 
     // The ranks of one machine share its cores, unless OMP_NUM_THREADS says otherwise.
     static void start(int local_ranks) {
@@ -191,7 +195,7 @@ struct CpuOps {
     };
 
     // ----------------------------------------------------------------------------------------------------------------
-    // What the rest stands on: sums, exp, matrix products
+    // 2. Foundations
 
     // sum of term(i) over i < n: kLanes partial sums, then one after the other.
     static constexpr int kLanes = 16;
@@ -357,7 +361,9 @@ struct CpuOps {
         }
     }
 
-    // Weights are (OC,C): one row per output, as in PyTorch's Linear.
+    // ----------------------------------------------------------------------------------------------------------------
+    // 3. The model: its products, then the rest in the order in which a forward pass meets it
+
     static void matmul_forward(real* out /*(N,OC), row stride ldo*/, int ldo, const real* inp /*(N,C)*/,
                                const real* weight /*(OC,C)*/, const real* bias /*(OC) or null*/, int N, int C, int OC) {
         if (N > 1) return parallel_gemm(false, true, N, OC, C, inp, C, weight, C, 0.0f, out, ldo, bias);
@@ -379,8 +385,6 @@ struct CpuOps {
         parallel_gemm(true, false, OC, C, N, dout, ldo, inp, C, accumulate ? 1.0f : 0.0f, dweight, C);
     }
 
-    // The two products beside a GELU, as the GPU fuses them: out = gelu(pre), pre = inp weight^T + bias; and
-    // dpre = (dout weight) * gelu'(pre).
     static void matmul_gelu_forward(real* out /*(N,OC)*/, real* pre /*(N,OC)*/, const real* inp /*(N,C)*/,
                                     const real* weight /*(OC,C)*/, const real* bias /*(OC)*/, int N, int C, int OC) {
         matmul_forward(pre, OC, inp, weight, bias, N, C, OC);
@@ -422,9 +426,6 @@ struct CpuOps {
         add_partials(dbias, scratch, OC, OC);
     }
 
-    // ----------------------------------------------------------------------------------------------------------------
-    // The model, in the order in which a forward pass meets it
-
     static void embedding_forward(real* out /*(B,T,C)*/, const int* tokens /*(B,T)*/, const real* wte /*(Vp,C)*/,
                                   const real* wpe /*(maxT,C)*/, int B, int T, int C) {
 #pragma omp parallel for
@@ -435,7 +436,6 @@ struct CpuOps {
         }
     }
 
-    // order: the positions 0..B*T-1 sorted by their token, earlier first: the run of one token is one thread's work.
     static void embedding_backward(float* dwte /*(Vp,C) +=*/, float* dwpe /*(maxT,C) +=*/, const real* dout /*(B,T,C)*/,
                                    const int* tokens /*(B,T)*/, const int* order /*(B*T)*/, int B, int T, int C) {
         const int N = B * T;
@@ -463,7 +463,6 @@ struct CpuOps {
         for (size_t i = 0; i < n; i++) out[i] = a[i] + b[i];
     }
 
-    // out = (x - mean) / sqrt(variance + 1e-5) * weight + bias over each row; mean and rstd are kept for the backward.
     static void layernorm_forward(real* out /*(N,C)*/, float* mean /*(N)*/, float* rstd /*(N)*/,
                                   const real* x /*(N,C)*/, const real* weight /*(C)*/, const real* bias /*(C)*/, int N,
                                   int C) {
@@ -488,9 +487,8 @@ struct CpuOps {
         layernorm_forward(out, mean, rstd, residual, weight, bias, N, C);
     }
 
-    // With y = (x - mean) * rstd and g = dout * weight:  dx = before + rstd * (g - mean(g) - y * mean(g * y)). dsum
-    // receives the column sums of dx: the bias gradient of the product whose output was added to the residual there.
     static size_t layernorm_scratch_floats(int C) { return size_t(kSlices) * 2 * C; }
+    // With y = (x - mean) * rstd and g = dout * weight:  dx = before + rstd * (g - mean(g) - y * mean(g * y)).
     static void layernorm_backward(real* dx /*(N,C)*/, float* dweight /*(C) +=*/, float* dbias /*(C) +=*/,
                                    float* dsum /*(C) +=, or null*/,
                                    const real* before /*(N,C), may be dx; null: zeros*/, const real* dout /*(N,C)*/,
@@ -561,7 +559,6 @@ struct CpuOps {
         }
     }
 
-    // The last row of attention_forward for one sequence.
     static void attention_last_row(real* out /*(C)*/, const real* qkv /*(T,3C)*/, int T, int C, int H) {
         const int hd = C / H;
         const float scale = 1.0f / std::sqrt(float(hd));
@@ -587,11 +584,14 @@ struct CpuOps {
         }
     }
 
+    static size_t attention_scratch_floats(int, int, int C, int) { return bias_scratch_floats(3 * C); }
+
     // P = exp(scale*QK^T - lse), O = PV.  dV = P^T dO;  dP = dO V^T;  dS = scale * P * (dP - delta), where
     // delta[t] = sum over s of P[t,s] dP[t,s] = dO[t] . O[t];  dQ = dS K;  dK = dS^T Q.
-    static void attention_backward(real* dqkv /*(B,T,3C)*/, float* delta /*(B,H,T)*/, const real* dout /*(B,T,C)*/,
-                                   const real* qkv /*(B,T,3C)*/, const real* out /*(B,T,C)*/,
-                                   const float* lse /*(B,H,T)*/, int B, int T, int C, int H) {
+    static void attention_backward(real* dqkv /*(B,T,3C)*/, float* dbias /*(3C) +=*/, float* delta /*(B,H,T)*/,
+                                   const real* dout /*(B,T,C)*/, const real* qkv /*(B,T,3C)*/,
+                                   const real* out /*(B,T,C)*/, const float* lse /*(B,H,T)*/, int B, int T, int C,
+                                   int H, float* scratch /*(kSlices,3C)*/) {
         const int hd = C / H;
         const float scale = 1.0f / std::sqrt(float(hd));
 #pragma omp parallel for collapse(2) schedule(dynamic)
@@ -636,9 +636,9 @@ struct CpuOps {
                 }
             }
         }
+        bias_backward(dbias, dqkv, B * T, 3 * C, scratch);
     }
 
-    // The formulas are at GELU's constants, in common.h.
     static inline float gelu_sigmoid(float x) {
         return 1.0f / (1.0f + exponential(-2.0f * kGeluScale * (x + kGeluCubic * x * x * x)));
     }
@@ -655,7 +655,6 @@ struct CpuOps {
         }
     }
 
-    // losses = -log softmax(logits)[target]; dlogits = (softmax - onehot(target)) * dloss, in the place of the logits.
     static void classifier(float* losses /*(N)*/, real* logits /*(N,Vp) in: logits, out: dlogits*/,
                            const int* targets /*(N)*/, float dloss, int N, int V, int Vp, bool write_dlogits) {
 #pragma omp parallel for
@@ -678,9 +677,8 @@ struct CpuOps {
     }
 
     // ----------------------------------------------------------------------------------------------------------------
-    // The optimizer
+    // 4. The optimizer
 
-    // squares = g.g and, of Muon's, dots = g.momentum, momentum.momentum; each block by one thread.
     static void norm_sums(double* squares /*(n)*/, double* dots /*(n,2)*/, const float* grads, const float* momentum,
                           const NormBlock* blocks /*(n)*/, int n) {
 #pragma omp parallel for schedule(dynamic)
@@ -700,8 +698,6 @@ struct CpuOps {
         }
     }
 
-    // clip = {scale, norm, 1 - beta1^t, 1 - beta2^t}. scale 0 says that the norm is not finite: the updates below then
-    // change nothing, and t does not count this step.
     static void clip_scale(float* clip /*(4)*/, int64_t* t /*(1)*/, const double* squares /*(n)*/, int n,
                            float max_norm, double beta1, double beta2) {
         double total = 0;
@@ -780,7 +776,7 @@ struct CpuOps {
         if (type == NsType::fp32) static_cast<float*>(x)[i] = value;
     }
 
-    // 1 / |x| of each matrix. x = a g + b momentum, so |x|^2 follows from the three sums of its blocks.
+    // x = a g + b momentum, so |x|^2 follows from the three sums of its blocks.
     static void muon_inverse_norms(float* inverse_norms /*(count)*/, const double* squares, const double* dots,
                                    const MatrixRef* refs /*(count)*/, int count, float mu, bool nesterov,
                                    const float* clip) {
@@ -800,8 +796,7 @@ struct CpuOps {
         return ref.tall ? size_t(j) * ref.ld + i : size_t(i) * ref.ld + j;
     }
 
-    // momentum = mu momentum + g, X = x / |x|, lying down and padded with zeros. The division happens before the
-    // rounding: gradients of 1e-20 or 1e+10 come out the same.
+    // X is divided by its norm before it is rounded: gradients of 1e-20 or 1e+10 come out the same.
     static void muon_momentum(void* X /*(count,mp,np)*/, float* momentum, const float* grads,
                               const MatrixRef* refs /*(count)*/, const float* inverse_norms /*(count)*/, int count,
                               int m, int n, float mu, bool nesterov, NsType type, const float* clip) {
@@ -848,10 +843,8 @@ struct CpuOps {
         NsChain(int, NsType, int*) {}  // every product is done when its call returns
     };
 
-    // D = alpha * A op(B) + beta * C + diag * I for every one of `count` matrices; one rounding, at the store.
-    // symmetric_nt: B is (count,N,K) and op transposes; the result is known to be symmetric, so the lower triangle is
-    // computed and mirrored. nn: B is (count,K,N). A tile's bits depend on its own rows and columns, not on the
-    // matrices beside it.
+    // Of a symmetric result the lower triangle is computed and mirrored. A tile's bits depend on its own rows and
+    // columns, not on the matrices beside it.
     static void ns_product(void* D /*(count,M,N)*/, const void* A /*(count,M,K)*/, const void* B,
                            const void* C /*(count,M,N) or null*/, float alpha, float beta, float diag, int count, int M,
                            int N, int K, NsProduct kind, NsType type) {
@@ -885,7 +878,6 @@ struct CpuOps {
         }
     }
 
-    // master = master * decay - lr * scale * U (standing up again where ref.tall), and the parameters follow.
     static void muon_update(real* params, float* master, const void* U /*(count,mp,np)*/,
                             const MatrixRef* refs /*(count)*/, int count, int m, int n, float decay /*1-lr*wd*/,
                             float lr, NsType type, const float* clip) {

@@ -290,20 +290,19 @@ struct Plan {
             // Each owner's matrices one after the other; of replicated ones nobody is the owner, and all go one after
             // the other.
             const bool replicated = method == Method::muon;
-            std::vector<size_t> used(ranks, 0);
-            auto place = [&](bool for_good, size_t chunk) {
-                for (Piece piece : all) {
-                    if (!in_bucket(piece.tensor)) continue;
-                    const int place_of = std::max(piece.owner, 0);
-                    piece.offset = begin + place_of * chunk + used[place_of];
-                    used[place_of] += round_up<size_t>(piece.count, 64);
-                    if (for_good) pieces.push_back(piece);
-                }
-                return std::exchange(used, std::vector<size_t>(ranks, 0));
-            };
-            const std::vector<size_t> needed = place(false, 0);
-            const size_t chunk = *std::max_element(needed.begin(), needed.end());
-            place(true, chunk);
+            std::vector<Piece> members;
+            std::vector<size_t> used(ranks, 0);  // of each owner's chunk
+            for (Piece piece : all) {
+                if (!in_bucket(piece.tensor)) continue;
+                size_t& end = used[std::max(piece.owner, 0)];
+                piece.offset = std::exchange(end, end + round_up<size_t>(piece.count, 64));
+                members.push_back(piece);
+            }
+            const size_t chunk = *std::max_element(used.begin(), used.end());
+            for (Piece& piece : members) {
+                piece.offset += begin + std::max(piece.owner, 0) * chunk;
+                pieces.push_back(piece);
+            }
             buckets.push_back({begin, chunk, replicated, first});
             begin += chunk * (replicated ? 1 : ranks);
         }
@@ -401,8 +400,8 @@ inline NsConfig ns_config(const Options& options, int m, int n) {
     return {gram, options.ns_coefficients, int(options.ns_steps), type};
 }
 
-constexpr size_t kNsWorkspaceLimit = size_t(1)
-                                     << 30;  // of the matrices that go through it together, unless one is more
+// Bytes of the matrices that go through it together, unless one alone has more.
+constexpr size_t kNsWorkspaceLimit = size_t(1) << 30;
 
 // Scratch of newton_schulz: the iterate and its successor (count, m, n), and square matrices (count, m, m), all of type
 // `type`.
@@ -607,6 +606,8 @@ class Optimizer {
     template <class PhaseDone>
     void step(float lr, float muon_lr, PhaseDone phase_done) {
         const typename Backend::Range range("optimizer");
+        // Weights that nobody has needed since the step before are on their way: they are written only then.
+        for (std::optional<Ticket>& ticket : gathering) wait_for(ticket);
         for (size_t b = 0; b < plan.buckets.size(); b++) start_reduce(b);
         for (std::optional<Ticket>& ticket : reducing) wait_for(ticket);
         phase_done(phase_reduce);
@@ -620,9 +621,9 @@ class Optimizer {
             Backend::muon_inverse_norms(inverse_norms, squares, dots, refs, matrices, mu, options.nesterov, clip);
         phase_done(phase_clip);
 
-        for (size_t b = 0; b < plan.buckets.size(); b++) {
+        const size_t adamw_buckets = plan.method == Method::adamw ? plan.buckets.size() : 1;  // else the flat one
+        for (size_t b = 0; b < adamw_buckets; b++) {
             const Bucket& bucket = plan.buckets[b];
-            if (b > 0 && plan.method != Method::adamw) break;
             const size_t mine = my_chunk(bucket), end = mine + bucket.chunk;
             // Of the flat bucket the tensors with weight decay come first, the matrices all have it.
             const size_t border = b > 0 ? end : std::min(std::max(plan.decay_end, mine), end);
@@ -656,7 +657,7 @@ class Optimizer {
             phase_done(phase_update);
         }
 
-        for (size_t b = 1; b < plan.buckets.size() && plan.method == Method::dmuon; b++) start_gather(b);
+        for (size_t b = adamw_buckets; b < plan.buckets.size(); b++) start_gather(b);
         phase_done(phase_gather);
     }
 
@@ -723,7 +724,6 @@ class Optimizer {
     }
     void start_gather(size_t b) {
         const Bucket& bucket = plan.buckets[b];
-        wait_for(gathering[b]);  // a step whose weights nobody needed
         if (bucket.replicated) return;
         traced("gather", b,
                [&] { gathering[b] = std::optional<Ticket>(Backend::all_gather(params + bucket.begin, bucket.chunk)); });

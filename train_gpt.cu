@@ -17,10 +17,6 @@
 #include "dataloader.h"
 // defines: Checkpoint, CheckpointWriter, newest_good_checkpoint
 #include "checkpoint.h"
-// defines: LAUNCH, from_float, to_float, sums over warps and blocks
-#ifdef __CUDACC__
-#include "kernels/cuda_common.cuh"
-#endif
 // defines: world, start_ranks, stop_ranks, fail_ranks, wait_until
 #include "ranks.h"
 // defines: CpuComm, CudaComm
@@ -207,8 +203,8 @@ class Arena {
     }
 };
 
-// How much of a block's forward pass the backward pass computes again instead of keeping it, each level what the one
-// before does and more: the GELU; both LayerNorms; all but attention, which costs the most time for what it keeps.
+// What of a block's forward pass the backward pass computes again instead of keeping it, each level more than the one
+// before: the GELU; LayerNorms as well; all but attention, which takes the longest for the bytes that it would save.
 enum class Recompute { none, gelu, layernorm, block };
 
 inline const std::vector<std::string>& recompute_levels() {
@@ -258,9 +254,9 @@ struct Activations {
     real* dresidual;               // (N,C)
     real *scratch_c, *scratch_4c;  // (N,C), (N,4C)
     float* delta;                  // (B,H,T) scratch of the attention backward
-    float* partials;               // partial sums of layernorm_backward and bias_backward
+    float* partials;               // partial sums of the gradients of biases and LayerNorms
 
-    // Each layer has its own up to this level, above it all have one; `width` in C elements for each of N rows.
+    // A tensor (N, width C) of which each layer keeps its own up to this level; above it all layers share one.
     struct Kept {
         using Member = real* Layer::*;
         Member tensor;
@@ -337,10 +333,10 @@ class Model : Activations<typename Backend::real> {
 
     // Device memory of the activations for B sequences per micro-step.
     size_t activation_bytes(int B) const {
-        return Acts().arena(config, B, recompute, head_rows, apart, partial_floats()).bytes;
+        return Acts().arena(config, B, recompute, head_rows, apart, partial_floats(B)).bytes;
     }
     void allocate(int B) {
-        Arena arena = this->arena(config, B, recompute, head_rows, apart, partial_floats());
+        Arena arena = this->arena(config, B, recompute, head_rows, apart, partial_floats(B));
         arena.place(Backend::alloc(arena.bytes, "activations"));
     }
 
@@ -440,7 +436,7 @@ class Model : Activations<typename Backend::real> {
             if (recompute == Recompute::block) project_qkv(l, N);
             Backend::matmul_backward_weight(dw.attprojw, dresidual, C, a.att, N, C, C, accumulate);
             Backend::matmul_backward_input(scratch_c, dresidual, w.attprojw, N, C, C);
-            Backend::attention_backward(dqkv, delta, scratch_c, a.qkv, a.att, a.lse, B, T, C, H);
+            Backend::attention_backward(dqkv, dw.qkvb, delta, scratch_c, a.qkv, a.att, a.lse, B, T, C, H, partials);
             // dQ, dK, dV go where their owners want them. One rank has them side by side. With more, three products
             // also where they are neighbours: the same bits whoever owns what.
             if (world.size == 1)
@@ -448,7 +444,6 @@ class Model : Activations<typename Backend::real> {
             else
                 for (int i = 0; i < 3; i++)
                     Backend::matmul_backward_weight(dw.qkvw[i], dqkv + i * C, 3 * C, a.ln1, N, C, C, accumulate);
-            Backend::bias_backward(dw.qkvb, dqkv, N, 3 * C, partials);
             Backend::matmul_backward_input(scratch_c, dqkv, qkvw(l), N, C, 3 * C);
             Backend::layernorm_backward(dresidual, dw.ln1w, dw.ln1b, l > 0 ? grads.layers[l - 1].fcprojb : nullptr,
                                         dresidual, scratch_c, residual_in(l), w.ln1w, a.ln1_mean, a.ln1_rstd, N, C,
@@ -466,9 +461,10 @@ class Model : Activations<typename Backend::real> {
     const Tensors<real> params;  // after need_flat, need_layer
     const std::vector<bool> apart;
 
-    size_t partial_floats() const {
-        return std::max(Backend::layernorm_scratch_floats(config.channels),
-                        Backend::bias_scratch_floats(4 * config.channels));
+    size_t partial_floats(int B) const {
+        const int C = config.channels;
+        return std::max({Backend::layernorm_scratch_floats(C), Backend::bias_scratch_floats(4 * C),
+                         Backend::attention_scratch_floats(B, config.seq_len, C, config.heads)});
     }
 
     // The rows whose logits are in memory at a time: f(first, count).
@@ -528,8 +524,10 @@ inline int batch_that_fits(size_t memory, const Plan& plan, const ModelConfig& c
     const bool has_workspace = plan.method != Method::adamw && plan.trains;
     const size_t fixed = plan.bytes(sizeof(Bf16)) + (has_workspace ? kNsWorkspaceLimit : 0);
     const std::vector<bool> apart = qkv_apart(plan);
-    return largest_batch(memory - std::min(memory, fixed),
-                         [&](int B) { return Activations<Bf16>().arena(config, B, level, head_rows, apart, 0).bytes; });
+    return largest_batch(memory - std::min(memory, fixed), [&](int B) {
+        const size_t partial_floats = attention_row_sums(B, config.seq_len, config.channels);
+        return Activations<Bf16>().arena(config, B, level, head_rows, apart, partial_floats).bytes;
+    });
 }
 
 // The second half of --print_plan
@@ -903,7 +901,7 @@ class RunState {
 
     struct Kind {
         const char* prefix;
-        float* arena;
+        float* array;  // of all that this rank has of it
     };
     std::vector<Kind> kinds_of(int tensor) const {
         if (optimizer.plan.is_muon(tensor)) return {{"", optimizer.master}, {"optimizer.momentum.", optimizer.moment1}};
@@ -911,16 +909,16 @@ class RunState {
             {"", optimizer.master}, {"optimizer.adam_m.", optimizer.moment1}, {"optimizer.adam_v.", optimizer.moment2}};
     }
 
-    // Calls fill(begin, count, host) for every run of the tensor's fp32 state in `arena` that this rank holds, and
+    // Calls fill(begin, count, host) for every run of the tensor's fp32 state in `array` that this rank holds, and
     // uploads the result.
     template <class Fill>
-    void fill_state(int tensor, float* arena, Fill fill) {
+    void fill_state(int tensor, float* array, Fill fill) {
         std::vector<float> host;
         for (const auto& part : optimizer.state_parts(tensor)) {
             if (!part.here) continue;
             host.assign(part.count, 0.0f);
             fill(part.begin, part.count, host.data());
-            Backend::upload(arena + part.state, host.data(), part.count * sizeof(float));
+            Backend::upload(array + part.state, host.data(), part.count * sizeof(float));
             Backend::synchronize();
         }
     }
@@ -938,7 +936,7 @@ class RunState {
                 const bool positions = spec.kind == TensorKind::position_embedding;  // there may be more in the file
                 const size_t there = positions ? size_t(meta_number(checkpoint, "seq_len")) * spec.cols : stored;
                 const float* values = checkpoint.data(kind.prefix + spec.name, there);
-                fill_state(t, kind.arena, [&](size_t begin, size_t count, float* host) {
+                fill_state(t, kind.array, [&](size_t begin, size_t count, float* host) {
                     if (begin < stored) memcpy(host, values + begin, std::min(count, stored - begin) * sizeof(float));
                 });
             }
@@ -975,11 +973,11 @@ class RunState {
         const auto& tensors = optimizer.plan.tensors;
         struct Source {
             int tensor;
-            float* arena;
+            float* array;
         };
         std::map<std::string, Source> sources;  // by the name in the file: the order in which a checkpoint has them
         for (int t = 0; t < int(tensors.size()); t++)
-            for (const Kind& kind : kinds_of(t)) sources[kind.prefix + tensors[t].name] = {t, kind.arena};
+            for (const Kind& kind : kinds_of(t)) sources[kind.prefix + tensors[t].name] = {t, kind.array};
         std::vector<TensorInfo> table;
         for (const auto& [name, source] : sources) {
             const TensorSpec& spec = tensors[source.tensor];
@@ -1001,7 +999,7 @@ class RunState {
                 for (size_t at = 0; at < part.count && part.begin + at < stored; at += kStagingFloats) {
                     const size_t count = std::min({kStagingFloats, part.count - at, stored - part.begin - at});
                     if (world.rank == part.owner)
-                        Backend::copy(staging, source.arena + part.state + at, count * sizeof(float));
+                        Backend::copy(staging, source.array + part.state + at, count * sizeof(float));
                     if (part.owner != 0) Backend::wait(Backend::broadcast(staging, count * sizeof(float), part.owner));
                     if (writer) Backend::download(staging_host, staging, count * sizeof(float));
                     finish<Backend>("a checkpoint");
@@ -1167,8 +1165,7 @@ class Trainer {
     // then caches and libraries are warm, if the run is long enough; and one more follows, for the second's weights.
     Timeline<Backend> traced[2];
     int64_t traced_last;
-    double* sums;           // [2] device: loss, stopping
-    double* host_stopping;  // [2] pinned, by slot
+    double* sums;           // [2] device: Stats' first two
     bool stopping = false;  // some rank was asked to stop, and all know
     int64_t skipped = 0;    // updates skipped in a row
     double mean_ms = 0;
@@ -1194,7 +1191,6 @@ class Trainer {
             hellaswag.reset(new HellaSwagEvaluator<Backend, Model<Backend>>(*run.hellaswag, run.tokenizer.get(), model,
                                                                             options.batch, config.seq_len));
         sums = static_cast<double*>(Backend::alloc(2 * sizeof(double), "sums"));
-        host_stopping = static_cast<double*>(Backend::alloc_host(2 * sizeof(double)));
         for (Slot& slot : slots) slot.host = static_cast<Stats*>(Backend::alloc_host(sizeof(Stats)));
         traced_last = std::min(run.first_step + 11, std::max(run.first_step + 1, options.steps - 1));
         for (Timeline<Backend>& timeline : traced) timeline.traces_collectives = true;
@@ -1271,10 +1267,10 @@ class Trainer {
                 }
             }
             slot.optimizer_begin.record();
-            host_stopping[step % 2] = stop_signal != 0;
-            Backend::upload(&sums[1], &host_stopping[step % 2], sizeof(double));
-            Ticket summed =
-                Backend::all_reduce(sums, 2);  // before the collectives of the optimizer, which go on after it
+            slot.host->stopping = stop_signal != 0;
+            Backend::upload(&sums[1], &slot.host->stopping, sizeof(double));
+            // Before the optimizer's collectives, of which the last go on after the step.
+            Ticket summed = Backend::all_reduce(sums, 2);
             const double share = schedule(options, step),
                          muon_peak = options.muon_lr > 0 ? options.muon_lr : 2 * options.lr;
             slot.lr = options.lr * share;
@@ -1395,7 +1391,9 @@ class Trainer {
             number = std::max(number, atoi(received.c_str()));
         say("stopped after step %" PRId64 " of %" PRId64 " by signal %d (%s): %s\n", step, options.steps, number,
             strsignal(number),
-            options.out.empty() ? "nothing is saved without --out" : "--resume auto goes on from here");
+            options.out.empty()     ? "nothing is saved without --out"
+            : step == options.steps ? "--steps 0 --model CHECKPOINT --hellaswag FILE scores what it has saved"
+                                    : "--resume auto goes on from here");
         return 128 + number;
     }
 
@@ -1599,8 +1597,8 @@ int main(int argc, char** argv) {
         const Options options = parse_flags(argc, argv);
         if (options.help || options.version || options.print_plan) {
             print_what_is_asked(options);
-            _exit(
-                0);  // OpenBLAS's destructor waits for its threads, which under a memory limit (ulimit -v) never start
+            // No destructors: OpenBLAS's waits for its threads, which under a memory limit (ulimit -v) never start.
+            _exit(0);
         }
         if (options.generate > 0 && world.size > 1)
             usage_fail("--generate runs as one process, and mpirun or srun has started %d: leave it out", world.size);

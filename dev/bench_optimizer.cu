@@ -11,9 +11,8 @@
 // Printed, in Markdown, for each model:
 //   ms        median of an optimizer step, as long as nothing else runs: in training the GPU's clock is lower
 //   step      with --log: the median of the run's step_ms - optimizer_ms, plus ms
-//   floor     bytes / peak bandwidth + FLOPs / peak rate, of a rank if all were divided evenly. Bytes of an element:
-//   AdamW
-//             reads gradient, master, m and v and writes master, m, v and the weight; Muon reads gradient, momentum and
+//   floor     bytes / peak bandwidth + FLOPs / peak rate, of a rank if all were divided evenly. AdamW reads gradient,
+//             master, m and v of an element and writes master, m, v and the weight; Muon reads gradient, momentum and
 //             master and writes momentum, master and the weight, and writes X and reads it. FLOPs: Newton-Schulz with
 //             half of each symmetric product.
 //   state     master weights and moments of a rank
