@@ -35,8 +35,10 @@ WATCH_EVERY = 5  # seconds, and at least ten times what a redraw takes: the runs
 class Run:
     def __init__(self, directory):
         self.directory = Path(directory).resolve()
-        self.name = self.directory.name
+        self.name = "".join(c if c.isprintable() else repr(c)[1:-1] for c in self.directory.name)
         path = Path(directory) / "log.jsonl"
+        if path.exists() and not path.is_file():
+            sys.exit(f"compare: {path} is not a file")
         try:
             lines = path.read_text(errors="replace").splitlines()
             self.written = path.stat().st_mtime
@@ -290,8 +292,10 @@ def draw(runs, baseline, path):
 
 
 def replaced(path, write):
-    """Whoever looks at path sees the old file or the new one, whole."""
-    path = Path(path)
+    """Whoever looks at path sees the old file or the new one, whole. A device must not become a file."""
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        raise OSError("it is there, and not a file")
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         write(temporary)

@@ -46,6 +46,8 @@ class Reader:
 
     def __init__(self, path):
         self.path, self.size = path, path.stat().st_size
+        if not path.is_file():
+            fail(f"{path} is not a file")
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             self.begin = 8 + length
@@ -109,6 +111,9 @@ def write(path, metadata, shapes, values, checked):
             text = text.replace(b'"checksum":"' + NO_CHECKSUM.encode(), f'"checksum":"{checksum(text)}'.encode(), 1)
         return len(text).to_bytes(8, "little") + text
 
+    path = path.resolve()
+    if path.exists() and not path.is_file():  # a device must not become one
+        fail(f"{path} is there, and not a file")
     part = path.with_name(path.name + ".tmp")
     try:
         with open(part, "wb") as file:
@@ -128,6 +133,8 @@ def write(path, metadata, shapes, values, checked):
 
 def read_checkpoint(path):
     """A checkpoint of train_gpt, verified from the first byte to the last."""
+    if path.exists() and not path.is_file():
+        fail(f"{path} is not a file")
     with open(path, "rb") as file:
         if file.read(8) == b"TRAINGPT":
             fail(f"{path} is of an earlier version of train_gpt, in a format that is no longer read")

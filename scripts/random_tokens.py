@@ -4,6 +4,8 @@ import os
 import struct
 import sys
 
+if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+    sys.exit(__doc__)
 n = 1 << 22
 tokens = bytearray(os.urandom(2 * n))
 tokens[1::2] = bytes(high & 127 for high in tokens[1::2])

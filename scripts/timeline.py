@@ -33,6 +33,8 @@ class Slice:
 def read_trace(run):
     """(title, slices in order of their beginning)"""
     path = Path(run) / "trace.json"
+    if path.exists() and not path.is_file():
+        sys.exit(f"timeline: {path} is not a file")
     try:
         events = json.loads(path.read_text())["traceEvents"]
         title = [e["args"]["name"] for e in events if e.get("name") == "process_name"][0]

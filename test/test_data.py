@@ -33,6 +33,7 @@ SCRIPT = ROOT / "scripts" / "data.py"
 sys.path.insert(0, str(ROOT / "scripts"))
 import compare  # noqa: E402 (scripts/compare.py)
 import data  # noqa: E402 (scripts/data.py)
+import timeline  # noqa: E402 (scripts/timeline.py)
 
 TEXT = "".join(f"Line {i} of a text: \u201cna\u00efve\u201d\n\n" for i in range(20000)).encode()
 
@@ -548,6 +549,21 @@ class Compare(unittest.TestCase):
         good = self.run_of("good", *self.steps(50))
         for name in ("x.docx", "nowhere/x.png"):
             self.assertIn("cannot write the picture", self.compare(1, good, "--png", self.dir / name)[1])
+
+    def test_what_is_no_file(self):
+        """A FIFO, or a device, is neither read for ever nor replaced by a file. Names do not steer the terminal."""
+        good = self.run_of("a\x1b[2J\udcff", *self.steps(50))
+        stdout, _ = self.compare(0, good, "--csv", self.dir / "x.csv", "--png", self.dir / "x.png")
+        self.assertIn(r"a\x1b[2J\udcff", stdout)
+        os.mkfifo(self.dir / "fifo.csv")
+        self.assertIn("fifo.csv: it is there, and not a file", self.compare(1, good, "--csv", self.dir / "fifo.csv", "--png", self.dir / "x.png")[1])
+        self.assertTrue((self.dir / "fifo.csv").is_fifo())
+        (self.dir / "fifos").mkdir()
+        for name in ("log.jsonl", "trace.json"):
+            os.mkfifo(self.dir / "fifos" / name)
+        self.assertIn("fifos/log.jsonl is not a file", self.compare(1, self.dir / "fifos")[1])
+        with self.assertRaisesRegex(SystemExit, "fifos/trace.json is not a file"):
+            timeline.read_trace(self.dir / "fifos")
 
     def test_an_optimizer_has_one_color(self):
         """Whatever the order, the names, and how many runs there are of it; those of one are told apart by their lines."""

@@ -317,6 +317,8 @@ class Convert(unittest.TestCase):
         bad.write_bytes(b"TRAINGPT" + bytes(100))
         self.assertIn("earlier version", hf("export", bad, self.dir / "y", code=1))
         self.assertIn("nowhere", hf("export", self.dir / "nowhere", self.dir / "y", code=1))
+        os.mkfifo(self.dir / "fifo")
+        self.assertIn("is not a file", hf("export", self.dir / "fifo", self.dir / "y", code=1))
         self.assertIn("cannot", hf("export", CKPT, CKPT / "below", code=1).replace("Not a directory", "cannot"))
         self.assertFalse((self.dir / "y").exists())
 
