@@ -5,6 +5,7 @@
 """
 import bisect
 import contextlib
+import fcntl
 import io
 import itertools
 import json
@@ -358,8 +359,13 @@ class Train(unittest.TestCase):
     def started(self, *flags):
         """A run in its first steps, which has no more than 150 lines' lead over who reads its output: however fast, it cannot
         end before. Its signals are as a terminal has them."""
-        process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, pipesize=4096,
-                                   env=environment(), preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in self.STOPS])
+        def prepare():
+            fcntl.fcntl(1, 1031, 4096)  # F_SETPIPE_SZ
+            for number in self.STOPS:
+                signal.signal(number, signal.SIG_DFL)
+
+        process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(),
+                                   preexec_fn=prepare)
         self.addCleanup(process.stdout.close)
         self.addCleanup(process.kill)
         while not (line := process.stdout.readline()).startswith("step "):
