@@ -143,10 +143,13 @@ constexpr bool is_backend() {
     OPERATION(attention_forward, void(real* out /*(B,T,C)*/, float* lse /*(B,H,T)*/,
                                       const real* qkv /*(B,T,3C): q|k|v, head h at columns h hd*/, int B, int T, int C,
                                       int H));
-    OPERATION(attention_backward, void(real* dqkv /*(B,T,3C)*/, float* delta /*(B,H,T) scratch*/,
-                                       const real* dout /*(B,T,C)*/, const real* qkv /*(B,T,3C)*/,
-                                       const real* out /*(B,T,C)*/, const float* lse /*(B,H,T)*/, int B, int T, int C,
-                                       int H));
+    OPERATION(attention_scratch_floats, size_t(int B, int T, int C, int H));
+    // dbias += the sum of dqkv's rows, as in bias_backward
+    OPERATION(attention_backward, void(real* dqkv /*(B,T,3C)*/, float* dbias /*(3C) +=*/,
+                                       float* delta /*(B,H,T) scratch*/, const real* dout /*(B,T,C)*/,
+                                       const real* qkv /*(B,T,3C)*/, const real* out /*(B,T,C)*/,
+                                       const float* lse /*(B,H,T)*/, int B, int T, int C, int H,
+                                       float* scratch /*(attention_scratch_floats(B,T,C,H))*/));
     // The last row of that for one sequence: one query against T keys, what generation asks for token by token
     OPERATION(attention_last_row, void(real* out /*(C)*/, const real* qkv /*(T,3C)*/, int T, int C, int H));
 

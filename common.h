@@ -110,6 +110,11 @@ constexpr int kMaxChannels = 8192, kMaxHeadSize = 256;
 
 constexpr float kLayerNormEpsilon = 1e-5f, kAdamWEpsilon = 1e-8f;
 
+// Rows of a tile of attention on Hopper, whose backward leaves sums over each tile's rows of dQ, dK and dV: so many
+// floats of scratch. It grows with the batch, so that --print_plan counts it.
+constexpr int kAttentionTile = 64;
+constexpr size_t attention_row_sums(int B, int T, int C) { return size_t(B) * ceil_div(T, kAttentionTile) * 3 * C; }
+
 // GPT-2's GELU: x/2 (1 + tanh(u)), u = kGeluScale (x + kGeluCubic x^3). With s = sigmoid(2u) it equals x s: no
 // cancellation for negative x, and one exponential. Its derivative is s + x s (1 - s) 2u'.
 constexpr float kGeluScale = 0.7978845608f;  // sqrt(2/pi)

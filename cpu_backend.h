@@ -583,11 +583,14 @@ struct CpuOps {
         }
     }
 
+    static size_t attention_scratch_floats(int, int, int C, int) { return bias_scratch_floats(3 * C); }
+
     // P = exp(scale*QK^T - lse), O = PV.  dV = P^T dO;  dP = dO V^T;  dS = scale * P * (dP - delta), where
     // delta[t] = sum over s of P[t,s] dP[t,s] = dO[t] . O[t];  dQ = dS K;  dK = dS^T Q.
-    static void attention_backward(real* dqkv /*(B,T,3C)*/, float* delta /*(B,H,T)*/, const real* dout /*(B,T,C)*/,
-                                   const real* qkv /*(B,T,3C)*/, const real* out /*(B,T,C)*/,
-                                   const float* lse /*(B,H,T)*/, int B, int T, int C, int H) {
+    static void attention_backward(real* dqkv /*(B,T,3C)*/, float* dbias /*(3C) +=*/, float* delta /*(B,H,T)*/,
+                                   const real* dout /*(B,T,C)*/, const real* qkv /*(B,T,3C)*/,
+                                   const real* out /*(B,T,C)*/, const float* lse /*(B,H,T)*/, int B, int T, int C,
+                                   int H, float* scratch /*(kSlices,3C)*/) {
         const int hd = C / H;
         const float scale = 1.0f / std::sqrt(float(hd));
 #pragma omp parallel for collapse(2) schedule(dynamic)
@@ -632,6 +635,7 @@ struct CpuOps {
                 }
             }
         }
+        bias_backward(dbias, dqkv, B * T, 3 * C, scratch);
     }
 
     static inline float gelu_sigmoid(float x) {

@@ -254,7 +254,7 @@ struct Activations {
     real* dresidual;               // (N,C)
     real *scratch_c, *scratch_4c;  // (N,C), (N,4C)
     float* delta;                  // (B,H,T) scratch of the attention backward
-    float* partials;               // partial sums of layernorm_backward and bias_backward
+    float* partials;               // partial sums of the gradients of biases and LayerNorms
 
     // A tensor (N, width C) of which each layer keeps its own up to this level; above it all layers share one.
     struct Kept {
@@ -333,10 +333,10 @@ class Model : Activations<typename Backend::real> {
 
     // Device memory of the activations for B sequences per micro-step.
     size_t activation_bytes(int B) const {
-        return Acts().arena(config, B, recompute, head_rows, apart, partial_floats()).bytes;
+        return Acts().arena(config, B, recompute, head_rows, apart, partial_floats(B)).bytes;
     }
     void allocate(int B) {
-        Arena arena = this->arena(config, B, recompute, head_rows, apart, partial_floats());
+        Arena arena = this->arena(config, B, recompute, head_rows, apart, partial_floats(B));
         arena.place(Backend::alloc(arena.bytes, "activations"));
     }
 
@@ -436,7 +436,7 @@ class Model : Activations<typename Backend::real> {
             if (recompute == Recompute::block) project_qkv(l, N);
             Backend::matmul_backward_weight(dw.attprojw, dresidual, C, a.att, N, C, C, accumulate);
             Backend::matmul_backward_input(scratch_c, dresidual, w.attprojw, N, C, C);
-            Backend::attention_backward(dqkv, delta, scratch_c, a.qkv, a.att, a.lse, B, T, C, H);
+            Backend::attention_backward(dqkv, dw.qkvb, delta, scratch_c, a.qkv, a.att, a.lse, B, T, C, H, partials);
             // dQ, dK, dV go where their owners want them. One rank has them side by side. With more, three products
             // also where they are neighbours: the same bits whoever owns what.
             if (world.size == 1)
@@ -444,7 +444,6 @@ class Model : Activations<typename Backend::real> {
             else
                 for (int i = 0; i < 3; i++)
                     Backend::matmul_backward_weight(dw.qkvw[i], dqkv + i * C, 3 * C, a.ln1, N, C, C, accumulate);
-            Backend::bias_backward(dw.qkvb, dqkv, N, 3 * C, partials);
             Backend::matmul_backward_input(scratch_c, dqkv, qkvw(l), N, C, 3 * C);
             Backend::layernorm_backward(dresidual, dw.ln1w, dw.ln1b, l > 0 ? grads.layers[l - 1].fcprojb : nullptr,
                                         dresidual, scratch_c, residual_in(l), w.ln1w, a.ln1_mean, a.ln1_rstd, N, C,
@@ -462,9 +461,10 @@ class Model : Activations<typename Backend::real> {
     const Tensors<real> params;  // after need_flat, need_layer
     const std::vector<bool> apart;
 
-    size_t partial_floats() const {
-        return std::max(Backend::layernorm_scratch_floats(config.channels),
-                        Backend::bias_scratch_floats(4 * config.channels));
+    size_t partial_floats(int B) const {
+        const int C = config.channels;
+        return std::max({Backend::layernorm_scratch_floats(C), Backend::bias_scratch_floats(4 * C),
+                         Backend::attention_scratch_floats(B, config.seq_len, C, config.heads)});
     }
 
     // The rows whose logits are in memory at a time: f(first, count).
@@ -523,8 +523,10 @@ inline int batch_that_fits(size_t memory, const Plan& plan, const ModelConfig& c
     using Bf16 = uint16_t;
     const size_t fixed = plan.bytes(sizeof(Bf16)) + (plan.method == Method::adamw ? 0 : kNsWorkspaceLimit);
     const std::vector<bool> apart = qkv_apart(plan);
-    return largest_batch(memory - std::min(memory, fixed),
-                         [&](int B) { return Activations<Bf16>().arena(config, B, level, head_rows, apart, 0).bytes; });
+    return largest_batch(memory - std::min(memory, fixed), [&](int B) {
+        const size_t partial_floats = attention_row_sums(B, config.seq_len, config.channels);
+        return Activations<Bf16>().arena(config, B, level, head_rows, apart, partial_floats).bytes;
+    });
 }
 
 // The second half of --print_plan

@@ -208,8 +208,13 @@ static bool ladder() {
         LAUNCH(dq_2, dim3(kT / 128, kB * kH), 128, 0, dqkv, delta, dout, qkv, lse, kT, kC, kScale);
         LAUNCH(dkv_2, dim3(kT / 64, kB * kH), 128, 0, dqkv, delta, dout, qkv, lse, kT, kC, kScale);
     });
-    auto trainer = [&] { Attention::attention_backward(dqkv, delta, dout, qkv, out, lse, kB, kT, kC, kH); };
+    // These two also sum the rows of dqkv, which the figures above do not contain.
     portable_kernels = true;
+    DeviceArray<float> dbias(3 * kC),
+        scratch(std::max(Attention::attention_scratch_floats(kB, kT, kC, kH), attention_row_sums(kB, kT, kC)));
+    auto trainer = [&] {
+        Attention::attention_backward(dqkv, dbias, delta, dout, qkv, out, lse, kB, kT, kC, kH, scratch);
+    };
     rung("3  mma.sync, the trainer's on any GPU", trainer);
     portable_kernels = false;
     if (Attention::on_hopper(kHD)) rung("4  wgmma and TMA, the trainer's on sm_90", trainer);

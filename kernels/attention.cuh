@@ -37,6 +37,7 @@
 #include "attention_hopper.cuh"
 #include "attention_scalar.cuh"
 #include "cuda_common.cuh"
+#include "gpt_kernels.cuh"
 #include "mma.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -462,17 +463,23 @@ struct Attention {
         dispatch(hd, flash, twin);
     }
 
-    static void attention_backward(real* dqkv /*(B,T,3C) overwritten*/, float* delta /*(B,H,T) scratch*/,
-                                   const real* dout /*(B,T,C)*/, const real* qkv /*(B,T,3C)*/,
-                                   const real* out /*(B,T,C)*/, const float* lse /*(B,H,T)*/, int B, int T, int C,
-                                   int H) {
+    static size_t attention_scratch_floats(int B, int T, int C, int H) {
+        return on_hopper(C / H) ? attention_row_sums(B, T, C) : GptKernels::bias_scratch_floats(3 * C);
+    }
+
+    // dbias: the rows of dqkv are summed as they are stored, rounded, on Hopper by the kernels that store them
+    static void attention_backward(real* dqkv /*(B,T,3C) overwritten*/, float* dbias /*(3C) +=*/,
+                                   float* delta /*(B,H,T) scratch*/, const real* dout /*(B,T,C)*/,
+                                   const real* qkv /*(B,T,3C)*/, const real* out /*(B,T,C)*/,
+                                   const float* lse /*(B,H,T)*/, int B, int T, int C, int H,
+                                   float* scratch /*attention_scratch_floats(B, T, C, H)*/) {
         check_sizes(B, T, C, H);
         const int hd = C / H;
         const float scale = 1.0f / std::sqrt(float(hd));
         auto flash = [&](auto head_dim) {
             constexpr int HD = decltype(head_dim)::value;
             if constexpr (HD >= 64)
-                if (on_hopper(HD)) return hopper_backward<HD>(dqkv, delta, dout, qkv, out, lse, B, T, C, H);
+                if (on_hopper(HD)) return hopper_backward<HD>(dqkv, scratch, delta, dout, qkv, out, lse, B, T, C, H);
             using Queries = QueryTiles<HD>;
             using Keys = KeyTiles<HD>;
             LAUNCH(flash_dq_kernel<HD>, grid<Queries::own_rows>(B, T, H), Queries::threads, flash_bytes<Queries>(2),
@@ -488,6 +495,8 @@ struct Attention {
                    qkv, lse, T, C, hd, scale);
         };
         dispatch(hd, flash, twin);
+        if (on_hopper(hd)) GptKernels::add_partials(dbias, scratch, B * ceil_div(T, kAttentionTile), 3 * C);
+        else GptKernels::bias_backward(dbias, dqkv, B * T, 3 * C, scratch);
     }
 
     static void attention_last_row(real* out /*(C)*/, const real* qkv /*(T,3C)*/, int T, int C, int H) {

@@ -30,6 +30,8 @@
 //     other units        P1   P2          P3                  issued together, and dQ, or dV and dK, are the sums.
 //
 // P, P^T and dS are never written to memory: wgmma takes its left operand from the registers in which it left scores.
+// The gradient of qkv's bias is the sum of all rows of dQ, dK and dV. Each tile of them is still in shared memory when
+// it leaves: there its rows are summed, by a product with ones, and a small kernel then adds up the tiles.
 //
 // In reading order: HopperTiles (sizes, shared memory), HopperItems (the work), the producer, HopperConsumer (what the
 // kernels share), the three kernels, the launchers. No atomics but the counter: an item's results are the same bits
@@ -41,7 +43,8 @@
 
 #include "wgmma.cuh"
 
-constexpr int kTileRows = 64;  // of wgmma's left operand
+constexpr int kTileRows = kAttentionTile;
+static_assert(kTileRows == 64, "the rows of wgmma's left operand");
 
 // WARPGROUPS tiles of OWN matrices belong to a block, and pairs of tiles pass through a ring of STAGES.
 // OWN_IN_REGISTERS: the own matrices, as left operands, are loaded into registers once; else wgmma reads shared memory.
@@ -321,10 +324,10 @@ struct HopperConsumer {
         for (int j = 0; j < 16; j++) weights[j / 4][j % 4] = pack_pair<real>(s[2 * j], s[2 * j + 1]);
     }
 
-    // Writes sums (64, HD), the lane's rows times factor0 and factor1, to the own tile's rows of a matrix, by way of an
-    // own tile in shared memory that is not needed any more. Rows past T are not written.
-    __device__ void store(HopperMatrix to, const float (&sum)[HD / 2], float factor0, float factor1,
-                          real* staging) const {
+    // Results leave by way of the own tiles in shared memory, which are not needed any more. First into own tile m:
+    // sums (64, HD), the lane's rows times factor0 and factor1.
+    __device__ void stage(int m, const float (&sum)[HD / 2], float factor0, float factor1) const {
+        real* staging = own(m);
         UNROLL
         for (int j = 0; j < HD / 8; j += 2) {
             uint32_t r[4];
@@ -335,14 +338,44 @@ struct HopperConsumer {
             }
             stmatrix_x4(staging + j / 8 * Tiles::box + box_at(16 * warp + lane % 16, j % 8 * 8 + lane / 16 * 8), r);
         }
+    }
+    // Then from the own tiles to the item's rows of n matrices. Rows past T are not written.
+    template <int n>
+    __device__ void store(const HopperMatrix (&to)[n]) const {
         tma_store_fence();
         barrier_sync(1 + index, 128);
         if (threadIdx.x % 128 == 0) {
             UNROLL
+            for (int m = 0; m < n; m++) UNROLL
             for (int j = 0; j < HD / kBoxCols; j++)
-                tma_store(to.map, b, own_tile * kTileRows, to.first_col + h * HD + j * kBoxCols,
-                          staging + j * Tiles::box);
+                tma_store(to[m].map, b, own_tile * kTileRows, to[m].first_col + h * HD + j * kBoxCols,
+                          own(m) + j * Tiles::box);
             tma_store_commit();
+        }
+    }
+    // Behind store(): the sum of the staged rows of each matrix, rows past T with them, into row (b, own_tile) of sums
+    // (B, ceil(T / 64), columns). It is ones (16, 64) times the tile, and stands in every row of that product; a warp
+    // has 16 columns of each box. (By wgmma it would be ones (64, 64), four times the work.)
+    template <int n>
+    __device__ void store_row_sums(float* sums, int columns, const HopperMatrix (&to)[n]) const {
+        const uint32_t one = pack_pair<real>(1.0f, 1.0f), ones[4] = {one, one, one, one};
+        float* row_of_sums = sums + (size_t(b) * items.tiles + own_tile) * columns + h * HD;
+        UNROLL
+        for (int m = 0; m < n; m++) UNROLL
+        for (int j = 0; j < HD / kBoxCols; j++) {
+            float sum[2][4] = {};  // of 8 columns each
+            UNROLL
+            for (int k = 0; k < kTileRows / 16; k++) {
+                uint32_t rows[4];
+                const int at = box_at(16 * k + lane % 16, 16 * warp + lane / 16 * 8);
+                ldmatrix_x4_trans(rows, own(m) + j * Tiles::box + at);
+                mma_m16n8k16<real>(sum[0], ones, rows);
+                mma_m16n8k16<real>(sum[1], ones, rows + 2);
+            }
+            if (lane >= 8) continue;
+            float* place = row_of_sums + to[m].first_col + j * kBoxCols + 16 * warp + lane * 2;
+            *reinterpret_cast<float2*>(place) =
+                lane < 4 ? make_float2(sum[0][0], sum[0][1]) : make_float2(sum[1][0], sum[1][1]);
         }
     }
 };
@@ -458,20 +491,22 @@ __global__ void __launch_bounds__(Tiles::threads, 1)
         wgmma_wait<0>();
         wgmma_keep(o);
         my.release_tile();
-        my.store({&out, 0}, o, 1.0f / l[0], 1.0f / l[1], my.own(0));
+        my.stage(0, o, 1.0f / l[0], 1.0f / l[1]);
+        my.store({{&out, 0}});
         my.i++;
     }
 #endif
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// dQ and delta. dqkv (B,T,3C), delta (B,H,T), dout and out (B,T,C), qkv (B,T,3C), lse (B,H,T).
+// dQ and delta. dqkv (B,T,3C), row_sums (B,ceil(T/64),3C): its rows, 64 at a time, summed; delta (B,H,T), dout and out
+// (B,T,C), qkv (B,T,3C), lse (B,H,T).
 
 template <class Tiles>
 __global__ void __launch_bounds__(Tiles::threads, 1)
-    hopper_dq_kernel(const __grid_constant__ CUtensorMap dqkv, float* delta, const __grid_constant__ CUtensorMap dout,
-                     const __grid_constant__ CUtensorMap qkv, const real* out, const float* lse, HopperItems items,
-                     int T, int C, float scale) {
+    hopper_dq_kernel(const __grid_constant__ CUtensorMap dqkv, float* row_sums, float* delta,
+                     const __grid_constant__ CUtensorMap dout, const __grid_constant__ CUtensorMap qkv, const real* out,
+                     const float* lse, HopperItems items, int T, int C, float scale) {
 #if HOPPER
     DYNAMIC_SHARED(typename Tiles::Shared, shared);
     init_barriers<Tiles>(*shared);
@@ -496,8 +531,10 @@ __global__ void __launch_bounds__(Tiles::threads, 1)
         const size_t head = size_t(my.b) * items.H + my.h;
         UNROLL
         for (int r = 0; r < 2; r++) {
-            const int row = min(query + 8 * r, T - 1);  // past the end any will do: nothing of it is stored
-            row_lse[r] = lse[head * T + row] * kLog2e;
+            // Past the end Q and dO are 0 and any O will do, but not any lse: of -200 it would make P infinite and dQ
+            // no number, which the sum of rows must not meet. Infinity makes both 0.
+            const int row = min(query + 8 * r, T - 1);
+            row_lse[r] = query + 8 * r < T ? lse[head * T + row] * kLog2e : INFINITY;
             const real* from = out + (size_t(my.b) * T + row) * C + my.h * Tiles::head_dim + my.lane % 4 * 8;
             UNROLL
             for (int j = 0; j < chunks; j++) o[r][j] = Pack<real>::load(from + 32 * j);
@@ -571,18 +608,22 @@ __global__ void __launch_bounds__(Tiles::threads, 1)
         wgmma_wait<0>();
         wgmma_keep(dq);
         my.release_tile();
-        my.store({&dqkv, 0}, dq, scale, scale, my.own(0));
+        const HopperMatrix to[] = {{&dqkv, 0}};
+        my.stage(0, dq, scale, scale);
+        my.store(to);
+        my.store_row_sums(row_sums, 3 * C, to);
         my.i++;
     }
 #endif
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// dK and dV, with delta from hopper_dq_kernel. Everything is transposed: rows are keys, columns are queries.
+// dK and dV, with delta from hopper_dq_kernel. Everything is transposed: rows are keys, columns are queries. Keys past
+// T are masked for all queries before, and the queries past T have a dO of 0: their dK and dV are 0.
 
 template <class Tiles>
 __global__ void __launch_bounds__(Tiles::threads, 1)
-    hopper_dkv_kernel(const __grid_constant__ CUtensorMap dqkv, const float* delta,
+    hopper_dkv_kernel(const __grid_constant__ CUtensorMap dqkv, float* row_sums, const float* delta,
                       const __grid_constant__ CUtensorMap dout, const __grid_constant__ CUtensorMap qkv,
                       const float* lse, HopperItems items, int T, int C, float scale) {
 #if HOPPER
@@ -689,8 +730,11 @@ __global__ void __launch_bounds__(Tiles::threads, 1)
         wgmma_keep(dk);
         wgmma_keep(dv);
         my.release_tile();
-        my.store({&dqkv, C}, dk, scale, scale, my.own(0));
-        my.store({&dqkv, 2 * C}, dv, 1.0f, 1.0f, my.own(1));
+        const HopperMatrix to[] = {{&dqkv, C}, {&dqkv, 2 * C}};
+        my.stage(0, dk, scale, scale);
+        my.stage(1, dv, 1.0f, 1.0f);
+        my.store(to);
+        my.store_row_sums(row_sums, 3 * C, to);
         my.i++;
     }
 #endif
@@ -734,20 +778,20 @@ void launch_hopper_forward(real* out, float* lse, const real* qkv, int B, int T,
            1.0f / std::sqrt(float(Tiles::head_dim)));
 }
 template <class Tiles>
-void launch_hopper_dq(real* dqkv, float* delta, const real* dout, const real* qkv, const real* out, const float* lse,
-                      int B, int T, int C, int H) {
+void launch_hopper_dq(real* dqkv, float* row_sums, float* delta, const real* dout, const real* qkv, const real* out,
+                      const float* lse, int B, int T, int C, int H) {
     const HopperItems items = hopper_items<Tiles>(kDqItems, B, T, H);
     LAUNCH(hopper_dq_kernel<Tiles>, hopper_blocks(items), Tiles::threads, sizeof(typename Tiles::Shared),
-           head_tiles(dqkv, B, T, 3 * C), delta, head_tiles(dout, B, T, C), head_tiles(qkv, B, T, 3 * C), out, lse,
-           items, T, C, 1.0f / std::sqrt(float(Tiles::head_dim)));
+           head_tiles(dqkv, B, T, 3 * C), row_sums, delta, head_tiles(dout, B, T, C), head_tiles(qkv, B, T, 3 * C), out,
+           lse, items, T, C, 1.0f / std::sqrt(float(Tiles::head_dim)));
 }
 template <class Tiles>
-void launch_hopper_dkv(real* dqkv, const float* delta, const real* dout, const real* qkv, const float* lse, int B,
-                       int T, int C, int H) {
+void launch_hopper_dkv(real* dqkv, float* row_sums, const float* delta, const real* dout, const real* qkv,
+                       const float* lse, int B, int T, int C, int H) {
     const HopperItems items = hopper_items<Tiles>(kDkvItems, B, T, H);
     LAUNCH(hopper_dkv_kernel<Tiles>, hopper_blocks(items), Tiles::threads, sizeof(typename Tiles::Shared),
-           head_tiles(dqkv, B, T, 3 * C), delta, head_tiles(dout, B, T, C), head_tiles(qkv, B, T, 3 * C), lse, items, T,
-           C, 1.0f / std::sqrt(float(Tiles::head_dim)));
+           head_tiles(dqkv, B, T, 3 * C), row_sums, delta, head_tiles(dout, B, T, C), head_tiles(qkv, B, T, 3 * C), lse,
+           items, T, C, 1.0f / std::sqrt(float(Tiles::head_dim)));
 }
 
 template <int HD>
@@ -757,12 +801,12 @@ void hopper_forward(real* out, float* lse, const real* qkv, int B, int T, int C,
     launch_hopper_forward<Tiles>(out, lse, qkv, B, T, C, H);
 }
 template <int HD>
-void hopper_backward(real* dqkv, float* delta, const real* dout, const real* qkv, const real* out, const float* lse,
-                     int B, int T, int C, int H) {
+void hopper_backward(real* dqkv, float* row_sums, float* delta, const real* dout, const real* qkv, const real* out,
+                     const float* lse, int B, int T, int C, int H) {
     using Queries =
         std::conditional_t<HD == 64, HopperTiles<64, 3, 2, 4, false, true>, HopperTiles<128, 2, 2, 3, false, true>>;
     using Keys =
         std::conditional_t<HD == 64, HopperTiles<64, 2, 2, 8, true, true>, HopperTiles<128, 2, 2, 3, false, false>>;
-    launch_hopper_dq<Queries>(dqkv, delta, dout, qkv, out, lse, B, T, C, H);
-    launch_hopper_dkv<Keys>(dqkv, delta, dout, qkv, lse, B, T, C, H);
+    launch_hopper_dq<Queries>(dqkv, row_sums, delta, dout, qkv, out, lse, B, T, C, H);
+    launch_hopper_dkv<Keys>(dqkv, row_sums, delta, dout, qkv, lse, B, T, C, H);
 }

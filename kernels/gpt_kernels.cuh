@@ -609,8 +609,11 @@ struct GptKernels {
         int slices = std::min(bias_backward_slices(OC), ceil_div(N, kBiasWarps));
         LAUNCH(bias_backward_kernel, dim3(ceil_div(OC, kBiasColumns), slices), kBiasWarps * kWarpSize, 0, scratch, dout,
                N, OC);
-        LAUNCH(add_partials_kernel, ceil_div(OC, kWarpSize), kWarpSize * kWarpSize, 0, dbias, nullptr, nullptr, scratch,
-               slices, OC);
+        add_partials(dbias, scratch, slices, OC);
+    }
+    static void add_partials(float* out /*(n) +=*/, const float* partials /*(rows,n)*/, int rows, int n) {
+        LAUNCH(add_partials_kernel, ceil_div(n, kWarpSize), kWarpSize * kWarpSize, 0, out, nullptr, nullptr, partials,
+               rows, n);
     }
 
     static void norm_sums(double* squares /*(n)*/, double* dots /*(n,2)*/, const float* grads, const float* momentum,

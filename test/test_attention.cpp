@@ -161,34 +161,57 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
 // bf16: rounding errors of P, dS and the results are up to 1/256 each and random. fp32: sums of T terms.
 constexpr double kTypical = sizeof(real) == 2 ? 5e-3 : 1e-5;
 
+// dbias = before + the sum of the rows of dqkv as they are stored, which check() has held against the truth: only the
+// rounding of fp32 sums is left. No number goes through more additions than the 63 of a tile, those of one thread, at
+// most N / 256 as many threads share the rows, and some that bring a block's threads together.
+void check_dbias(const std::vector<float>& dbias, const std::vector<float>& before, const Reals& dqkv) {
+    const size_t columns = before.size(), N = dqkv.size() / columns;
+    Doubles want(before.begin(), before.end()), bound(columns);
+    for (size_t i = 0; i < dqkv.size(); i++) {
+        want[i % columns] += to_float(dqkv[i]);
+        bound[i % columns] += (80 + double(N) / 256) * kUnit32 * std::fabs(to_float(dqkv[i]));
+    }
+    for (size_t i = 0; i < columns; i++) bound[i] += kUnit32 * (std::fabs(before[i]) + std::fabs(want[i]));
+    check("dbias", dbias, want, bound, 0);
+}
+
 // The kernels that struct Attention launches against the truth, and against themselves in a second run.
 void test_kernels(const Truth& truth, const Reals& qkv, const Reals& dout, int B, int T, int C, int H, bool ordinary) {
     const size_t N = size_t(B) * T;
     const DeviceBuffer<real> device_qkv(qkv), device_dout(dout);
     const DeviceBuffer<real> out(N * C), dqkv(N * 3 * C);
-    const DeviceBuffer<float> lse(N * H), delta(N * H);
+    const size_t scratch_floats = Attention::attention_scratch_floats(B, T, C, H);
+    const DeviceBuffer<float> lse(N * H), delta(N * H), scratch(scratch_floats);
+    const Reals before_reals = normal(size_t(3) * C, 3);
+    const std::vector<float> before(before_reals.begin(), before_reals.end());
+    const DeviceBuffer<float> dbias(before);
     Attention::attention_forward(out, lse, device_qkv, B, T, C, H);
-    Attention::attention_backward(dqkv, delta, device_dout, device_qkv, out, lse, B, T, C, H);
+    Attention::attention_backward(dqkv, dbias, delta, device_dout, device_qkv, out, lse, B, T, C, H, scratch);
 
     check("out", out.download(), truth.out, truth.out_bound, ordinary ? kTypical : 0);
     check("lse", lse.download(), truth.lse, truth.lse_bound, ordinary && T >= 16 ? 1e-5 : 0);
     // With few keys, or one that takes all, dP - delta is the difference of nearly equal numbers: its bounds are all
     // there is.
     check("dqkv", dqkv.download(), truth.dqkv, truth.dqkv_bound, ordinary && T >= 16 ? kTypical : 0);
+    check_dbias(dbias.download(), before, dqkv.download());
 
     const DeviceBuffer<real> out_again(N * C), dqkv_again(N * 3 * C);
-    const DeviceBuffer<float> lse_again(N * H), delta_again(N * H);
+    const DeviceBuffer<float> lse_again(N * H), delta_again(N * H), scratch_again(scratch_floats), dbias_again(before);
     Attention::attention_forward(out_again, lse_again, device_qkv, B, T, C, H);
-    Attention::attention_backward(dqkv_again, delta_again, device_dout, device_qkv, out_again, lse_again, B, T, C, H);
+    Attention::attention_backward(dqkv_again, dbias_again, delta_again, device_dout, device_qkv, out_again, lse_again,
+                                  B, T, C, H, scratch_again);
     CHECK(same_bits(out.download(), out_again.download()));
     CHECK(same_bits(lse.download(), lse_again.download()));
     CHECK(same_bits(dqkv.download(), dqkv_again.download()));
+    CHECK(same_bits(dbias.download(), dbias_again.download()));
 
     CHECK(same_bits(device_qkv.download(), qkv));
     CHECK(same_bits(device_dout.download(), dout));
     for (const DeviceBuffer<real>* buffer : {&device_qkv, &device_dout, &out, &dqkv, &out_again, &dqkv_again})
         CHECK(buffer->guards_intact());
-    for (const DeviceBuffer<float>* buffer : {&lse, &delta, &lse_again, &delta_again}) CHECK(buffer->guards_intact());
+    for (const DeviceBuffer<float>* buffer :
+         {&lse, &delta, &scratch, &dbias, &lse_again, &delta_again, &scratch_again, &dbias_again})
+        CHECK(buffer->guards_intact());
 }
 
 // The kernel of one query, against the last row of a sequence's truth.
@@ -211,22 +234,27 @@ struct PortableKernels {
     ~PortableKernels() { portable_kernels = false; }
 };
 
-// Q and K are normal with standard deviation `amplitude`, V and dO with 1. Where there are kernels of
+// Q and K are normal with standard deviation `amplitude`, V and dO with 1; `apart` is added to one channel of each head
+// of Q and taken from it in K, so that all scores are lower by its square over sqrt(hd). Where there are kernels of
 // attention_hopper.cuh for this head size, they and the portable ones take the same test.
-void test(int B, int T, int H, int hd, double amplitude = 1) {
+void test(int B, int T, int H, int hd, double amplitude = 1, float apart = 0) {
     CAPTURE(B);
     CAPTURE(T);
     CAPTURE(H);
     CAPTURE(hd);
     CAPTURE(amplitude);
+    CAPTURE(apart);
     CAPTURE(seed());
     const int C = H * hd;
     const size_t N = size_t(B) * T;
     Reals qkv = normal(N * 3 * C, 1), dout = normal(N * C, 2);
     for (size_t i = 0; i < qkv.size(); i++)
-        if (i % (3 * C) < 2 * size_t(C)) qkv[i] = from_float<real>(float(to_float(qkv[i]) * amplitude));
+        if (i % (3 * C) < 2 * size_t(C)) {
+            const float shift = i % hd > 0 ? 0 : i % (3 * C) < size_t(C) ? apart : -apart;
+            qkv[i] = from_float<real>(float(to_float(qkv[i]) * amplitude) + shift);
+        }
     const Truth truth(qkv, dout, B, T, C, H);
-    const bool ordinary = amplitude == 1;  // softmax that no single key takes all of
+    const bool ordinary = amplitude == 1 && apart == 0;  // softmax that no single key takes all of, and small numbers
 
     if (Attention::on_hopper(hd)) {
         INFO("kernels of attention_hopper.cuh");
@@ -271,12 +299,20 @@ TEST_CASE("attention: large scores") {
     test(1, 70, 1, 24, 30);
 }
 
+// lse below -350: exp(0 - lse), which a kernel may come upon in rows past T, overflows, and must not reach any sum.
+TEST_CASE("attention: scores far below zero") {
+    for (int hd : {24, 32, 64, 128}) {
+        test(1, 1, 1, hd, 1, 64);
+        test(2, 77, 2, hd, 1, 64);
+    }
+}
+
 TEST_CASE("attention: sizes that the kernels lack are refused") {
     const DeviceBuffer<real> x(1);
     const DeviceBuffer<float> y(1);
     CHECK_THROWS_AS(Attention::attention_forward(x, y, x, 1, 1, 264, 1), Error);
     CHECK_THROWS_AS(Attention::attention_forward(x, y, x, 1, 1, 64, 3), Error);
-    CHECK_THROWS_AS(Attention::attention_backward(x, y, x, x, x, y, 1, 1 << 20, 1024, 16), Error);
+    CHECK_THROWS_AS(Attention::attention_backward(x, y, y, x, x, x, y, 1, 1 << 20, 1024, 16, y), Error);
     CHECK_THROWS_AS(Attention::attention_last_row(x, x, 1, 264, 1), Error);
 }
 

@@ -387,8 +387,12 @@ TEST_CASE("attention") {
         Floats last(C, NAN);
         CpuOps::attention_last_row(last.data(), qkv.data(), T, C, H);
         CHECK(error(last, doubles(Floats(&out[(T - 1) * C], &out[(T - 1) * C] + C))) < 2e-6);
-        CpuOps::attention_backward(dqkv.data(), delta.data(), dout.data(), qkv.data(), out.data(), lse.data(), B, T, C,
-                                   H);
+        Floats dbias = random_normal(3 * C), scratch(CpuOps::attention_scratch_floats(B, T, C, H), NAN);
+        Doubles want_dbias = doubles(dbias);
+        CpuOps::attention_backward(dqkv.data(), dbias.data(), delta.data(), dout.data(), qkv.data(), out.data(),
+                                   lse.data(), B, T, C, H, scratch.data());
+        for (int i = 0; i < B * T * 3 * C; i++) want_dbias[i % (3 * C)] += dqkv[i];
+        CHECK(error(dbias, want_dbias) < 2e-6);
         auto objective = [&, B = B, T = T, C = C, H = H](const Doubles& qkv) {
             return dot(doubles(dout), truth::attention(qkv, B, T, C, H));
         };
@@ -796,7 +800,8 @@ TEST_CASE("results do not depend on the number of threads") {
         CpuOps::matmul_forward(result(3 * C), 3 * C, x.data(), weight.data(), nullptr, 1, C, 3 * C);
         CpuOps::attention_last_row(result(C), qkv, T, C, H);
         CpuOps::attention_forward(out, lse, qkv, B, T, C, H);
-        CpuOps::attention_backward(result(N * 3 * C), delta, x.data(), qkv, out, lse, B, T, C, H);
+        CpuOps::attention_backward(result(N * 3 * C), result(3 * C), delta, x.data(), qkv, out, lse, B, T, C, H,
+                                   scratch);
         CpuOps::gelu_forward(result(N * C), x.data(), N * C);
         CpuOps::gelu_backward(result(N * C), dout.data(), x.data(), N * C);
         float* dlogits = result(N * Vp);

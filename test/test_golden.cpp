@@ -365,6 +365,14 @@ inline void check_batches() {
     CHECK(Activations<uint16_t>::layer_bytes(d12, Recompute::gelu) == 12 * 768 * 2 + 16 * 4);
     CHECK(Activations<uint16_t>::layer_bytes(d12, Recompute::layernorm) == 10 * 768 * 2 + 16 * 4);
     CHECK(Activations<uint16_t>::layer_bytes(d12, Recompute::block) == 2 * 768 * 2 + 16 * 4);
+    // With what else grows with it, the sums of dqkv's tiles: 3 C floats for 64 tokens
+    Options adamw;
+    adamw.optimizer = "adamw";
+    const Plan plan(tensor_specs(d12), adamw, 1);
+    const size_t fixed = plan.bytes(sizeof(uint16_t)) + kMemoryMargin;
+    const auto with_sums = [&](int B) { return bytes(B) + size_t(B) * 1024 / 64 * 3 * 768 * sizeof(float); };
+    CHECK(batch_that_fits(fixed + with_sums(9), plan, d12, Recompute::none, 0) == 9);
+    CHECK(batch_that_fits(fixed + with_sums(9) - 1, plan, d12, Recompute::none, 0) == 8);
     // The largest batches of llm.c: 197 and, with recomputation, 29
     CHECK(fits("d12", Recompute::gelu, 0) >= 197);
     CHECK(fits("d12", Recompute::none, 4096) >= 197);
