@@ -220,8 +220,10 @@ class Soak:
                     killed = True
         self.kills += 1
         finish(ranks, arguments)
-        pairs = [(line["loss"], other["loss"]) for line, other in zip(log_of(out), log_of(whole), strict=True)]
-        worst = max(abs(a - b) / b for a, b in pairs)
+        resumed, undisturbed = ([line["loss"] for line in log_of(run)] for run in (out, whole))
+        if len(resumed) != len(undisturbed):
+            raise Failed(f"killed on 4 ranks past step {at}, resumed on {ranks}: {len(resumed)} lines of the log, not {len(undisturbed)}")
+        worst = max(abs(a - b) / b for a, b in zip(resumed, undisturbed))
         self.worst = max(self.worst, worst)
         if worst > TOLERANCE:
             raise Failed(f"killed on 4 ranks past step {at}, resumed on {ranks}: losses differ by {worst:.1e} of their value")
