@@ -218,6 +218,8 @@ class Soak:
                 with contextlib.suppress(ProcessLookupError, IndexError):
                     os.kill(self.chance.choice(victims), signal.SIGKILL)
                     killed = True
+                if not killed and run.process.wait(timeout=60) != 0:
+                    raise Failed(f"it failed on 4 ranks:\n{run.output()}")
         self.kills += 1
         finish(ranks, arguments)
         resumed, undisturbed = ([line["loss"] for line in log_of(run)] for run in (out, whole))
