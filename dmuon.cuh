@@ -14,11 +14,10 @@
 //     U   = NS(x / |x|_F)                  about the polar factor of x: the same singular vectors, values near 1
 //     W   = (1 - lr wd) W - lr scale(rows, cols) U
 //
-// DMuon (arXiv 2606.27153) makes this cheap on many ranks: each matrix has one owner, which alone reduces its gradient,
-// keeps its fp32 weights and momentum, and runs Newton-Schulz; the updated weights are gathered by everyone. Against
-// vanilla Muon, where every rank repeats all the work, arithmetic and state fall by the number of ranks, and while
-// owners balance the traffic (fp32 gradients one way, bf16 weights back) stays below that of an all-reduce of the
-// gradients.
+// DMuon (arXiv 2606.27153): each matrix has one owner, to which alone its gradient goes, which keeps its fp32 weights
+// and momentum and runs Newton-Schulz; then everyone gathers the new weights. Against vanilla Muon, where every rank
+// does it all, arithmetic and state fall by the number of ranks, and while owners balance less travels (fp32 gradients
+// one way, bf16 weights back) than in an all-reduce of the gradients.
 #pragma once
 #include <algorithm>
 #include <cmath>

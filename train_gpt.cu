@@ -3,7 +3,7 @@
 //
 //   1. Model config   sizes, the table of parameter tensors
 //   2. Model          activations, forward, backward; written once over the backend
-//   3. Trainer        schedule; Run: data, sizes, what to go on from; checkpoints, samples, log; the loop
+//   3. Trainer        sizes, schedule; Run: data, what to go on from; checkpoints, samples, log; the loop
 //   4. main
 //
 // Every operation of the model is a static function of the backend: struct Cuda (hand-written kernels) or struct Cpu
@@ -58,49 +58,6 @@ struct ModelConfig {
     int layers, heads, channels, seq_len, vocab;
     int padded_vocab() const { return round_up(vocab, 128); }  // whole tiles for the matrix products; padding is masked
 };
-
-inline int64_t meta_number(const Checkpoint& checkpoint, const char* key) {
-    const auto found = checkpoint.meta.find(key);
-    int64_t value = -1;
-    const char* text = found == checkpoint.meta.end() ? "" : found->second.c_str();
-    if (std::from_chars(text, text + strlen(text), value).ec != std::errc() || value < 0)
-        fail("checkpoint %s does not say its %s: it is not one of this program's", checkpoint.path.c_str(), key);
-    return value;
-}
-
-inline ModelConfig checkpoint_config(const Checkpoint& checkpoint) {
-    const char* path = checkpoint.path.c_str();
-    auto size = [&](const char* key) {
-        const int64_t value = meta_number(checkpoint, key);
-        if (value < 1 || value > 65536) fail("checkpoint %s says %s %" PRId64 ": no such model", path, key, value);
-        return int(value);
-    };
-    const ModelConfig config = {size("layers"), size("heads"), size("channels"), size("seq_len"), size("vocab")};
-    if (config.channels % config.heads || config.channels % 8 || config.channels > kMaxChannels ||
-        config.channels / config.heads > kMaxHeadSize)
-        fail("checkpoint %s says %d channels and %d heads: no such model", path, config.channels, config.heads);
-    return config;
-}
-
-inline bool is_checkpoint(const std::string& model) { return !model.empty() && !find_preset(model); }
-
-// --model CHECKPOINT brings its context length, unless --seq_len asks for a shorter one.
-inline Options with_checkpoint_sizes(Options options) {
-    if (is_checkpoint(options.model) && !options.seq_len_given)
-        options.seq_len = checkpoint_config(Checkpoint(options.model)).seq_len;
-    return options;
-}
-
-inline ModelConfig model_config(const Options& options, int vocab) {
-    if (options.layers) return {options.layers, options.heads, options.channels, options.seq_len, vocab};
-    if (is_checkpoint(options.model)) {
-        ModelConfig config = checkpoint_config(Checkpoint(options.model));
-        config.seq_len = options.seq_len;
-        return config;
-    }
-    const ModelPreset* preset = find_preset(options.model.empty() ? "d12" : options.model);
-    return {preset->layers, preset->heads, preset->channels, options.seq_len, vocab};
-}
 
 // The parameters of GPT-2 as pointers into an arena: real* into the parameters, float* into the gradients. Gradients
 // are fp32 because they accumulate over micro-steps: a bf16 sum drops every addend below 2^-9 of it, so that many small
@@ -544,9 +501,56 @@ inline void print_batches(const Plan& plan, const ModelConfig& config, const Opt
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 3. Trainer. In parts: initial weights and the schedule; Run, what a run is made of and goes on from; RunState,
-// weights and optimizer state in a checkpoint; samples; StepRecord and StepLog, what a step leaves behind;
-// and the training loop.
+// 3. Trainer. In parts: where sizes come from; initial weights and the schedule; Run, what a run is made of and goes on
+// from; RunState, weights and optimizer state in a checkpoint; samples; StepRecord and StepLog, what a step leaves
+// behind; and the training loop.
+
+// ---- Where sizes come from: a checkpoint, flags, or a name ----------------------------------------------------------
+
+inline int64_t meta_number(const Checkpoint& checkpoint, const char* key) {
+    const auto found = checkpoint.meta.find(key);
+    int64_t value = -1;
+    const char* text = found == checkpoint.meta.end() ? "" : found->second.c_str();
+    if (std::from_chars(text, text + strlen(text), value).ec != std::errc() || value < 0)
+        fail("checkpoint %s does not say its %s: it is not one of this program's", checkpoint.path.c_str(), key);
+    return value;
+}
+
+inline ModelConfig checkpoint_config(const Checkpoint& checkpoint) {
+    const char* path = checkpoint.path.c_str();
+    auto size = [&](const char* key) {
+        const int64_t value = meta_number(checkpoint, key);
+        if (value < 1 || value > 65536) fail("checkpoint %s says %s %" PRId64 ": no such model", path, key, value);
+        return int(value);
+    };
+    const ModelConfig config = {size("layers"), size("heads"), size("channels"), size("seq_len"), size("vocab")};
+    if (config.channels % config.heads || config.channels % 8 || config.channels > kMaxChannels ||
+        config.channels / config.heads > kMaxHeadSize)
+        fail("checkpoint %s says %d channels and %d heads: no such model", path, config.channels, config.heads);
+    return config;
+}
+
+inline bool is_checkpoint(const std::string& model) { return !model.empty() && !find_preset(model); }
+
+// --model CHECKPOINT brings its context length, unless --seq_len asks for a shorter one.
+inline Options with_checkpoint_sizes(Options options) {
+    if (is_checkpoint(options.model) && !options.seq_len_given)
+        options.seq_len = checkpoint_config(Checkpoint(options.model)).seq_len;
+    return options;
+}
+
+inline ModelConfig model_config(const Options& options, int vocab) {
+    if (options.layers) return {options.layers, options.heads, options.channels, options.seq_len, vocab};
+    if (is_checkpoint(options.model)) {
+        ModelConfig config = checkpoint_config(Checkpoint(options.model));
+        config.seq_len = options.seq_len;
+        return config;
+    }
+    const ModelPreset* preset = find_preset(options.model.empty() ? "d12" : options.model);
+    return {preset->layers, preset->heads, preset->channels, options.seq_len, vocab};
+}
+
+// ---- Initial weights and the schedule -------------------------------------------------------------------------------
 
 // A normal deviate that is a function of (seed, tensor, element) alone, by Box-Muller on hashed counters: every backend
 // and every number of ranks starts from the same weights.

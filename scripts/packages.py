@@ -1,4 +1,5 @@
-"""The Python packages of the scripts: found where they are, else in a virtual environment (.venv) made on first need."""
+"""What the scripts share: the Python packages that they need, found where they are, else in a virtual environment (.venv) made
+on first need; and how a script ends whose output nobody takes."""
 import importlib.util
 import os
 import subprocess
@@ -23,3 +24,14 @@ def need(*packages, required=True):
         sys.exit(f"{Path(sys.argv[0]).name}: needs the Python package(s) {', '.join(missing)} (scripts/requirements.txt)"
                  + (f"; {VENV} lacks them: delete that directory and try again" if inside else ""))
     return False
+
+
+def run(main):
+    """main(), which prints a table. A reader who has read enough (| head) ends it without a word, a full disk with one line."""
+    try:
+        main()
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left goes nowhere
+        sys.exit(141 if isinstance(e, BrokenPipeError) else f"{Path(sys.argv[0]).name}: {e}")

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import compare
+import packages
 
 FIRST_SEED = "1337"
 
@@ -136,4 +137,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    packages.run(main)

@@ -525,6 +525,17 @@ class Compare(unittest.TestCase):
         self.assertIn(f"{odd}/log.jsonl: left out 9 of 59 lines", stderr)
         self.assertEqual(len(re.findall(r"^(good|torn|odd) +50 +4\.02", stdout, re.M)), 3, stdout)
 
+    def test_a_table_that_nobody_takes(self):
+        """Few bytes, which only the last flush writes, and many."""
+        for count in (10, 100000):
+            command = [sys.executable, "-c", f"import packages; packages.run(lambda: print('x' * {count}))"]
+            reader, writer = os.pipe()
+            os.close(reader)
+            with open("/dev/full", "w") as full, open(writer, "w") as closed:
+                for where, code, line in ((full, 1, "-c: [Errno 28] No space left on device\n"), (closed, 141, "")):
+                    done = subprocess.run(command, stdout=where, stderr=subprocess.PIPE, text=True, cwd=ROOT / "scripts")
+                    self.assertEqual((done.returncode, done.stderr), (code, line))
+
     def test_runs_without_a_loss_are_left_out(self):
         good = self.run_of("good", *self.steps(50))
         null = self.run_of("null", *self.steps(50, loss=None))
