@@ -463,47 +463,10 @@ class Model : Activations<typename Backend::real> {
     }
 };
 
-constexpr size_t kMemoryMargin = size_t(512) << 20;  // kept free for what libraries and the driver take
-
-// The largest --batch whose activations fit into `free` bytes, 0 if none does. bytes_of(B) grows with B.
-inline int largest_batch(size_t free, const std::function<size_t(int)>& bytes_of) {
-    int fits = 0, too_many = 65537;
-    while (fits + 1 < too_many) {
-        const int B = (fits + too_many) / 2;
-        (bytes_of(B) + kMemoryMargin <= free ? fits : too_many) = B;
-    }
-    return fits;
-}
-
-// What fits beside weights, gradients, state and the workspace of Newton-Schulz, by the arithmetic that allocates.
-inline int batch_that_fits(size_t memory, const Plan& plan, const ModelConfig& config, Recompute level, int head_rows) {
-    using Bf16 = uint16_t;
-    const bool has_workspace = plan.method != Method::adamw && plan.trains;
-    const size_t fixed = plan.bytes(sizeof(Bf16)) + (has_workspace ? kNsWorkspaceLimit : 0);
-    const std::vector<bool> apart = qkv_apart(plan);
-    return largest_batch(memory - std::min(memory, fixed), [&](int B) {
-        const size_t partial_floats = attention_row_sums(B, config.seq_len, config.channels);
-        return Activations<Bf16>().arena(config, B, level, head_rows, apart, partial_floats).bytes;
-    });
-}
-
-// The second half of --print_plan
-inline void print_batches(const Plan& plan, const ModelConfig& config, const Options& options) {
-    constexpr double kMemory = 80e9;
-    printf("activations in bf16, and the largest --batch on a GPU of %.0f GB, --seq_len %d:\n%11s %30s %9s %17s\n",
-           kMemory / 1e9, config.seq_len, "--recompute", "bytes of a token in a layer", "--batch", "--head_rows 4096");
-    for (size_t i = 0; i < recompute_levels().size(); i++) {
-        const Recompute level = Recompute(i);
-        const auto batch = [&](int rows) { return batch_that_fits(size_t(kMemory), plan, config, level, rows); };
-        printf("%11s %30zu %9d %17d\n", recompute_levels()[i].c_str(),
-               Activations<uint16_t>::layer_bytes(config, level), batch(options.head_rows), batch(4096));
-    }
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
-// 3. Trainer. In parts: where sizes come from; initial weights and the schedule; Run, what a run is made of and goes on
-// from; RunState, weights and optimizer state in a checkpoint; samples; StepRecord and StepLog, what a step leaves
-// behind; and the training loop.
+// 3. Trainer. In parts: where sizes come from; what fits into memory; initial weights and the schedule; Run, what a run
+// is made of and goes on from; RunState, weights and optimizer state in a checkpoint; samples; StepRecord and StepLog,
+// what a step leaves behind; and the training loop.
 
 // ---- Where sizes come from: a checkpoint, flags, or a name ----------------------------------------------------------
 
@@ -548,6 +511,45 @@ inline ModelConfig model_config(const Options& options, int vocab) {
     }
     const ModelPreset* preset = find_preset(options.model.empty() ? "d12" : options.model);
     return {preset->layers, preset->heads, preset->channels, options.seq_len, vocab};
+}
+
+// ---- What fits into memory ------------------------------------------------------------------------------------------
+
+constexpr size_t kMemoryMargin = size_t(512) << 20;  // kept free for what libraries and the driver take
+
+// The largest --batch whose activations fit into `free` bytes, 0 if none does. bytes_of(B) grows with B.
+inline int largest_batch(size_t free, const std::function<size_t(int)>& bytes_of) {
+    int fits = 0, too_many = 65537;
+    while (fits + 1 < too_many) {
+        const int B = (fits + too_many) / 2;
+        (bytes_of(B) + kMemoryMargin <= free ? fits : too_many) = B;
+    }
+    return fits;
+}
+
+// What fits beside weights, gradients, state and the workspace of Newton-Schulz, by the arithmetic that allocates.
+inline int batch_that_fits(size_t memory, const Plan& plan, const ModelConfig& config, Recompute level, int head_rows) {
+    using Bf16 = uint16_t;
+    const bool has_workspace = plan.method != Method::adamw && plan.trains;
+    const size_t fixed = plan.bytes(sizeof(Bf16)) + (has_workspace ? kNsWorkspaceLimit : 0);
+    const std::vector<bool> apart = qkv_apart(plan);
+    return largest_batch(memory - std::min(memory, fixed), [&](int B) {
+        const size_t partial_floats = attention_row_sums(B, config.seq_len, config.channels);
+        return Activations<Bf16>().arena(config, B, level, head_rows, apart, partial_floats).bytes;
+    });
+}
+
+// The second half of --print_plan
+inline void print_batches(const Plan& plan, const ModelConfig& config, const Options& options) {
+    constexpr double kMemory = 80e9;
+    printf("activations in bf16, and the largest --batch on a GPU of %.0f GB, --seq_len %d:\n%11s %30s %9s %17s\n",
+           kMemory / 1e9, config.seq_len, "--recompute", "bytes of a token in a layer", "--batch", "--head_rows 4096");
+    for (size_t i = 0; i < recompute_levels().size(); i++) {
+        const Recompute level = Recompute(i);
+        const auto batch = [&](int rows) { return batch_that_fits(size_t(kMemory), plan, config, level, rows); };
+        printf("%11s %30zu %9d %17d\n", recompute_levels()[i].c_str(),
+               Activations<uint16_t>::layer_bytes(config, level), batch(options.head_rows), batch(4096));
+    }
 }
 
 // ---- Initial weights and the schedule -------------------------------------------------------------------------------
