@@ -170,6 +170,8 @@ class Convert(unittest.TestCase):
     def test_there_and_back_bit_for_bit(self):
         model = self.exported()
         hf("import", model, self.dir / "back.safetensors")
+        os.mkfifo(self.dir / "fifo")
+        self.assertIn("is there, and not a file", hf("import", model, self.dir / "fifo", code=1))
         hf("import", model / "model.safetensors", self.dir / "again.safetensors")
         self.assertTrue((self.dir / "back.safetensors").read_bytes() == (self.dir / "again.safetensors").read_bytes())
         header, before = read_safetensors(CKPT)
