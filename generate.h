@@ -10,7 +10,8 @@
 // When the context is full, its older half is forgotten: the newer half is read again like a prompt, from position 0,
 // and there is room for seq_len / 2 more.
 //
-// This is a part of train_gpt.cu, which includes it behind what it stands on: ModelConfig, Tensors, Arena, Run, finish.
+// This is a part of train_gpt.cu, which includes it behind what it stands on: ModelConfig, Tensors, Allocation, Run and
+// finish.
 #pragma once
 #include <algorithm>
 #include <cctype>
@@ -81,8 +82,8 @@ class Generator {
 
     size_t bytes() { return buffers().bytes; }  // of device memory
     void allocate() {
-        Arena arena = buffers();
-        arena.place(Backend::alloc(arena.bytes, "generation"));
+        Allocation memory = buffers();
+        memory.place(Backend::alloc(memory.bytes, "generation"));
         host = static_cast<real*>(Backend::alloc_host(config.vocab * sizeof(real)));
     }
 
@@ -116,16 +117,16 @@ class Generator {
     }
 
   private:
-    Arena buffers() {
+    Allocation buffers() {
         const size_t T = config.seq_len, C = config.channels;
-        Arena arena;
-        arena.add(tokens, T);
-        for (real** rows : {&residual, &other, &ln, &att, &branch}) arena.add(*rows, T * C);
-        arena.add(fc, T * 4 * C), arena.add(gelu, T * 4 * C);
-        for (real*& rows : cache) arena.add(rows, T * 3 * C);
-        arena.add(mean, T), arena.add(rstd, T), arena.add(lse, config.heads * T);
-        arena.add(logits, config.padded_vocab());
-        return arena;
+        Allocation memory;
+        memory.add(tokens, T);
+        for (real** rows : {&residual, &other, &ln, &att, &branch}) memory.add(*rows, T * C);
+        memory.add(fc, T * 4 * C), memory.add(gelu, T * 4 * C);
+        for (real*& rows : cache) memory.add(rows, T * 3 * C);
+        memory.add(mean, T), memory.add(rstd, T), memory.add(lse, config.heads * T);
+        memory.add(logits, config.padded_vocab());
+        return memory;
     }
 
     // The context from position `first` on, 0 or the last: Model::forward for one sequence that keeps q|k|v and nothing

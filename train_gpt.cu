@@ -136,7 +136,7 @@ inline size_t parameter_count(const std::vector<TensorSpec>& specs) {
 // 2. Model
 
 // One allocation cut into named tensors.
-class Arena {
+class Allocation {
     struct Tensor {
         std::function<void(void*)> point;
         size_t offset;
@@ -236,33 +236,33 @@ struct Activations {
     }
 
     // head_rows: rows of a chunk of logits, 0: all
-    Arena arena(const ModelConfig& config, int B, Recompute level, int head_rows, const std::vector<bool>& apart,
-                size_t partial_floats) {
+    Allocation allocation(const ModelConfig& config, int B, Recompute level, int head_rows,
+                          const std::vector<bool>& apart, size_t partial_floats) {
         const size_t N = size_t(B) * config.seq_len, C = config.channels,
                      lse_rows = size_t(B) * config.heads * config.seq_len,
                      rows = head_rows > 0 ? std::min(N, size_t(head_rows)) : N;
         layers.resize(config.layers);
-        Arena arena;
-        arena.add(inputs, N), arena.add(targets, N), arena.add(order, N);
-        arena.add(encoded, N * C);
+        Allocation memory;
+        memory.add(inputs, N), memory.add(targets, N), memory.add(order, N);
+        memory.add(encoded, N * C);
         for (int l = 0; l < config.layers; l++) {
             Layer& layer = layers[l];
             for (const Kept& k : kKept) {
-                if (l == 0 || level <= k.up_to) arena.add(layer.*k.tensor, N * k.width * C);
-                else arena.share(layer.*k.tensor, layers[0].*k.tensor);
+                if (l == 0 || level <= k.up_to) memory.add(layer.*k.tensor, N * k.width * C);
+                else memory.share(layer.*k.tensor, layers[0].*k.tensor);
             }
             for (auto vector : {&Layer::ln1_mean, &Layer::ln1_rstd, &Layer::ln2_mean, &Layer::ln2_rstd})
-                arena.add(layer.*vector, N);
-            arena.add(layer.lse, lse_rows);
-            if (apart[l]) arena.add(layer.qkvw, 3 * C * C);
+                memory.add(layer.*vector, N);
+            memory.add(layer.lse, lse_rows);
+            if (apart[l]) memory.add(layer.qkvw, 3 * C * C);
         }
-        arena.add(lnf, N * C), arena.add(lnf_mean, N), arena.add(lnf_rstd, N);
+        memory.add(lnf, N * C), memory.add(lnf_mean, N), memory.add(lnf_rstd, N);
         // The blocks' backward begins where dlogits are no longer needed.
-        arena.add(logits, std::max(rows * config.padded_vocab(), N * 4 * C)), arena.share(scratch_4c, logits);
-        arena.add(losses, N);
-        arena.add(dresidual, N * C), arena.add(scratch_c, N * C), arena.add(delta, lse_rows);
-        arena.add(partials, partial_floats);
-        return arena;
+        memory.add(logits, std::max(rows * config.padded_vocab(), N * 4 * C)), memory.share(scratch_4c, logits);
+        memory.add(losses, N);
+        memory.add(dresidual, N * C), memory.add(scratch_c, N * C), memory.add(delta, lse_rows);
+        memory.add(partials, partial_floats);
+        return memory;
     }
 };
 
@@ -290,11 +290,11 @@ class Model : Activations<typename Backend::real> {
 
     // Device memory of the activations for B sequences per micro-step.
     size_t activation_bytes(int B) const {
-        return Acts().arena(config, B, recompute, head_rows, apart, partial_floats(B)).bytes;
+        return Acts().allocation(config, B, recompute, head_rows, apart, partial_floats(B)).bytes;
     }
     void allocate(int B) {
-        Arena arena = this->arena(config, B, recompute, head_rows, apart, partial_floats(B));
-        arena.place(Backend::alloc(arena.bytes, "activations"));
+        Allocation memory = this->allocation(config, B, recompute, head_rows, apart, partial_floats(B));
+        memory.place(Backend::alloc(memory.bytes, "activations"));
     }
 
     // tokens (B,T) -> lnf (B,T,C)
@@ -535,7 +535,7 @@ inline int batch_that_fits(size_t memory, const Plan& plan, const ModelConfig& c
     const std::vector<bool> apart = qkv_apart(plan);
     return largest_batch(memory - std::min(memory, fixed), [&](int B) {
         const size_t partial_floats = attention_row_sums(B, config.seq_len, config.channels);
-        return Activations<Bf16>().arena(config, B, level, head_rows, apart, partial_floats).bytes;
+        return Activations<Bf16>().allocation(config, B, level, head_rows, apart, partial_floats).bytes;
     });
 }
 

@@ -358,7 +358,7 @@ inline void check_batches() {
     };
     const ModelConfig d12 = {12, 12, 768, 1024, 50257};
     const auto bytes = [&](int B) {
-        return Activations<uint16_t>().arena(d12, B, Recompute::none, 0, std::vector<bool>(12), 0).bytes;
+        return Activations<uint16_t>().allocation(d12, B, Recompute::none, 0, std::vector<bool>(12), 0).bytes;
     };
     CHECK(bytes(9) - bytes(8) == 1024 * 402504);
     CHECK(Activations<uint16_t>::layer_bytes(d12, Recompute::none) == 16 * 768 * 2 + 16 * 4);
