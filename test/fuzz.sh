@@ -34,7 +34,7 @@ fuzz() { # kind
         $dir/corpus_"$1" $dir/seeds/"$1" > $dir/"$1".txt 2>&1
 }
 failed=0 cores=$(nproc) pids=()
-trap 'kill $(jobs -p) 2> /dev/null' EXIT
+trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 for i in "${!kinds[@]}"; do
     ((i < cores)) || wait "${pids[i - cores]}" || true
     fuzz "${kinds[i]}" &
