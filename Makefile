@@ -131,7 +131,7 @@ $(BUILD)/bench_optimizer_cpu: dev/bench_optimizer.cu train_gpt.cu $(HEADERS) $(B
 # The trainer with the CUDA runtime as a library beside it, and what takes the place of that library's GPUs (test_train.py).
 $(BUILD)/train_gpt_shared: train_gpt
 	$(NVCC) $(NVCC_FLAGS) -cudart shared $(BUILD)/train_gpt.o -o $@ $(NVCC_LIBS)
-$(BUILD)/invented_gpus.so: test/invented_gpus.cpp
+$(BUILD)/invented_gpus.so: test/invented_gpus.cpp $(BUILD)/config
 	$(CXX) -std=c++17 -Wall -Wextra -shared -fPIC -isystem $(CUDA_DIR)/include $< -o $@
 $(BUILD)/test_fiber_%: test/test_fiber.cpp $(TEST_HEADERS) dev/newton_schulz_hopper.cuh
 	$(FIBER_FLAGS) $($*_define) $< -o $@ $(LIBS)
@@ -158,7 +158,7 @@ demo:
 $(BUILD)/bench_optimizer: train_gpt.cu
 # For scripts/profile_kernels.py. CUPTI comes with the toolkit, beside its libraries or in extras.
 CUPTI_DIRS := $(CUDA_DIR)/extras/CUPTI/lib64 $(CUDA_DIR)/lib64
-$(BUILD)/kernel_trace.so: dev/kernel_trace.cpp
+$(BUILD)/kernel_trace.so: dev/kernel_trace.cpp $(BUILD)/config
 	$(CXX) -std=c++17 -O2 -Wall -Wextra -shared -fPIC -I$(CUDA_DIR)/extras/CUPTI/include -I$(CUDA_DIR)/include $< -o $@ \
 	    $(foreach dir,$(CUPTI_DIRS),-L$(dir) -Wl$(comma)-rpath$(comma)$(dir)) -lcupti
 ifneq ($(NVCC),)

@@ -113,8 +113,8 @@ class Checksum {
         return word;
     }
     void take_stripes(const char* at, size_t bytes) {
-        std::array<uint64_t, 4> lanes =
-            lanes_;  // in registers: stores to lanes_ could change *at, for all the compiler knows
+        // In registers: stores to lanes_ could change *at, for all the compiler knows.
+        std::array<uint64_t, 4> lanes = lanes_;
         for (const char* end = at + bytes; at < end; at += kStripe) {
             uint64_t words[4];
             memcpy(words, at, kStripe);

@@ -366,9 +366,9 @@ struct CpuOps {
 
     static void matmul_forward(real* out /*(N,OC), row stride ldo*/, int ldo, const real* inp /*(N,C)*/,
                                const real* weight /*(OC,C)*/, const real* bias /*(OC) or null*/, int N, int C, int OC) {
+        // Of one row, as generation has it, each weight is read once. A gemm copies them first, for rows that are not
+        // there: OpenBLAS took 2 to 5 times as long, the loops above 7 to 15 times (768 x 3072 and its like).
         if (N > 1) return parallel_gemm(false, true, N, OC, C, inp, C, weight, C, 0.0f, out, ldo, bias);
-            // One row, as generation has it: each weight is read once. A gemm copies them first, for rows that are not
-            // there: OpenBLAS took 2 to 5 times as long, the loops above 7 to 15 times (768 x 3072 and its like).
 #pragma omp parallel for
         for (int o = 0; o < OC; o++) {
             const real* row = weight + size_t(o) * C;
