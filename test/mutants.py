@@ -81,6 +81,7 @@ FAULTS = [
     Fault("dmuon.cuh", "plan.trains ? plan.arena : 0", "plan.arena", "train evaluation_alone_needs_no_gradients"),
     Fault("dmuon.cuh", "options.muon_weight_decay >= 0 ?", "options.muon_weight_decay > 0 ?", "train muon_weight_decay"),
     Fault("dmuon.cuh", "adamw(border, end, 0.0);", "adamw(border, end, options.weight_decay);", "cpu golden: ten AdamW steps with*"),
+    Fault("dmuon.cuh", "plan.buckets.size() : 1;  // else", "plan.buckets.size() : 0;  // else", "cpu golden: two Muon*"),
     Fault("dmuon.cuh", "symmetric(R, Z, T, T, 1, a, m);", "symmetric(R, Z, T, T, 1, 1, m);", "cpu Newton-Schulz: singular*"),
     Fault("dmuon.cuh", "void need_layer(int l) { need(plan.bucket_of(l)); }", "void need_layer(int) {}", "cpu golden: ten AdamW steps, coll*"),
     Fault("dmuon.cuh", "void need_flat() { need(0); }", "void need_flat() {}", "cpu golden: ten AdamW steps, coll*"),
