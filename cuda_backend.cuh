@@ -35,6 +35,14 @@
 // ---------------------------------------------------------------------------------------------------------------------
 // Memory, events, the device
 
+// memset of elements of 1, 2 or 4 bytes, for a few of them
+constexpr int kMemsetThreads = 256;
+constexpr size_t kMemsetBytes = 1 << 16;  // at most
+__global__ void memset_kernel(unsigned char* bytes, unsigned value, unsigned element, size_t size) {
+    const size_t i = size_t(blockIdx.x) * kMemsetThreads + threadIdx.x;
+    if (i < size) bytes[i] = static_cast<unsigned char>(value >> 8 * (i % element));
+}
+
 struct CudaRuntime {
     using real = ::real;
     static constexpr const char* kBackendName = sizeof(real) == 4 ? "cuda fp32" : "cuda bf16";
@@ -191,6 +199,48 @@ struct CudaRuntime {
         }
     };
 
+    // In a graph the device loses 4 to 7 us around a memset and next to nothing between kernels
+    // (dev/results/base_step.md); some of cuBLASLt's products zero counters first. So each memset becomes a kernel in
+    // the same place.
+    static void kernels_for_memsets(cudaGraph_t graph) {
+        size_t count = 0;
+        CUDA_CHECK(cudaGraphGetNodes(graph, nullptr, &count));
+        std::vector<cudaGraphNode_t> nodes(count);
+        CUDA_CHECK(cudaGraphGetNodes(graph, nodes.data(), &count));
+        for (cudaGraphNode_t node : nodes) {
+            cudaGraphNodeType type;
+            CUDA_CHECK(cudaGraphNodeGetType(node, &type));
+            if (type != cudaGraphNodeTypeMemset) continue;
+            cudaMemsetParams set;
+            CUDA_CHECK(cudaGraphMemsetNodeGetParams(node, &set));
+            size_t size = set.width * set.elementSize;
+            if (set.height != 1 || size > kMemsetBytes) continue;
+            auto neighbours = [&](auto get) {
+                size_t edges = 0;
+                CUDA_CHECK(get(node, nullptr, nullptr, &edges));
+                std::vector<cudaGraphNode_t> all(edges);
+                std::vector<cudaGraphEdgeData> kinds(edges);
+                if (edges > 0) CUDA_CHECK(get(node, all.data(), kinds.data(), &edges));
+                return std::make_pair(all, kinds);
+            };
+            const auto [before, kinds_before] = neighbours(cudaGraphNodeGetDependencies);
+            const auto [after, kinds_after] = neighbours(cudaGraphNodeGetDependentNodes);
+            auto* bytes = static_cast<unsigned char*>(set.dst);
+            void* arguments[] = {&bytes, &set.value, &set.elementSize, &size};
+            cudaKernelNodeParams kernel = {};
+            kernel.func = reinterpret_cast<void*>(memset_kernel);
+            kernel.gridDim = dim3(unsigned(ceil_div(size, size_t(kMemsetThreads))));
+            kernel.blockDim = dim3(kMemsetThreads);
+            kernel.kernelParams = arguments;
+            CUDA_CHECK(cudaGraphDestroyNode(node));
+            cudaGraphNode_t made;
+            CUDA_CHECK(cudaGraphAddKernelNode(&made, graph, nullptr, 0, &kernel));
+            const std::vector<cudaGraphNode_t> here(std::max(before.size(), after.size()), made);
+            CUDA_CHECK(cudaGraphAddDependencies(graph, before.data(), here.data(), kinds_before.data(), before.size()));
+            CUDA_CHECK(cudaGraphAddDependencies(graph, here.data(), after.data(), kinds_after.data(), after.size()));
+        }
+    }
+
     // The first call loads the kernels and finds the products' algorithms, the second records, this and all later ones
     // launch what was recorded: the device goes from kernel to kernel without asking the host.
     class Graph {
@@ -213,6 +263,7 @@ struct CudaRuntime {
                 CUDA_CHECK(cudaStreamBeginCapture(cuda_stream, cudaStreamCaptureModeThreadLocal));
                 work();
                 CUDA_CHECK(cudaStreamEndCapture(cuda_stream, &graph));
+                kernels_for_memsets(graph);
                 CUDA_CHECK(cudaGraphInstantiate(&recorded, graph, 0));
                 CUDA_CHECK(cudaGraphDestroy(graph));
             }

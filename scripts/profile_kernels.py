@@ -34,7 +34,7 @@ FAMILIES = [
     ("AdamW, norm, casts", r"adamw_kernel|norm_sums_kernel|clip_scale_kernel|cast_params_kernel"),
     ("NCCL", r"nccl"),
     ("cuBLASLt", r"nvjet|cublas|cutlass|xmma|gemm|splitk"),
-    ("copies, memset", r"^\[CUDA mem|^Mem(cpy|set)"),
+    ("copies, memset", r"^\[CUDA mem|^Mem(cpy|set)|memset_kernel"),
 ]
 OTHER = "other"
 MILLISECONDS = {"ns": 1e-6, "nsecond": 1e-6, "us": 1e-3, "usecond": 1e-3, "ms": 1.0, "msecond": 1.0, "s": 1e3, "second": 1e3}
