@@ -75,6 +75,8 @@ NVCC_FLAGS   := -std=c++17 -O3 --threads 0 $(if $(filter-out default,$(origin CX
 # nvcc hands linker options on with -Xlinker, and does not know -pthread
 NVCC_LIBS    := -lcublasLt -ldl $(if $(HAVE_NCCL),-lnccl) $(patsubst -Wl$(comma)%,-Xlinker %,$(filter-out -pthread,$(LIBS)))
 fp32_define  := -DPRECISION_FP32
+races_bf16_define := -DEVERY_LANE_ARRIVES
+races_fp32_define := $(races_bf16_define) $(fp32_define)
 HEADERS      := $(wildcard *.h *.cuh kernels/*.cuh)
 
 # --- The trainer -----------------------------------------------------------------------------------------------------------

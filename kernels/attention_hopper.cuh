@@ -118,11 +118,11 @@ __device__ void init_barriers(typename Tiles::Shared& shared) {
     if (threadIdx.x == 0) {
         for (int i = 0; i < 2; i++) {
             mbarrier_init(&shared.own_full[i], 1);
-            mbarrier_init(&shared.own_empty[i], 4 * Tiles::warpgroups);
+            mbarrier_init(&shared.own_empty[i], 4 * Tiles::warpgroups * kWarpArrivals);
         }
         for (int i = 0; i < Tiles::stages; i++) {
             mbarrier_init(&shared.full[i], kWarpSize);
-            mbarrier_init(&shared.empty[i], 4 * Tiles::warpgroups);
+            mbarrier_init(&shared.empty[i], 4 * Tiles::warpgroups * kWarpArrivals);
         }
         mbarrier_init_fence();
     }
@@ -255,8 +255,8 @@ struct HopperConsumer {
     // warpgroup together that has no tile.
     __device__ void free_last_item() const {
         __syncwarp();
-        if (lane == 0 && i > 0) {
-            if (warp == 0) tma_store_wait_read();
+        if (lane_arrives(lane) && i > 0) {
+            if (lane == 0 && warp == 0) tma_store_wait_read();
             mbarrier_arrive(&shared.own_empty[(i - 1) % 2]);
         }
     }
@@ -273,7 +273,7 @@ struct HopperConsumer {
     }
     __device__ void release_tile() {
         __syncwarp();
-        if (lane == 0) mbarrier_arrive(&shared.empty[n % Tiles::stages]);
+        if (lane_arrives(lane)) mbarrier_arrive(&shared.empty[n % Tiles::stages]);
         n++;
     }
     __device__ uint64_t x(int ahead) const {

@@ -203,7 +203,7 @@ __device__ inline void hopper_multiply(HopperRing& ring, T* stages, T* staging, 
     }
     tma_store_fence();
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(&shared->staging_out);
+    if (lane_arrives(lane)) mbarrier_arrive(&shared->staging_out);
 }
 
 // A (128, 128) half of `staging`, two boxes, becomes its transpose: (16, 16) blocks change places with the block on the
@@ -251,8 +251,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1) hopper_chain_kernel(const _
             mbarrier_init(&shared->full[stage], 1);
             mbarrier_init(&shared->empty[stage], 2);  // the two warpgroups
         }
-        mbarrier_init(&shared->staging_in, 1);
-        mbarrier_init(&shared->staging_out, kHopperMultiplyThreads / 32);
+        mbarrier_init(&shared->staging_in, kEveryLaneArrives ? kHopperStoreThreads : 1);
+        mbarrier_init(&shared->staging_out, kHopperMultiplyThreads / 32 * kWarpArrivals);
         for (int i = 0; i < 2; i++) {
             mbarrier_init(&shared->tile_full[i], 1);
             mbarrier_init(&shared->tile_empty[i], kHopperMultiplyThreads + kHopperStoreThreads);
@@ -336,6 +336,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1) hopper_chain_kernel(const _
                     tma_load(staging + col * kHopperRows, &chain.maps[product.c], tile.matrix, tile.row, tile.col + col,
                              &shared->staging_in);
             }
+        } else if (kEveryLaneArrives) {
+            mbarrier_arrive(&shared->staging_in);
         }
         mbarrier_wait(&shared->staging_out, i % 2);
         if (thread == 0) {

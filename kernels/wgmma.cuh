@@ -53,6 +53,17 @@ __device__ inline void mbarrier_wait(uint64_t* barrier, int parity) {
 }
 #endif
 
+// Where one lane arrives for its warp, behind a __syncwarp(), racecheck (compute-sanitizer) takes what the other lanes
+// have read and written before for a race; with -DEVERY_LANE_ARRIVES each arrives for itself, so that racecheck sees
+// what else there is (scripts/gpu_check.sh sanitize).
+#ifdef EVERY_LANE_ARRIVES
+constexpr bool kEveryLaneArrives = true;
+#else
+constexpr bool kEveryLaneArrives = false;
+#endif
+constexpr int kWarpArrivals = kEveryLaneArrives ? kWarpSize : 1;
+__device__ inline bool lane_arrives(int lane) { return kEveryLaneArrives || lane == 0; }
+
 // ---------------------------------------------------------------------------------------------------------------------
 // TMA. A tensor is (batch, rows, cols) of 16-bit elements, a box 64 columns (128 bytes) by box_rows rows of one matrix.
 // In shared memory a box is box_rows x 128 bytes, 1024-byte aligned, with the 16-byte chunks of each row permuted so
@@ -258,10 +269,6 @@ __device__ inline void take_registers() {
 // A __syncthreads of `threads` threads; id 1..15 (0 is __syncthreads).
 __device__ inline void barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-// Arrives without waiting: the others of the `threads` wait with barrier_sync.
-__device__ inline void barrier_arrive(int id, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 #endif
 

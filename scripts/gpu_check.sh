@@ -119,24 +119,40 @@ ladders() {
     done
 }
 
-sanitize() { # the runs side by side
-    local runs=() run tool precision pid status log_of=build/log/sanitize
-    part "build of the tests" make build/test_cuda_bf16 build/test_cuda_fp32
+# The runs side by side. racecheck is the slowest by far: it gets slices of two cases, without those that train whole models (they are
+# sanitize_run's), and a build in which every lane arrives at an mbarrier for itself (kernels/wgmma.cuh).
+sanitize() {
+    local runs=() run tool precision program slice without count first log_of=build/log/sanitize
+    part "build of the tests" make build/test_cuda_{,races_}{bf16,fp32}
     mkdir -p build/log
-    for tool in memcheck racecheck initcheck synccheck; do
-        for precision in bf16 fp32; do
-            TEST_SMALL=1 OMP_NUM_THREADS=2 timeout --kill-after=10 "$limit" compute-sanitizer --tool "$tool" --error-exitcode 1 \
-                "build/test_cuda_$precision" --test-case-exclude='golden*,*cuBLAS*,*sizes of a GPU,*2^32*' \
-                > "${log_of}_${tool}_$precision.txt" 2>&1 &
-            runs+=("$tool $precision $!")
+    check() { # tool precision program slice doctest's flags...
+        if [[ $dry ]]; then
+            echo "$1, $2, cases: $4: timeout $limit compute-sanitizer --tool $1 build/test_cuda_$3 ${*:5}"
+            return
+        fi
+        TEST_SMALL=1 OMP_NUM_THREADS=2 timeout --kill-after=10 "$limit" compute-sanitizer --tool "$1" --error-exitcode 1 \
+            "build/test_cuda_$3" "${@:5}" > "${log_of}_$1_$2_$4.txt" 2>&1 &
+        runs+=("$1 $2 $4 $!")
+    }
+    without='golden*,*cuBLAS*,*sizes of a GPU,*2^32*'
+    for precision in bf16 fp32; do
+        for tool in memcheck initcheck synccheck; do check $tool $precision $precision all "--test-case-exclude=$without"; done
+    done
+    without+=',recompute*,graph*,head*,tune*,memory*'
+    for precision in bf16 fp32; do
+        program=races_$precision
+        count=2
+        [[ $dry ]] || count=$("build/test_cuda_$program" --count "--test-case-exclude=$without" | sed -nE 's/.*filters: ([0-9]+).*/\1/p')
+        for ((first = 1; first <= count; first += 2)); do
+            check racecheck $precision "$program" "$first" "--test-case-exclude=$without" --first=$first --last=$((first + 1)) --duration
         done
     done
     for run in "${runs[@]}"; do
-        read -r tool precision pid <<< "$run"
-        status=0
+        local status=0 pid
+        read -r tool precision slice pid <<< "$run"
         wait "$pid" || status=$?
         # shellcheck disable=SC2016 # the inner shell expands them
-        part "$tool, $precision" bash -c 'cat "$1"; exit "$2"' - "${log_of}_${tool}_$precision.txt" $status
+        part "$tool, $precision, cases: $slice" bash -c 'cat "$1"; exit "$2"' - "${log_of}_${tool}_${precision}_$slice.txt" $status
     done
 }
 

@@ -586,4 +586,3 @@ inline void barrier_sync(int id, int threads) {
                                  " of " + std::to_string(barrier.threads) + " threads";
                       });
 }
-inline void barrier_arrive(int id, int threads) { fiber::arrive_named(id, threads); }

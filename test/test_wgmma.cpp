@@ -104,7 +104,7 @@ __global__ void ring_kernel(int* out, int count) {
     const int lane = threadIdx.x % 32;
     if (threadIdx.x < 2) {
         mbarrier_init(&full[threadIdx.x], 32);
-        mbarrier_init(&empty[threadIdx.x], 1);
+        mbarrier_init(&empty[threadIdx.x], kWarpArrivals);
         mbarrier_init_fence();
     }
     __syncthreads();
@@ -118,7 +118,7 @@ __global__ void ring_kernel(int* out, int count) {
             mbarrier_wait(&full[place], parity);
             out[i * 32 + lane] = places[place * 32 + (lane + 1) % 32];
             __syncwarp();
-            if (lane == 0) mbarrier_arrive(&empty[place]);
+            if (lane_arrives(lane)) mbarrier_arrive(&empty[place]);
         }
     }
 #endif
@@ -261,22 +261,17 @@ __global__ void stmatrix_kernel(uint16_t* out /*(2, 4, 8, 8): plain, then transp
 }
 
 // The first warp hands numbers to the others through shared memory: `there` (barrier 1) and `taken` (barrier 2).
-__global__ void __launch_bounds__(384, 1) barrier_kernel(int* out /*(3, 352)*/) {
+__global__ void __launch_bounds__(384, 1) barrier_kernel(int* out /*(3, 384)*/) {
 #if HOPPER
     DYNAMIC_SHARED(int, number);
     if (threadIdx.x < 128) give_registers<40>();
     else take_registers<232>();
+    const int half = threadIdx.x / 192;
     for (int i = 0; i < 3; i++) {
-        if (threadIdx.x < 32) {
-            if (threadIdx.x == 0) *number = 7 + i;
-            __syncwarp();
-            barrier_arrive(1, 384);
-            barrier_sync(2, 384);
-        } else {
-            barrier_sync(1, 384);
-            out[i * 352 + threadIdx.x - 32] = *number;
-            barrier_arrive(2, 384);
-        }
+        if (threadIdx.x % 192 == 0) number[half] = 7 + i + 10 * half;
+        barrier_sync(1 + half, 192);
+        out[i * 384 + threadIdx.x] = number[half];
+        barrier_sync(1 + half, 192);
     }
 #endif
 }
@@ -324,10 +319,10 @@ TEST_CASE("wgmma.cuh: stmatrix, barriers of some warps, registers, counters betw
     CHECK(wrong == 0);
 
     for (int launch = 0; launch < 2; launch++) {
-        const DeviceBuffer<int> out(3 * 352);
-        LAUNCH(barrier_kernel, 1, 384, 4, out);
+        const DeviceBuffer<int> out(3 * 384);
+        LAUNCH(barrier_kernel, 1, 384, 8, out);
         const std::vector<int> got = out.download();
-        for (int i = 0; i < 3 * 352; i++) wrong += got[i] != 7 + i / 352;
+        for (int i = 0; i < 3 * 384; i++) wrong += got[i] != 7 + i / 384 + i % 384 / 192 * 10;
         CHECK(wrong == 0);
 
         const std::vector<bf16> start = integers<bf16>(8 * 64, 3);
