@@ -330,29 +330,38 @@ __global__ void __launch_bounds__(1024, 2)
     float target_logit = to_float(row[target]);
 
     // Each thread keeps the largest x so far and the sum of exp(x - largest), and rescales the sum when it meets a
-    // larger. -FLT_MAX, not -infinity, so that the difference of two of them is a number.
-    float largest = -FLT_MAX, sum = 0;
+    // larger. Not -infinity, so that the difference of two of them is a number, as is kLog2e times the first one. The
+    // next pack is on its way while one is worked on. Differences are taken before kLog2e comes in: it would round by
+    // the size of x.
+    float largest = -FLT_MAX / 2, sum = 0;
     int last = threadIdx.x * P::size;
+    P next = {};
+    if (last < Vp) next = load_logits(row, last, V);
     for (int c = last; c < Vp; c += stride) {
-        P x = load_logits(row, c, V);
-        float before = largest;
+        const P x = next;
+        if (c + stride < Vp) next = load_logits(row, c + stride, V);
+        const float before = largest;
         for (int k = 0; k < P::size; k++) largest = fmaxf(largest, to_float(x[k]));
-        sum *= __expf(before - largest);
-        for (int k = 0; k < P::size; k++) sum += __expf(to_float(x[k]) - largest);
+        sum *= fast_exp2((before - largest) * kLog2e);
+        for (int k = 0; k < P::size; k++) sum += fast_exp2((to_float(x[k]) - largest) * kLog2e);
         last = c;
     }
-    float row_largest = block_max(largest);
-    float row_sum = block_sum(sum * __expf(largest - row_largest));
+    const float row_largest = block_max(largest);
+    const float row_sum = block_sum(sum * fast_exp2((largest - row_largest) * kLog2e));
     if (threadIdx.x == 0) losses[blockIdx.x] = logf(row_sum) + row_largest - target_logit;
 
     if (!write_dlogits) return;
-    float scale = dloss / row_sum;
+    const float scale = dloss / row_sum;
+    if (last < Vp) next = load_logits(row, last, V);
     for (int c = last; c >= 0 && c < Vp; c -= stride) {
-        P x = load_logits(row, c, V), d;
-        for (int k = 0; k < P::size; k++) {
-            float softmax = __expf(to_float(x[k]) - row_largest) * scale;
-            d[k] = from_float<real>(c + k == target ? softmax - dloss : softmax);
-        }
+        const P x = next;
+        if (c - stride >= 0) next = load_logits(row, c - stride, V);
+        auto softmax = [&](int k) { return fast_exp2((to_float(x[k]) - row_largest) * kLog2e) * scale; };
+        P d;
+        for (int k = 0; k < P::size; k++) d[k] = from_float<real>(softmax(k));
+        if (target >= c && target < c + P::size)
+            for (int k = 0; k < P::size; k++)
+                if (c + k == target) d[k] = from_float<real>(softmax(k) - dloss);
         d.store_once(row + c);
     }
 }

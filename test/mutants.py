@@ -189,6 +189,8 @@ FAULTS = [
     Fault("kernels/gpt_kernels.cuh", "next_rstd[r] = valid ? rstd[row0 + r] : 0.0f;", "next_rstd[r] = valid ? rstd[row0] : 0.0f;",
           "fiber_fp32 layernorm_backward"),
     Fault("kernels/gpt_kernels.cuh", "if (c + k >= V) x[k]", "if (c + k > V) x[k]", "fiber_fp32 classifier"),
+    Fault("kernels/gpt_kernels.cuh", "from_float<real>(softmax(k) - dloss)", "from_float<real>(softmax(k))", "fiber_fp32 classifier"),
+    Fault("kernels/gpt_kernels.cuh", "next = load_logits(row, c - stride, V);", "next = load_logits(row, c, V);", "fiber_fp32 classifier"),
     Fault("kernels/gpt_kernels.cuh", "piece += kTokenWarps * kWarpSize)\n", "piece += (kTokenWarps - 1) * kWarpSize)\n", "fiber_bf16 embedding_backward"),
     Fault("kernels/gpt_kernels.cuh", "    __syncthreads();\n    float total = warp_sum(of_warps[lane][warp]);",
           "    float total = warp_sum(of_warps[lane][warp]);", "fiber_fp32 bias_backward"),
