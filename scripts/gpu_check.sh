@@ -119,13 +119,13 @@ ladders() {
     done
 }
 
-# The runs side by side. racecheck is the slowest by far: it gets slices of two cases, without those that train whole models (they are
-# sanitize_run's), and a build in which every lane arrives at an mbarrier for itself (kernels/wgmma.cuh).
+# The runs side by side. racecheck is the slowest by far: it goes case by case, without those that train whole models (they are
+# sanitize_run's), through a build in which every lane arrives at an mbarrier for itself (kernels/wgmma.cuh).
 sanitize() {
-    local runs=() run tool precision program slice without count first log_of=build/log/sanitize
+    local runs=() run tool precision cases without count log_of=build/log/sanitize
     part "build of the tests" make build/test_cuda_{,races_}{bf16,fp32}
     mkdir -p build/log
-    check() { # tool precision program slice doctest's flags...
+    check() { # tool precision program cases doctest's flags...
         if [[ $dry ]]; then
             echo "$1, $2, cases: $4: timeout $limit compute-sanitizer --tool $1 build/test_cuda_$3 ${*:5}"
             return
@@ -140,19 +140,18 @@ sanitize() {
     done
     without+=',recompute*,graph*,head*,tune*,memory*'
     for precision in bf16 fp32; do
-        program=races_$precision
-        count=2
-        [[ $dry ]] || count=$("build/test_cuda_$program" --count "--test-case-exclude=$without" | sed -nE 's/.*filters: ([0-9]+).*/\1/p')
-        for ((first = 1; first <= count; first += 2)); do
-            check racecheck $precision "$program" "$first" "--test-case-exclude=$without" --first=$first --last=$((first + 1)) --duration
+        count=1
+        [[ $dry ]] || count=$("build/test_cuda_races_$precision" --count "--test-case-exclude=$without" | sed -nE 's/.*filters: ([0-9]+).*/\1/p')
+        for ((cases = 1; cases <= count; cases++)); do
+            check racecheck $precision races_$precision $cases "--test-case-exclude=$without" --first=$cases --last=$cases --duration
         done
     done
     for run in "${runs[@]}"; do
         local status=0 pid
-        read -r tool precision slice pid <<< "$run"
+        read -r tool precision cases pid <<< "$run"
         wait "$pid" || status=$?
         # shellcheck disable=SC2016 # the inner shell expands them
-        part "$tool, $precision, cases: $slice" bash -c 'cat "$1"; exit "$2"' - "${log_of}_${tool}_${precision}_$slice.txt" $status
+        part "$tool, $precision, cases: $cases" bash -c 'cat "$1"; exit "$2"' - "${log_of}_${tool}_${precision}_$cases.txt" $status
     done
 }
 
