@@ -3,6 +3,8 @@
 
     scripts/proof.py DIR                 DIR has runs OPTIMIZER_RATE_seedN: what each needs to come to tuned AdamW's final loss
     scripts/proof.py DIR --best NAME     the rate at which that optimizer's run with the first seed ends lowest
+    scripts/proof.py DIR --beyond NAME   a rate to try next if that best one is at an end of those tried: 1.5 times further out;
+                                         nothing if it is not, or with six rates tried
     scripts/proof.py DIR --ablations     DIR has runs VARIANT_seedN: final loss and optimizer time of each
 
 Loss is the validation loss; between two evaluations the curve is a straight line. What needs fewer steps to a loss is read off
@@ -18,6 +20,7 @@ import compare
 import packages
 
 FIRST_SEED = "1337"
+MOST_RATES = 6
 
 
 def read_runs(directory):
@@ -49,6 +52,13 @@ def sweep(runs, optimizer):
 def best_rate(runs, optimizer):
     points = [(loss, rate) for rate, loss in sweep(runs, optimizer) if loss is not None]
     return min(points)[1] if points else sys.exit(f"proof: no run of {optimizer} has come to its end")
+
+
+def rate_beyond(runs, optimizer):
+    rates, best = [rate for rate, _ in sweep(runs, optimizer)], best_rate(runs, optimizer)
+    if best not in (rates[0], rates[-1]) or len(rates) >= MOST_RATES:
+        return None
+    return f"{float(best) * 1.5 if best == rates[-1] else float(best) / 1.5:.1e}".replace("e-0", "e-")
 
 
 def mean(values):
@@ -123,6 +133,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", metavar="DIR", type=Path)
     parser.add_argument("--best", metavar="NAME")
+    parser.add_argument("--beyond", metavar="NAME")
     parser.add_argument("--ablations", action="store_true")
     args = parser.parse_args()
     if not args.directory.is_dir():
@@ -130,6 +141,8 @@ def main():
     runs = read_runs(args.directory)
     if args.best:
         print(best_rate(runs, args.best))
+    elif args.beyond:
+        print(rate_beyond(runs, args.beyond) or "")
     elif args.ablations:
         print_ablations(runs)
     else:

@@ -13,8 +13,9 @@
 #   --out       where the runs go [runs/proof, runs/ablations]
 #   --size      flags for another size of model, data and schedule, to try the script itself
 # Same for all runs: architecture, order of the data (but for the seeds), 131,072 tokens a step, 768 steps, and the schedule: 60
-# steps of warm-up, constant to 40%, linear down to 2%. First four rates of each; then the best of each with two more seeds, and
-# vanilla Muon and Hierarchical Muon at DMuon's rate. 14 runs of 100.7 M tokens: under an hour on an H100.
+# steps of warm-up, constant to 40%, linear down to 2%. First four rates of each, and where the best is at an end of them up to two
+# beyond; then the best of each with two more seeds, and vanilla Muon and Hierarchical Muon at DMuon's rate. 14 to 18 runs of
+# 100.7 M tokens: about an hour on an H100.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000} # see compare.sh
@@ -208,6 +209,12 @@ for i in 0 1 2 3; do
         run "adamw_${adamw_rates[i]}_seed1337" "${adamw[@]}" $(rate "${adamw_rates[i]}" adamw)
         run "dmuon_${dmuon_rates[i]}_seed1337" "${dmuon[@]}" $(rate "${dmuon_rates[i]}" dmuon)
     }
+done
+for optimizer in adamw dmuon; do
+    while beyond=$(scripts/proof.py "$out" --beyond $optimizer) && [[ $beyond ]]; do
+        # shellcheck disable=SC2046 # words
+        run "${optimizer}_${beyond}_seed1337" --optimizer $optimizer $(rate "$beyond" $optimizer)
+    done
 done
 best_adamw=$(scripts/proof.py "$out" --best adamw)
 best_dmuon=$(scripts/proof.py "$out" --best dmuon)

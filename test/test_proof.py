@@ -66,10 +66,25 @@ class Plan(unittest.TestCase):
         rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines() if line.startswith("|")]
         return [row[:7] + row[8:9] if len(row) == 12 else row for row in rows]
 
+    def assert_plan(self, losses):
+        """Four rates each and what lies beyond, until the best has neighbours on both sides or two were added; then six more runs."""
+        of_optimizer = {name: {} for name in ("adamw", "dmuon")}
+        for run, log in losses.items():
+            optimizer, rate, seed = re.fullmatch(r"(\w+)_(.*)_seed(\d+)", run).groups()
+            if seed == "1337" and optimizer in of_optimizer:
+                of_optimizer[optimizer][float(rate)] = [line["val_loss"] for line in log if "val_loss" in line][-1]
+        for rates in of_optimizer.values():
+            best = min(rates, key=rates.get)
+            if best in (min(rates), max(rates)):
+                self.assertEqual(len(rates), 6)
+            else:
+                self.assertIn(len(rates), (4, 5, 6))
+        self.assertEqual(len(losses), sum(map(len, of_optimizer.values())) + 6)
+
     def test_a_plan_that_is_stopped_again_and_again_ends_with_the_same_table(self):
         whole = self.dir / "whole"
         expected = self.run_plan(0, whole, steps=400)
-        self.assertEqual(len(self.losses(whole)), 14)
+        self.assert_plan(self.losses(whole))
         self.assertEqual(list(whole.glob("*/step_*")), [])
 
         broken = self.dir / "broken"
@@ -187,6 +202,10 @@ class Table(unittest.TestCase):
         self.assertNotRegex(output, r"adamw \| .*end of the sweep")
         self.assertEqual(self.proof("--best", "adamw")[0], "2e-3\n")
         self.assertEqual(self.proof("--best", "dmuon")[0], "2e-3\n")
+        self.assertEqual(self.proof("--beyond", "adamw")[0], "\n")
+        self.assertEqual(self.proof("--beyond", "dmuon")[0], "1.3e-3\n")
+        self.run_of("adamw_4.8e-3_seed1337", 2.5, 20)
+        self.assertEqual(self.proof("--beyond", "adamw")[0], "7.2e-3\n")
 
     def test_without_runs(self):
         self.assertIn("no run of adamw", self.proof(code=1)[1])
