@@ -548,15 +548,24 @@ struct CudaMatmul {
         return algorithms[best[winner] < 0.99f * best[0] ? winner : 0];
     }
 
+    // "580.159.04", from a line like "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.04  Wed ..."; where the
+    // kernel does not say it (WSL), the newest CUDA that the driver knows.
+    static std::string driver_version() {
+        std::ifstream file("/proc/driver/nvidia/version");
+        for (std::string word; file >> word;)
+            if (word[0] >= '0' && word[0] <= '9' && word.find('.') != std::string::npos) return word;
+        int newest = 0;
+        CUDA_CHECK(cudaDriverGetVersion(&newest));
+        return std::to_string(newest);
+    }
+
     // ~/.cache/train_gpt/products_GPU_driver_library.txt by the XDG rules, or "" where there is no place for it
     static std::string choices_path() {
         const char *cache = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
         std::string directory = cache && cache[0] == '/' ? cache : home && *home ? std::string(home) + "/.cache" : "";
         if (directory.empty()) return "";
-        int driver = 0;
-        CUDA_CHECK(cudaDriverGetVersion(&driver));
-        std::string name =
-            strprintf("products_%s_%d_%zu.txt", CudaRuntime::properties().name, driver, cublasLtGetVersion());
+        std::string name = strprintf("products_%s_%s_%zu.txt", CudaRuntime::properties().name, driver_version().c_str(),
+                                     cublasLtGetVersion());
         for (char& c : name)
             if (c == ' ' || c == '/') c = '_';
         return directory + "/train_gpt/" + name;

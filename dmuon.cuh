@@ -572,6 +572,7 @@ class Optimizer {
     float* moment2;                      // (adamw_state) AdamW's v
     float* clip;                         // (4) scale, norm, 1 - beta1^t, 1 - beta2^t
     int64_t* updates;                    // (1) t: steps that were not skipped
+    int64_t weights_version = 0;         // another number after each change of params
     int64_t orthogonalised = 0;          // matrices (or tiles) this rank has put through Newton-Schulz
     const std::vector<NsBatch> batches;  // of this rank, in the order of a step
 
@@ -605,6 +606,7 @@ class Optimizer {
     template <class PhaseDone>
     void step(float lr, float muon_lr, PhaseDone phase_done) {
         const typename Backend::Range range("optimizer");
+        weights_version++;
         // Weights that nobody has needed since the step before are on their way: they are written only then.
         for (std::optional<Ticket>& ticket : gathering) wait_for(ticket);
         for (size_t b = 0; b < plan.buckets.size(); b++) start_reduce(b);
@@ -684,6 +686,7 @@ class Optimizer {
 
     // The weights of the model from the masters: after initialisation and after a checkpoint was read.
     void publish() {
+        weights_version++;
         for (const Bucket& bucket : plan.buckets)
             Backend::cast_params(params + my_chunk(bucket), master + bucket.state_begin, bucket.chunk);
         for (size_t b = 0; b < plan.buckets.size(); b++) start_gather(b);

@@ -295,6 +295,7 @@ class Model : Activations<typename Backend::real> {
     void allocate(int B) {
         Allocation memory = this->allocation(config, B, recompute, head_rows, apart, partial_floats(B));
         memory.place(Backend::alloc(memory.bytes, "activations"));
+        packed.assign(config.layers, -1);
     }
 
     // tokens (B,T) -> lnf (B,T,C)
@@ -417,6 +418,7 @@ class Model : Activations<typename Backend::real> {
     Optimizer<Backend>& optimizer;
     const Tensors<real> params;  // after need_flat, need_layer
     const std::vector<bool> apart;
+    std::vector<int64_t> packed;  // optimizer.weights_version when each layer's copy was made
 
     size_t partial_floats(int B) const {
         const int C = config.channels;
@@ -454,11 +456,12 @@ class Model : Activations<typename Backend::real> {
     const real* residual_in(int l) const { return l == 0 ? encoded : layers[l - 1].residual3; }
 
     // The weights of Q, K and V as one (3C,C) matrix for one product: in place where they are neighbours, else the copy
-    // that the forward pass makes for itself and for the backward.
+    // that the first forward pass with new weights makes for itself and for all that follow.
     const real* qkvw(int l) const { return apart[l] ? layers[l].qkvw : params.layers[l].qkvw[0]; }
     void pack_qkv(int l) {
+        if (!apart[l] || std::exchange(packed[l], optimizer.weights_version) == optimizer.weights_version) return;
         const size_t square = size_t(config.channels) * config.channels;
-        for (int i = 0; i < 3 && apart[l]; i++)
+        for (int i = 0; i < 3; i++)
             Backend::copy(layers[l].qkvw + i * square, params.layers[l].qkvw[i], square * sizeof(real));
     }
 };

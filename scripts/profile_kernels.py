@@ -10,7 +10,8 @@ cupti (dev/kernel_trace.cpp, with nothing but the CUDA Toolkit) and nsys measure
 included; ncu each kernel by itself, which takes minutes. Summed is what
 lies between the first and the last step of the run: each step has one clip_scale_kernel, and it begins with the next embedding.
 So a run wants --steps 3 or more, and neither --val nor --sample_every. The program's NVTX ranges (step, forward of layer 3, head,
-optimizer) are on nsys' and ncu's own pages: `nsys profile --trace=cuda,nvtx`, `ncu --nvtx`.
+optimizer) are on nsys' and ncu's own pages: `nsys profile --trace=cuda,nvtx`, `ncu --nvtx`; those within a micro-step only with
+--graph 0, since a graph is launched as one.
 """
 import argparse
 import csv
@@ -129,7 +130,7 @@ def run_tool(tool, flags):
                            env={**os.environ, "CUDA_INJECTION64_PATH": str(ROOT / library), "KERNEL_TRACE": str(file)})
             return file.read_text().splitlines() if file.exists() else []
         if tool == "nsys":
-            subprocess.run(["nsys", "profile", "--trace=cuda,nvtx", "--force-overwrite=true", f"--output={directory}/run", *program],
+            subprocess.run(["nsys", "profile", "--trace=cuda,nvtx", "--cuda-graph-trace=node", "--force-overwrite=true", f"--output={directory}/run", *program],
                            cwd=ROOT, check=True, stdout=sys.stderr)
             done = subprocess.run(["nsys", "stats", "--report=cuda_gpu_trace", "--format=csv", "--force-export=true",
                                    f"{directory}/run.nsys-rep"], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)

@@ -78,6 +78,7 @@ FAULTS = [
     Fault("dmuon.cuh", "? tensor.head_rows : piece.rows;", "? piece.rows : piece.rows;", "cpu golden: Muon's*"),
     Fault("dmuon.cuh", 'options.muon_qkv == "fused" ? 1 : spec.split', 'options.muon_qkv == "heads" ? 1 : spec.split', "cpu golden: Muon's*"),
     Fault("dmuon.cuh", "1.0f - muon_lr * wd, muon_lr", "1.0f - lr * wd, muon_lr", "cpu golden: two Muon*"),
+    Fault("dmuon.cuh", "        weights_version++;\n        // Weights that nobody", "        // Weights that nobody", "ranks losses_over_rank_counts"),
     Fault("dmuon.cuh", "plan.trains ? plan.arena : 0", "plan.arena", "train evaluation_alone_needs_no_gradients"),
     Fault("dmuon.cuh", "options.muon_weight_decay >= 0 ?", "options.muon_weight_decay > 0 ?", "train muon_weight_decay"),
     Fault("dmuon.cuh", "adamw(border, end, 0.0);", "adamw(border, end, options.weight_decay);", "cpu golden: ten AdamW steps with*"),
