@@ -9,7 +9,8 @@
 // All tensors (N, C) are bf16. There is little arithmetic: a perfect kernel reads dout, x and dx once and writes dx
 // once. Every version is judged by those 8 N C bytes per second, beside the bandwidth of a copy. What makes it harder
 // than the forward is that it needs sums in both directions: along the rows, before a row can be written, and down the
-// columns, over all rows.
+// columns, over all rows. "Measured" is (65536, 768) on one H200, on which a copy of these bytes takes 0.095 ms
+// (results/ladders_h200.log).
 #include "../kernels/gpt_kernels.cuh"
 #include "bench.h"
 
@@ -22,7 +23,7 @@ struct Inputs {
 
 // 1. The definition as it stands: one thread per row for dx, then one thread per column for the sums. In the first, a
 //    warp's lanes are whole rows apart: 32 cache lines for 2 bytes each. In the second they are neighbours, but there
-//    are only C threads, each with N rows to walk.
+//    are only C threads, each with N rows to walk. Measured: 15.8 ms.
 __global__ void rows_1(Inputs in) {
     int row = blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= in.N) return;
@@ -54,7 +55,7 @@ __global__ void columns_1(float* dweight, float* dbias, Inputs in) {
 
 // 2. One warp per row, 16 bytes per access, for dx; and for the columns many blocks with some rows each, which leave
 //    partial sums that a second kernel adds (no atomics: the same bits in every run). Fast passes, but dout and x are
-//    read by both.
+//    read by both: 12 bytes an element instead of 8. Measured: 0.173 ms.
 __global__ void rows_2(Inputs in) {
     using P = Pack<real>;
     int row = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
@@ -100,7 +101,7 @@ __global__ void columns_2(float* partials /*(gridDim.y,3,C)*/, Inputs in) {  // 
 
 // 3. One pass. A block takes whole rows and many of them, so that a thread keeps the same columns throughout: both
 //    column sums stay in its registers. The row sums go over the block, two rows at a time to share the barriers. What
-//    is in the way now: between the loads of two rows and their store everyone waits, twice.
+//    is in the way now: between the loads of two rows and their store everyone waits, twice. Measured: 0.142 ms.
 constexpr int kRows3 = 2;
 __global__ void __launch_bounds__(96, 6) layernorm_3(float* partials /*(gridDim.x,3,C)*/, Inputs in) {
     using P = Pack<real>;
@@ -142,9 +143,8 @@ __global__ void __launch_bounds__(96, 6) layernorm_3(float* partials /*(gridDim.
 }
 
 // 4. No barriers: one warp per row, and each warp keeps the column sums of its rows. Rows now pass independently of
-// each
-//    other, but a lane has three packs of every tensor, and with them 48 sums: registers leave room for few warps, and
-//    each still waits for its loads before it can go on.
+//    each other, but a lane has three packs of every tensor, and with them 48 sums: registers leave room for few warps,
+//    and each still waits for its loads before it can go on. Measured: 0.124 ms.
 __global__ void __launch_bounds__(128, 3) layernorm_4(float* partials /*(4*gridDim.x,3,C)*/, Inputs in) {
     using P = Pack<real>;
     constexpr int packs = 3;
@@ -188,10 +188,11 @@ __global__ void __launch_bounds__(128, 3) layernorm_4(float* partials /*(4*gridD
     }
 }
 
-// 5. The trainer's, in ../kernels/gpt_kernels.cuh: as 4, but while a warp computes a row, cp.async brings its next one
-//    into shared memory. What is on its way then needs neither registers nor a waiting warp. It also sums the columns
-//    of dx, which is the bias gradient of the projection before (a pass of its own over 2 N C bytes until then), and
-//    takes any C: rows too wide for a warp are shared by a block.
+// 5. The trainer's, in ../kernels/gpt_kernels.cuh: as 3, with four rows of a block that share the barriers, while
+//    cp.async brings the next four into shared memory. What is on its way then needs neither registers nor a waiting
+//    warp. It also sums the columns of dx, which is the bias gradient of the projection before (a pass of its own over
+//    2 N C bytes until then), and takes any C. Expected: 0.85 of a copy. Measured: 0.129 ms, 0.74 of it, with a sum
+//    more than 4 has.
 
 static bool ladder() {
     // 64 sequences of GPT-2 124M: 96 MiB per tensor.
@@ -260,7 +261,7 @@ static bool ladder() {
         LAUNCH(layernorm_4, 3 * kMultiprocessors, 128, 0, scratch, in);
         add(12 * kMultiprocessors);
     });
-    rung("5  the trainer's: the next row on its way; sums of dx too", [&] {
+    rung("5  the trainer's: the next rows on their way; sums of dx too", [&] {
         GptKernels::layernorm_backward(in.dx, dweight, dbias, dsum, in.dx, in.dout, in.x, in.weight, in.mean, in.rstd,
                                        N, C, scratch);
     });

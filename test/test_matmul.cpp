@@ -1,6 +1,7 @@
 // test_matmul.cpp: the model's matrix products (CudaMatmul, cuBLASLt) against their twins in cpu_backend.h, on fresh
 // random inputs. Bounds and helpers are test_kernels.cpp's, which test_cuda.cu includes first: sums are fp32 on both
 // sides, a bf16 result is rounded once more.
+#include <deque>
 #include <sstream>
 
 #include "../cuda_backend.cuh"
@@ -163,6 +164,64 @@ TEST_CASE("tune: right results, kept in a file, which may be damaged") {
     fs::remove_all(cache);
     if (before) setenv("XDG_CACHE_HOME", restored.c_str(), 1);
     else unsetenv("XDG_CACHE_HOME");
+}
+
+// What a recorded step goes through before it is launched, since cuBLASLt's products come with memsets.
+TEST_CASE("kernels in the place of small memsets of a graph: the same bytes, in the same order") {
+    const size_t n = 4 * (1 + integers(1, 999)[0]);
+    const unsigned value = integers(1, 1 << 30)[0] * 4u + 3;
+    INFO(n << " bytes of " << value);
+    const DeviceBuffer<unsigned char> bytes(n), large(kMemsetBytes + 4);
+    cudaGraph_t graph;
+    CUDA_CHECK(cudaGraphCreate(&graph, 0));
+    std::vector<cudaGraphNode_t> before;
+    auto set = [&](unsigned char* to, unsigned element, size_t size) {
+        cudaMemsetParams params = {};
+        params.dst = to, params.value = element < 4 ? value % (1u << 8 * element) : value, params.elementSize = element;
+        params.width = size / element, params.height = 1;
+        cudaGraphNode_t node;
+        CUDA_CHECK(cudaGraphAddMemsetNode(&node, graph, before.data(), before.size(), &params));
+        before = {node};
+    };
+    std::deque<DeviceBuffer<unsigned char>> copies;  // of bytes after each memset
+    for (unsigned element : {1, 2, 4}) {
+        set(bytes, element, n);
+        copies.emplace_back(n);
+        cudaGraphNode_t node;
+        CUDA_CHECK(cudaGraphAddMemcpyNode1D(&node, graph, before.data(), before.size(), copies.back(), bytes, n,
+                                            cudaMemcpyDeviceToDevice));
+        before = {node};
+    }
+    set(large, 4, large.size());
+    CudaRuntime::kernels_for_memsets(graph);
+
+    size_t nodes = 0;
+    CUDA_CHECK(cudaGraphGetNodes(graph, nullptr, &nodes));
+    REQUIRE(nodes == 7);
+    std::vector<cudaGraphNode_t> all(nodes);
+    CUDA_CHECK(cudaGraphGetNodes(graph, all.data(), &nodes));
+    int memsets = 0, kernels = 0;
+    for (cudaGraphNode_t node : all) {
+        cudaGraphNodeType type;
+        CUDA_CHECK(cudaGraphNodeGetType(node, &type));
+        memsets += type == cudaGraphNodeTypeMemset, kernels += type == cudaGraphNodeTypeKernel;
+    }
+    CHECK(memsets == 1);  // the large one
+    CHECK(kernels == 3);
+
+    cudaGraphExec_t recorded;
+    CUDA_CHECK(cudaGraphInstantiate(&recorded, graph, 0));
+    CUDA_CHECK(cudaGraphLaunch(recorded, cuda_stream));
+    auto wrong = [&](const DeviceBuffer<unsigned char>& buffer, unsigned element) {
+        const std::vector<unsigned char> got = buffer.download();
+        int count = 0;
+        for (size_t i = 0; i < got.size(); i++) count += got[i] != (value >> 8 * (i % element) & 0xff);
+        return count;
+    };
+    for (int i = 0; i < 3; i++) CHECK(wrong(copies[i], 1 << i) == 0);
+    CHECK(wrong(large, 4) == 0);
+    CUDA_CHECK(cudaGraphExecDestroy(recorded));
+    CUDA_CHECK(cudaGraphDestroy(graph));
 }
 
 }  // namespace test_matmul
