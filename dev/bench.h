@@ -63,15 +63,16 @@ inline std::vector<float> from_bf16(const std::vector<uint16_t>& bits) {
 }
 
 // Median time in milliseconds of run(i), i = 0, 1, 2, ...; run uses i to walk over inputs that do not all fit into the
-// L2 cache, as they never do in training.
-template <class Run>
-float median_ms(Run run) {
+// L2 cache, as they never do in training. before(i), outside the time, puts back what run overwrites.
+template <class Run, class Before>
+float median_ms(Run run, Before before) {
     const int warm_up = 3, repetitions = 21;
     cudaEvent_t begin, end;
     CUDA_CHECK(cudaEventCreate(&begin));
     CUDA_CHECK(cudaEventCreate(&end));
     std::vector<float> times;
     for (int i = 0; i < warm_up + repetitions; i++) {
+        before(i);
         CUDA_CHECK(cudaEventRecord(begin, cuda_stream));
         run(i);
         CUDA_CHECK(cudaEventRecord(end, cuda_stream));
@@ -84,6 +85,10 @@ float median_ms(Run run) {
     CUDA_CHECK(cudaEventDestroy(end));
     std::sort(times.begin(), times.end());
     return times[repetitions / 2];
+}
+template <class Run>
+float median_ms(Run run) {
+    return median_ms(run, [](int) {});
 }
 
 // The bandwidth in GB/s at which this GPU copies: the roof over every kernel that is bound by memory.
