@@ -77,7 +77,9 @@ NVCC_LIBS    := -lcublasLt -ldl $(if $(HAVE_NCCL),-lnccl) $(patsubst -Wl$(comma)
 fp32_define  := -DPRECISION_FP32
 races_bf16_define := -DEVERY_LANE_ARRIVES
 races_fp32_define := $(races_bf16_define) $(fp32_define)
-HEADERS      := $(wildcard *.h *.cuh kernels/*.cuh)
+HEADERS      := $(sort $(wildcard *.h *.cuh kernels/*.cuh))
+# Ranks of one run must be of the same sources: --version says which, and each rank is asked for it.
+SOURCES      := $(shell cat train_gpt.cu $(HEADERS) | sha256sum | cut -c 1-16)
 
 # --- The trainer -----------------------------------------------------------------------------------------------------------
 
@@ -100,10 +102,10 @@ train_gpt: train_gpt.cu $(HEADERS) $(BUILD)/config
 	$(say_what_is_here)
 ifneq ($(NVCC),)
 	@echo "compiling for the GPU: up to a minute"
-	$(NVCC) $(NVCC_FLAGS) $(if $(filter fp32,$(PRECISION)),$(fp32_define)) -c train_gpt.cu -o $(BUILD)/train_gpt.o
+	$(NVCC) $(NVCC_FLAGS) $(if $(filter fp32,$(PRECISION)),$(fp32_define)) -DSOURCES=$(SOURCES) -c train_gpt.cu -o $(BUILD)/train_gpt.o
 	$(NVCC) $(NVCC_FLAGS) $(BUILD)/train_gpt.o -o $@ $(NVCC_LIBS)
 else
-	$(CPU_CXX) -x c++ train_gpt.cu -o $@ $(LIBS)
+	$(CPU_CXX) -DSOURCES=$(SOURCES) -x c++ train_gpt.cu -o $@ $(LIBS)
 endif
 
 info:

@@ -30,6 +30,7 @@
 #include <cinttypes>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <map>
 #include <string>
 #include <string_view>
@@ -486,6 +487,17 @@ inline std::vector<std::string> list_checkpoints(const std::string& dir) {  // n
     std::vector<std::string> paths;
     for (const auto& [step, path] : ckpt::files(dir, ckpt::kSuffix)) paths.push_back(path);
     return paths;
+}
+
+// Tells a checkpoint from all others by its header, which has the checksums of its tensors; "" if that can't be read.
+inline std::string checkpoint_identity(const std::string& path) {
+    std::ifstream file(path, std::ios::binary);
+    uint64_t length = 0;
+    file.read(reinterpret_cast<char*>(&length), ckpt::kLengthBytes);
+    if (!file || length > ckpt::kMaxHeaderBytes) return "";
+    std::string header(length, ' ');
+    file.read(header.data(), std::streamsize(length));
+    return file ? ckpt::hex(Checksum::of(header.data(), header.size())) : "";
 }
 
 // For --resume auto: the newest checkpoint that is whole, "" if there is none. Says which ones it passes over, and why.

@@ -1066,9 +1066,11 @@ struct StepRecord {
 
 // DIR/log.jsonl, one line a step. A resumed run cuts off the lines after the step that it goes on from, but not before
 // it has a line of its own to write. Until it has saved as well, the log as it was stays beside it: if the run dies
-// before that, the checkpoints that the next one finds are those of the old lines.
+// before that, the checkpoints that the next one finds are those of the old lines. The first line of a log put aside
+// names the checkpoints that were there; one that it does not name has been saved since.
 class StepLog {
     const std::string path, before;  // "": nothing is logged
+    const std::string out;
     const std::string resumed_from;  // a checkpoint, or ""
     const int64_t resumed_step;
     FILE* file = nullptr;
@@ -1077,44 +1079,60 @@ class StepLog {
 
     // What the checkpoint that we go on from stands on, and in which file that is.
     std::string old_log() const {
-        namespace fs = std::filesystem;
-        if (!fs::exists(before)) return path;
-        // Younger than the log put aside: saved by the run that put it aside, which had no time to remove it.
-        std::error_code error;
-        const bool saved_since =
-            !resumed_from.empty() && fs::last_write_time(resumed_from, error) > fs::last_write_time(before, error);
-        return saved_since ? path : before;
+        std::ifstream put_aside(before);
+        if (!put_aside && errno != ENOENT) fail("cannot read %s: %s", before.c_str(), strerror(errno));
+        if (!put_aside || resumed_from.empty()) return put_aside ? before : path;
+        std::string its_checkpoints;
+        std::getline(put_aside, its_checkpoints);
+        const std::string identity = checkpoint_identity(resumed_from);
+        return !identity.empty() && its_checkpoints.find(identity) == std::string::npos ? path : before;
+    }
+
+    struct Lines {
+        std::string kept, cut;  // up to a step; after it, or not those of a step
+    };
+    static Lines read(const std::string& path, int64_t last_step) {
+        if (std::filesystem::exists(path) && !std::filesystem::is_regular_file(path))
+            fail("%s is not a file: remove it", path.c_str());
+        std::ifstream file(path);
+        if (!file && errno != ENOENT) fail("cannot read %s: %s", path.c_str(), strerror(errno));
+        Lines lines;
+        int64_t step;
+        for (std::string line; std::getline(file, line);) {
+            const bool stays =
+                sscanf(line.c_str(), "{\"step\": %" SCNd64, &step) == 1 && step <= last_step && line.back() == '}';
+            (stays ? lines.kept : lines.cut) += line + "\n";
+        }
+        if (file.bad()) fail("cannot read all of %s", path.c_str());
+        return lines;
+    }
+
+    // Puts a file with this text in the place of another one, if there is one. It stays open.
+    FILE* replace(const std::string& place, const std::string& text) const {
+        const std::string temporary = place + ".tmp";
+        FILE* made = fopen(temporary.c_str(), "we");
+        if (!made || fwrite(text.data(), 1, text.size(), made) != text.size() || fflush(made) != 0) give_up();
+        if (rename(temporary.c_str(), place.c_str()) != 0) give_up();
+        return made;
     }
 
     void start() {
-        const std::string old = old_log(), temporary = path + ".tmp";
-        std::string kept;
-        bool cuts = false;
-        if (std::filesystem::exists(old) && !std::filesystem::is_regular_file(old))
-            fail("%s is not a file: remove it", old.c_str());
-        std::ifstream lines(old);
-        if (!lines && errno != ENOENT) fail("cannot read %s: %s", old.c_str(), strerror(errno));
-        int64_t step;
-        for (std::string line; std::getline(lines, line);) {
-            const bool stays =
-                sscanf(line.c_str(), "{\"step\": %" SCNd64, &step) == 1 && step <= resumed_step && line.back() == '}';
-            if (stays) kept += line + "\n";
-            else cuts = true;
+        const std::string old = old_log();
+        const Lines lines = read(old, resumed_step);
+        if (old == path && !lines.cut.empty()) {
+            std::string its_checkpoints = "{\"checkpoints\": [";
+            for (const std::string& checkpoint : list_checkpoints(out))
+                its_checkpoints += "\"" + checkpoint_identity(checkpoint) + "\", ";
+            fclose(replace(before, its_checkpoints + "\"\"]}\n" + lines.kept + lines.cut));
         }
-        if (lines.bad()) fail("cannot read all of %s", old.c_str());
-        file = fopen(temporary.c_str(), "we");
-        if (!file || fwrite(kept.data(), 1, kept.size(), file) != kept.size() || fflush(file) != 0) give_up();
-        // Its time becomes now, the moment from which checkpoints are no longer its own.
-        if (old == path && cuts &&
-            (utimensat(AT_FDCWD, path.c_str(), nullptr, 0) || rename(path.c_str(), before.c_str())))
-            give_up();
-        if (rename(temporary.c_str(), path.c_str()) != 0) give_up();
+        file = replace(path, lines.kept);
     }
 
   public:
     explicit StepLog(const Run& run)
         : path(run.options.out.empty() || world.rank != 0 ? "" : run.options.out + "/log.jsonl"),
           before(run.options.out + "/log.before.jsonl"),
+          out(run.options.out),
           resumed_from(run.resumed_from),
           resumed_step(run.first_step) {}
 
@@ -1130,6 +1148,13 @@ class StepLog {
     // A checkpoint of these lines is on the disk.
     void saved() const {
         if (!path.empty()) unlink(before.c_str());
+    }
+
+    // Nothing will be written: a log put aside, whose checkpoints are there still, comes back.
+    void restore() const {
+        if (path.empty() || old_log() != before) return;
+        fclose(replace(path, read(before, INT64_MAX).kept));
+        unlink(before.c_str());
     }
 
     ~StepLog() {
@@ -1212,6 +1237,7 @@ class Trainer {
         print_table();
         if (options.steps == 0) return evaluate_only();
         if (run.first_step >= options.steps) {
+            log.restore();
             say("the run is at step %" PRId64 " of %" PRId64
                 ": nothing left to do (--steps is the total, also after a resume)\n",
                 run.first_step, options.steps);
@@ -1520,7 +1546,7 @@ class Trainer {
 
 // What this binary was built with, for `--version`, for bug reports, and to tell two programs apart.
 inline std::string version() {
-    std::string parts = "train_gpt: cpu";
+    std::string parts = "cpu";
 #ifdef HAVE_CBLAS
     parts += " blas";
 #endif
@@ -1536,12 +1562,17 @@ inline std::string version() {
 #ifdef USE_MPI
     parts += " mpi";
 #endif
+#ifdef SOURCES  // the Makefile's digest of them
+#define TEXT_OF(x) #x
+#define TEXT_OF_MACRO(x) TEXT_OF(x)
+    parts += " sources " TEXT_OF_MACRO(SOURCES);
+#endif
     return parts;
 }
 
 // What the ranks of a run must have in common before any of them looks at data, one fact a line.
 inline std::string program_and_flags(const Options& options) {
-    std::string facts = version();
+    std::string facts = "program " + version();
     for (const Flag& flag : flag_table())
         if (flag.name != std::string("rank_timeout"))  // each waits for the others as long as it likes
             facts += strprintf("\n--%s %s", flag.name, flag_value(flag, options).c_str());
@@ -1579,7 +1610,7 @@ inline void print_what_is_asked(const Options& given) {
     if (given.help) {
         print_help(stdout);
     } else if (given.version) {
-        puts(version().c_str());
+        printf("train_gpt: %s\n", version().c_str());
     } else if (world.rank == 0) {
         const Options options = with_checkpoint_sizes(given);
         const ModelConfig config = model_config(options, options.vocab > 0 ? options.vocab : 50257);

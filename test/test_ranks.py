@@ -590,15 +590,15 @@ def test_ranks_must_be_given_the_same():
     data = ["--train", "train_*.bin", "--val", "val.bin"]
     flags = [*MODEL, *data, "--batch", 2, "--steps", 2, "--total_batch", 4 * SEQ_LEN, "--eval_every", 1]
 
-    def refused(words, *changed, in_there=lambda: None):
+    def refused(words, *changed, in_there=lambda: None, program=PROGRAM):
         for directory in (here, there):
             shutil.rmtree(directory, ignore_errors=True)
             os.mkdir(directory)
             for name in ("train_000.bin", "train_001.bin", "val.bin"):
                 shutil.copyfile(WORK + "/source_train.bin", directory + "/" + name)
         in_there()
-        one = lambda where, *more: ["-n", "1", "-wdir", where, PROGRAM, *[str(flag) for flag in (*flags, *more)]]
-        arguments = ["mpirun", "--allow-run-as-root", "--oversubscribe", *one(here), ":", *one(there, *changed)]
+        one = lambda what, where, *more: ["-n", "1", "-wdir", where, what, *[str(flag) for flag in (*flags, *more)]]
+        arguments = ["mpirun", "--allow-run-as-root", "--oversubscribe", *one(PROGRAM, here), ":", *one(program, there, *changed)]
         if not words:
             return execute(arguments)
         said = execute(arguments, code=2)
@@ -622,6 +622,12 @@ def test_ranks_must_be_given_the_same():
             in_there=lambda: os.remove(there + "/train_001.bin"))
     refused("rank 0 has train shard train_000.bin of .* rank 1 has train shard train_000.bin of",
             in_there=change_a_token)
+    sources = re.search("sources ([0-9a-f]{16})", execute([PROGRAM, "--version"]))[1]
+    with open(PROGRAM, "rb") as file, open(WORK + "/other_program", "wb") as other:  # as if it had been built from others
+        other.write(file.read().replace(sources.encode(), b"0123456789abcdef"))
+    os.chmod(WORK + "/other_program", 0o755)
+    refused("rank 0 has program cpu.* sources %s, rank 1 has program cpu.* sources 0123456789abcdef:" % sources,
+            program=WORK + "/other_program")
     refused("rank 0 has tokenizer none, rank 1 has tokenizer [0-9a-f]{16}:", in_there=lambda: write_tokenizer(there))
 
 
