@@ -580,6 +580,12 @@ class Optimizer {
         : options(options_),
           plan(std::move(tensors), options_, world.size),
           batches(ns_batches(plan, options_, world.rank)) {
+        // All at once, before filling what there is takes a minute.
+        const size_t need = bytes(plan), free = Backend::memory_available();
+        if (need > free)
+            fail("out of memory: weights%s need %.1f GiB and %.1f GiB are free: choose a smaller model%s",
+                 plan.trains ? ", gradients and optimizer state" : "", need / 0x1p30, free / 0x1p30,
+                 plan.trains ? " or more ranks" : "");
         params = allocate<real>(plan.arena, "parameters");
         grads = allocate<float>(plan.trains ? plan.arena : 0, "gradients");
         master = allocate<float>(plan.state_elements, "master weights");
