@@ -135,6 +135,9 @@ $(BUILD)/bench_optimizer_cpu: dev/bench_optimizer.cu train_gpt.cu $(HEADERS) $(B
 # The trainer with the CUDA runtime as a library beside it, and what takes the place of that library's GPUs (test_train.py).
 $(BUILD)/train_gpt_shared: train_gpt
 	$(NVCC) $(NVCC_FLAGS) -cudart shared $(BUILD)/train_gpt.o -o $@ $(NVCC_LIBS)
+# The trainer for racecheck (gpu_check.sh sanitize_run)
+$(BUILD)/train_gpt_races: train_gpt.cu $(HEADERS) $(BUILD)/config
+	$(NVCC) $(NVCC_FLAGS) $(races_bf16_define) $< -o $@ $(NVCC_LIBS)
 $(BUILD)/invented_gpus.so: test/invented_gpus.cpp $(BUILD)/config
 	$(CXX) -std=c++17 -Wall -Wextra -shared -fPIC -isystem $(CUDA_DIR)/include $< -o $@
 $(BUILD)/test_fiber_%: test/test_fiber.cpp $(TEST_HEADERS) dev/newton_schulz_hopper.cuh

@@ -182,14 +182,17 @@ ours_without_races() { # command...
 }
 export -f ours_without_races
 
-# Without the graph, so that each kernel is checked by itself.
+# Without the graph, so that each kernel is checked by itself; long enough that the rings of Hopper's kernels go round. racecheck takes a
+# build of its own, as in sanitize().
 sanitize_run() {
-    local tool optimizer command
+    local tool optimizer command flags=(--layers 2 --heads 4 --channels 256 --seq_len 512 --batch 2 --train "$random/train_*.bin")
     random_tokens
+    part "build for racecheck" make build/train_gpt_races
     for tool in memcheck racecheck initcheck synccheck; do
         for optimizer in adamw dmuon; do
-            command=(./train_gpt "${tiny[@]}" --device cuda --tune 0 --graph 0 --optimizer "$optimizer" --steps 5)
+            command=(./train_gpt "${flags[@]}" --device cuda --tune 0 --graph 0 --optimizer "$optimizer" --steps 5)
             if [[ $tool == racecheck ]]; then
+                command[0]=build/train_gpt_races
                 # shellcheck disable=SC2016 # the inner shell expands them
                 part "$tool, five steps, $optimizer" bash -c 'ours_without_races "$@"' - compute-sanitizer --tool $tool "${command[@]}"
             else
