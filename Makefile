@@ -3,7 +3,7 @@
 # make demo       trains a small GPT on real text; it fetches that text, and the build takes nothing but g++
 # make tests      the test programs, in build/; needs doctest
 # make test       builds and runs the whole suite; skips, and counts, what this machine lacks nvcc, a GPU or MPI for
-# make soak       200 runs killed and resumed, about 10 minutes; make fuzz: libFuzzer for half an hour each (both in short in make test)
+# make soak       200 kills of runs, each resumed, about 7 minutes; make fuzz: libFuzzer for half an hour each (both in short in make test)
 # make sanitize   the host's part under the sanitizers of threads, addresses and leaks; some minutes
 # make mutants    plants deliberate faults in copies of the tree: each must make its test fail; about an hour
 # make lint       the style of every source; needs clang-format 14, clang-tidy 14, shellcheck: scripts/setup.sh --lint

@@ -9,9 +9,12 @@ random moment or as soon as a save is under way) or asked to stop (SIGTERM and i
 finish. Its last checkpoint must be that of the uninterrupted run byte for byte, and its log too, but for the times in it.
 Then runs on 4 ranks are killed and go on with 1, 2, 3 and 5. Ends with `N passed, N failed, N skipped`. With --device cuda one
 rank, and as many as there are GPUs, by --gpus.
+
+A kill is counted if it ended a run that did not have its last checkpoint yet: the exit code says so. It was inside a save if
+one that this very run had begun was under way, and stayed unfinished. Requests to stop are counted likewise.
 """
 import argparse
-import contextlib
+import collections
 import json
 import math
 import os
@@ -56,26 +59,45 @@ def command(ranks, arguments):
     return ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", str(ranks), *arguments]
 
 
-def in_session(session):
-    """pid -> command of the processes of a session that have not ended."""
+def unfinished(out):
+    """The temporary files of saves, (name, inode) -> time of the last write: a save is under way, or was cut short."""
     found = {}
-    for entry in os.scandir("/proc"):
-        if entry.name.isdecimal():
+    for name in os.listdir(out) if out.exists() else []:
+        if name.endswith(".safetensors.tmp"):
             try:
-                name, fields = Path(entry.path, "stat").read_text().split("(", 1)[1].rsplit(")", 1)
-                if int(fields.split()[3]) == session and fields.split()[0] not in "ZX":
-                    found[int(entry.name)] = name
-            except (OSError, ValueError, IndexError):
-                pass  # it has ended
+                about = os.stat(out / name)
+                found[name, about.st_ino] = about.st_mtime_ns
+            except FileNotFoundError:
+                pass  # it is finished
     return found
 
 
+def stat_of(pid):
+    """(command, state, session) of a process; None if there is none."""
+    try:
+        name, fields = Path(f"/proc/{pid}/stat").read_text().split("(", 1)[1].rsplit(")", 1)
+        return name, fields.split()[0], int(fields.split()[3])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def in_session(session):
+    """pid -> command of the processes of a session that have not ended."""
+    stats = {int(pid): stat_of(pid) for pid in os.listdir("/proc") if pid.isdecimal()}
+    return {pid: stat[0] for pid, stat in stats.items() if stat and stat[1] not in "ZX" and stat[2] == session}
+
+
 class Process:
-    """A run under way, in a session of its own: nothing of it is left when the block is left."""
+    """A run under way, in a session of its own: nothing of it is left when the block is left.
+
+    A run that fails though it was sent no signal is an error."""
 
     mpirun_stayed = 0  # how often, without a rank
 
-    def __init__(self, ranks, arguments):
+    def __init__(self, ranks, arguments, last):
+        self.last = last  # the checkpoint that it ends with
+        self.before = unfinished(last.parent)  # what another run left: this one's saves are told from it
+        self.sent = None  # (pid, signal)
         self.said = tempfile.TemporaryFile("w+", errors="replace")
         self.process = subprocess.Popen(command(ranks, arguments), stdout=self.said, stderr=self.said, env=ENV, start_new_session=True,
                                         preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in STOPS])
@@ -86,11 +108,34 @@ class Process:
     def ranks(self):
         return [pid for pid, name in in_session(self.process.pid).items() if name == PROGRAM.name[:15]]
 
+    def saves(self):
+        """The saves that this run has begun and not finished."""
+        return {file for file, written in unfinished(self.last.parent).items() if self.before.get(file) != written}
+
+    def send(self, pid, number):
+        """To a process of this run, if it has not ended."""
+        self.under_way, stat = self.saves(), stat_of(pid)
+        if self.process.poll() is None and stat and stat[1] not in "ZX":
+            self.sent = pid, number
+            os.kill(pid, number)
+
+    def cut_short(self):
+        """Whether the signal has ended it before its last checkpoint."""
+        if not self.sent or self.last.exists():
+            return False
+        pid, number = self.sent
+        own = pid == self.process.pid  # else mpirun, or the parent of the ranks, tells how a rank has ended
+        return self.process.returncode in ((-number, 128 + number) if own else (128 + number,))
+
+    def in_save(self):
+        """Whether it has left a save unfinished that was under way when the signal came."""
+        return bool(self.under_way & self.saves())
+
     def output(self):
         self.said.seek(0)
         return "".join(line for line in self.said if not line.startswith(("step ", "| ")))[-3000:]
 
-    def __exit__(self, *_):
+    def __exit__(self, error, *_):
         end, alone = time.time() + 40, None  # since when mpirun is
         while (left := in_session(self.process.pid)) and time.time() < end:
             self.process.poll()
@@ -102,25 +147,25 @@ class Process:
         left = in_session(self.process.pid)
         for pid in left:
             os.kill(pid, signal.SIGKILL)
+        code = self.process.wait()
         if left == {self.process.pid: "mpirun"}:
-            left = {}
-        self.process.wait()
+            left, code = {}, 0
         said = self.output()
         self.said.close()
         if left:
             raise Failed(f"40 s after it was ended there are left: {left}\n{said}")
+        if code != 0 and not self.sent and not error:
+            raise Failed(f"exit code {code}:\n{said}")
 
 
-def finish(ranks, arguments):
-    with Process(ranks, arguments) as run:
+def finish(ranks, arguments, last):
+    with Process(ranks, arguments, last) as run:
         try:
-            code = run.process.wait(timeout=120)
+            run.process.wait(timeout=120)
         except subprocess.TimeoutExpired:
             for pid in in_session(run.process.pid):
                 os.kill(pid, signal.SIGKILL)
             raise Failed(f"it does not end:\n{run.output()}") from None
-        if code != 0:
-            raise Failed(f"exit code {code}:\n{run.output()}")
 
 
 def log_of(out):
@@ -130,16 +175,8 @@ def log_of(out):
             for line in lines]
 
 
-def last_checkpoint(out):
-    return (out / f"step_{STEPS:08}.safetensors").read_bytes()
-
-
-def unfinished(out):
-    """Whether a save is under way, or was when its process died."""
-    try:
-        return any(name.endswith(".safetensors.tmp") for name in os.listdir(out))
-    except OSError:
-        return False
+def checkpoint(out, step=STEPS):
+    return out / f"step_{step:08}.safetensors"
 
 
 def count_gpus():
@@ -149,14 +186,15 @@ def count_gpus():
 class Soak:
     def __init__(self, chance):
         self.chance = chance
-        self.kills = self.in_saves = self.stops = 0
+        self.kills = collections.Counter()  # by the number of ranks
+        self.in_saves = self.stops = 0
         self.worst = 0  # relative difference of a loss after a resume on another number of ranks
         self.whole = {}  # (optimizer, ranks) -> directory of the uninterrupted run, seconds that it took
 
     def uninterrupted(self, optimizer, ranks):
         if (optimizer, ranks) not in self.whole:
             out, begin = WORK / f"whole_{optimizer}_{ranks}", time.time()
-            finish(ranks, flags(optimizer, out))
+            finish(ranks, flags(optimizer, out), checkpoint(out))
             self.whole[optimizer, ranks] = out, time.time() - begin
         return self.whole[optimizer, ranks]
 
@@ -164,7 +202,7 @@ class Soak:
         """One start and its end: what was done to it."""
         how = self.chance.choice(("kill", "kill in a save", "kill in a save", "stop"))
         number = self.chance.choice(STOPS) if how == "stop" else signal.SIGKILL
-        with Process(ranks, arguments) as run:
+        with Process(ranks, arguments, checkpoint(out)) as run:
             moment = time.time() + self.chance.uniform(0, seconds)
             while len(victims := run.ranks()) < ranks and run.process.poll() is None and time.time() < moment:
                 time.sleep(0.005)
@@ -173,18 +211,16 @@ class Soak:
             victim = self.chance.choice(victims or [run.process.pid])  # the process that we started: mpirun, or the run itself
             if how == "kill in a save":
                 pause, end = self.chance.choice((0, 0, 0.0003, 0.001)), time.time() + seconds
-                while time.time() < end and run.process.poll() is None and not unfinished(out):
+                while time.time() < end and run.process.poll() is None and not run.saves():
                     pass  # a save takes a few milliseconds
                 time.sleep(pause)
             else:
                 time.sleep(max(0, moment - time.time()))
-            try:
-                os.kill(victim, number)
-            except ProcessLookupError:
-                pass
-            self.kills += how != "stop"
-            self.stops += how == "stop"
-        self.in_saves += how != "stop" and unfinished(out)
+            run.send(victim, number)
+        ended = run.cut_short()
+        self.stops += ended and how == "stop"
+        self.kills[ranks] += ended and how != "stop"
+        self.in_saves += ended and how != "stop" and run.in_save()
         return f"{how} ({number.name})"
 
     def story(self, optimizer, ranks, until):
@@ -192,36 +228,36 @@ class Soak:
         out = WORK / "story"
         shutil.rmtree(out, ignore_errors=True)
         told = []
-        while len(told) < KILLS_PER_STORY and (not told or time.time() < until):
+        while len(told) < KILLS_PER_STORY and (not told or time.time() < until) and not checkpoint(out).exists():
             told.append(self.interrupt(ranks, flags(optimizer, out), out, 0.7 * seconds))
-        finish(ranks, flags(optimizer, out))
-        for what, read in (("log", log_of), ("last checkpoint", last_checkpoint)):
+        finish(ranks, flags(optimizer, out), checkpoint(out))
+        for what, read in (("log", log_of), ("last checkpoint", lambda run: checkpoint(run).read_bytes())):
             if read(out) != read(whole):
                 kept = shutil.copytree(out, tempfile.mkdtemp(prefix="soak_") + "/story")
                 raise Failed(f"{optimizer} on {ranks} ranks, {', '.join(told)}: another {what} than uninterrupted; see {kept}")
 
     def other_ranks(self, ranks):
         """Killed on 4 ranks, goes on on another number: the losses of 4, to rounding."""
-        more = ["--total_batch", str(60 * 32), "--ns_dtype", "fp32", "--steps", "60"]  # 5 ranks divide that too
+        steps = 60
+        more = ["--total_batch", str(60 * 32), "--ns_dtype", "fp32", "--steps", str(steps)]  # 5 ranks divide that too
         whole, out = WORK / "whole_4", WORK / "elastic"
         if not whole.exists():
-            finish(4, flags("dmuon", whole) + more)
-        arguments = flags("dmuon", out) + more
+            finish(4, flags("dmuon", whole) + more, checkpoint(whole, steps))
+        arguments, last = flags("dmuon", out) + more, checkpoint(out, steps)
         killed = False
         while not killed:  # a run that ends before we see its checkpoint is begun again
             shutil.rmtree(out, ignore_errors=True)
             at = self.chance.randrange(4, 40)
-            with Process(4, arguments) as run:
-                while run.process.poll() is None and not any(path.name > f"step_{at:08}" for path in out.glob("step_*.safetensors")):
+            with Process(4, arguments, last) as run:
+                while run.process.poll() is None and not any(path > checkpoint(out, at) for path in out.glob("step_*.safetensors")):
                     time.sleep(0.001)
                 victims = run.ranks()
-                with contextlib.suppress(ProcessLookupError, IndexError):
-                    os.kill(self.chance.choice(victims), signal.SIGKILL)
-                    killed = True
-                if not killed and run.process.wait(timeout=60) != 0:
-                    raise Failed(f"it failed on 4 ranks:\n{run.output()}")
-        self.kills += 1
-        finish(ranks, arguments)
+                if victims:
+                    run.send(self.chance.choice(victims), signal.SIGKILL)
+            killed = run.cut_short()
+        self.kills[4] += 1
+        self.in_saves += run.in_save()
+        finish(ranks, arguments, last)
         resumed, undisturbed = ([line["loss"] for line in log_of(run)] for run in (out, whole))
         if len(resumed) != len(undisturbed):
             raise Failed(f"killed on 4 ranks past step {at}, resumed on {ranks}: {len(resumed)} lines of the log, not {len(undisturbed)}")
@@ -265,27 +301,29 @@ def main():
 
         def stories(ranks, until, share):
             """Until a time, or with --kills until this share of them is done."""
-            goal, told = soak.kills + (args.kills or 0) * share, 0
-            while told == 0 or (soak.kills < goal if args.kills else time.time() < until):
+            told = 0
+            while told == 0 or (soak.kills[ranks] < args.kills * share if args.kills else time.time() < until):
                 soak.story(("adamw", "dmuon")[told % 2], ranks, math.inf if args.kills else until)
                 told += 1
 
         seconds = 60 * args.minutes if args.minutes else 10
         gpus = count_gpus() if DEVICE == "cuda" else 0
-        check("killed on 1 rank", lambda: stories(1, begin + (0.5 if have_mpi or gpus > 1 else 1) * seconds, 0.6))
-        if gpus > 1:
-            check(f"killed on {gpus} ranks", lambda: stories(gpus, begin + seconds, 0.4))
-        elif have_mpi and not gpus:
-            check("killed on 3 ranks", lambda: stories(3, begin + seconds, 0.4))
+        several = gpus if gpus > 1 else 3 if have_mpi else 0
+        check("killed on 1 rank", lambda: stories(1, begin + (0.5 if several else 1) * seconds, 0.6 if several else 1))
+        if several:
+            check(f"killed on {several} ranks", lambda: stories(several, begin + seconds, 0.4))
+        if have_mpi:
             for ranks in (1, 2, 3, 5) if args.kills or args.minutes else [soak.chance.choice((1, 2, 3, 5))]:
                 check(f"killed on 4 ranks, resumed on {ranks}", lambda: soak.other_ranks(ranks))
-        else:
+        elif not several:
             counts["skipped"] += 2
         if soak.worst:
             print(f"on another number of ranks losses differ by {soak.worst:.1e} of their value at most, allowed is {TOLERANCE:.0e}")
         if Process.mpirun_stayed:
             print(f"mpirun stayed without a rank {Process.mpirun_stayed} times, and was ended after {ALONE} s")
-        print(f"{soak.kills} kills, {soak.in_saves} of them inside a save, and {soak.stops} requests to stop in {time.time() - begin:.0f} s")
+        on_ranks = ", ".join(f"{kills} on {ranks} rank{'s' if ranks > 1 else ''}" for ranks, kills in soak.kills.items())
+        print(f"{sum(soak.kills.values())} kills ({on_ranks}), {soak.in_saves} of them inside a save, and {soak.stops} requests to stop "
+              f"in {time.time() - begin:.0f} s")
     print(", ".join(f"{count} {what}" for what, count in counts.items()))
     return counts["failed"] > 0
 
