@@ -138,6 +138,7 @@ FAULTS = [
     Fault("dataloader.h", 'if (length == 0) broken(strprintf("has an empty token %d", token));', "", "host tokenizer: malformed*"),
     Fault("common.h", "&& !(point >= 0xd800 && point < 0xe000)", "", "host printable*"),
     Fault("common.h", "for (char c : printable(text)) line +=", "for (char c : text) line +=", "train bad_places"),
+    Fault("checkpoint.h", "one_line(error.what()).c_str());", "error.what());", "train bad_places"),
     Fault("dataloader.h", "if (result == GLOB_ABORTED)", "if (false)", "train bad_shards"),
     Fault("checkpoint.h", "if (header.find(format) == header.npos) not_ours();", "not_ours();", "train bad_checkpoints"),
     Fault("dataloader.h", "if (file.was_cut_short())", "if (false)", "host loader: a shard cut short*"),

@@ -792,6 +792,9 @@ class Train(unittest.TestCase):
         odd = work / "ü \n\x1b[2J $(x) '\""
         self.assertNotIn("\x1b", self.trained(*TINY, "--steps", 2, "--out", odd).stdout)
         self.trained(*TINY, "--steps", 4, "--out", odd, "--resume", "auto")
+        (odd / "step_00000004.safetensors").write_text("")
+        result = self.trained(*TINY, "--steps", 4, "--out", odd, "--resume", "auto")
+        self.assertRegex(result.stderr, r"^skipping a checkpoint: .*ü \\n\\x1b\[2J .*is damaged: it is empty\..*\n$")
         self.trained(*TINY, "--steps", 2, "--out", work / "on" / "the" / "way")
         no_gpu = [flag if flag != "cpu" else "cuda" for flag in TINY]
         self.refused(1, "--device cpu", *no_gpu, "--steps", 2, CUDA_VISIBLE_DEVICES="")
