@@ -508,7 +508,7 @@ inline std::string newest_good_checkpoint(const std::string& dir, FILE* say) {
             Checkpoint(path).verify();
             return path;
         } catch (const Damaged& error) {
-            fprintf(say, "skipping a checkpoint: %s\n", error.what());
+            fprintf(say, "skipping a checkpoint: %s\n", one_line(error.what()).c_str());
         }
     }
     return "";

@@ -7,6 +7,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstdarg>
 #include <cstddef>
@@ -15,6 +17,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 // Thrown by fail() and usage_fail(), printed by main() as one line. The exit code is 1 for a fault (a file, a device, a
 // lost rank) and 2 for a command line that makes no sense.
@@ -87,14 +90,18 @@ inline std::string one_line(const std::string& text) {
 }
 
 // A whole file in memory, read only; the page cache is shared by all ranks of a machine. `what` names its kind in
-// errors.
+// errors. A page that cannot be read is no error that a reader sees but a SIGBUS: end_on_unreadable_files() (ranks.h).
 class MappedFile {
   public:
     const std::string path;
-    const char* data = nullptr;  // (bytes), null for an empty file
+    const std::string unreadable;  // the message for that, made here: its handler must not allocate
+    const char* data = nullptr;    // (bytes), null for an empty file
     size_t bytes = 0;
 
-    MappedFile(const std::string& path_, const char* what) : path(path_) {
+    MappedFile(const std::string& path_, const char* what)
+        : path(path_),
+          unreadable(one_line(strprintf("cannot read %s %s: an I/O error, or it was cut short while it was read", what,
+                                        path.c_str()))) {
         // O_NONBLOCK: a FIFO is refused below, it must not block here
         const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
         if (fd < 0) fail("cannot open %s %s: %s", what, path.c_str(), strerror(errno));
@@ -108,14 +115,29 @@ class MappedFile {
         if (memory == MAP_FAILED) fail("cannot map %s %s: %s", what, path.c_str(), strerror(error));
         data = static_cast<const char*>(memory);
         inode_ = info.st_ino;
+        const ListLock lock;
+        list_.push_back(this);
     }
     MappedFile(const MappedFile&) = delete;
     ~MappedFile() {
+        {
+            const ListLock lock;
+            list_.erase(std::find(list_.begin(), list_.end(), this));
+        }
         if (data) munmap(const_cast<char*>(data), bytes);
     }
 
-    // Reading a mapped page that the file no longer has kills the process without a word (SIGBUS). A look at the size
-    // before each read costs a microsecond and turns almost every such case into a sentence.
+    // The file that is mapped at an address, null if none is. For the handler: whoever has the lock reads no file, so
+    // that it is another thread, which goes on.
+    static const MappedFile* at(const void* address) {
+        const ListLock lock;
+        for (const MappedFile* file : list_)
+            if (uintptr_t(address) - uintptr_t(file->data) < file->bytes) return file;
+        return nullptr;
+    }
+
+    // When a file is cut short, the pages beyond its end cannot be read, and what is missing of its last page reads as
+    // zeros. A look at the size before each read costs a microsecond, sees both, and says what happened.
     bool was_cut_short() const {
         struct stat info;
         const bool same_file = stat(path.c_str(), &info) == 0 && info.st_ino == inode_;
@@ -124,6 +146,16 @@ class MappedFile {
 
   private:
     ino_t inode_ = 0;
+
+    // All that there are, and their lock; no mutex, as a handler may not take one.
+    static inline std::vector<const MappedFile*> list_;
+    struct ListLock {
+        static inline std::atomic_flag taken = ATOMIC_FLAG_INIT;
+        ListLock() {
+            while (taken.test_and_set()) {}
+        }
+        ~ListLock() { taken.clear(); }
+    };
 };
 
 template <class T>

@@ -607,7 +607,7 @@ struct CudaMatmul {
             fprintf(stderr,
                     "note: cannot write %s: each start will time the products again, and a resumed run may differ in "
                     "its last bits\n",
-                    path.empty() ? "a cache, as HOME is not set" : path.c_str());
+                    path.empty() ? "a cache, as HOME is not set" : one_line(path).c_str());
     }
 };
 

@@ -1,7 +1,7 @@
 // ranks.h: the processes of one run: how they find each other, and how the run ends when one of them dies or hangs.
 // Read in this order:
 //   World, launched_world         who am I, of how many; read from the environment that the launcher left
-//   abort_ranks .. wait_until     ending a run with one clear line; deadlines
+//   abort_ranks .. wait_until     ending a run with one clear line; deadlines; files that cannot be read
 //   stop_signal                   ending a run on request, after its step
 //   start_by_mpi, start_children  the two ways to be many: mpirun or srun, and --gpus N (this program starts itself)
 //   broadcast_host, gather_host   what one rank knows or does alone, before and between the collectives of comm.h
@@ -20,7 +20,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <charconv>
 #include <chrono>
+#include <climits>
 #include <cstdlib>
 #include <cstring>
 #include <future>
@@ -134,6 +136,41 @@ inline int turn_to_speak() { return std::min(2 * world.rank, 10); }  // seconds
     abort_ranks(code);
 }
 
+// The same from a signal handler, which may call little: neither MPI_Abort nor printf. The launcher ends the others.
+[[noreturn]] inline void end_in_handler(const char* line) {
+    const ssize_t written = write(STDERR_FILENO, line, strlen(line));
+    (void)written;  // nothing is left to be done about a closed stderr
+    if (shared_page) shared_page->explained = true;
+    _exit(1);
+}
+
+// From here on a mapped file of which a page cannot be read ends the run so. It cannot throw: the handler runs in the
+// middle of a memcpy.
+inline void end_on_unreadable_files() {
+    struct sigaction action = {};
+    action.sa_flags = SA_SIGINFO;
+    action.sa_sigaction = [](int number, siginfo_t* info, void*) {
+        const MappedFile* file = info->si_code == BUS_ADRERR ? MappedFile::at(info->si_addr) : nullptr;
+        if (!file) {  // a fault of the program, or somebody's kill: it dies of it when this returns
+            signal(number, SIG_DFL);
+            raise(number);
+            return;
+        }
+        char line[5 * PATH_MAX];  // of a path, each byte may be shown as four
+        char* end = stpcpy(line, "train_gpt: ");
+        if (world.size > 1) {
+            end = std::to_chars(stpcpy(end, "rank "), line + sizeof line, world.rank).ptr;
+            end = stpcpy(end, ": ");
+        }
+        stpcpy(stpcpy(end, file->unreadable.c_str()), "\n");
+        alarm(0);  // these three as in fail_ranks
+        signal(SIGTERM, SIG_DFL);
+        sleep(unsigned(turn_to_speak()));
+        end_in_handler(line);
+    };
+    sigaction(SIGBUS, &action, nullptr);
+}
+
 inline double seconds_now() {
     timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
@@ -164,10 +201,7 @@ class Deadline {
     }
     static void expired(int) {
         if (seconds_now() > due + kStoppedFor) return innermost->start_clock();
-        ssize_t written = write(STDERR_FILENO, innermost->line, strlen(innermost->line));
-        (void)written;  // nothing is left to be done about a closed stderr
-        if (shared_page) shared_page->explained = true;
-        _exit(1);
+        end_in_handler(innermost->line);
     }
 
   public:

@@ -1632,6 +1632,7 @@ inline void keep_standard_streams() {
 
 int main(int argc, char** argv) {
     signal(SIGXFSZ, SIG_IGN);  // a write past the limit of file sizes (ulimit -f) then fails, and says so
+    end_on_unreadable_files();
     try {
         keep_standard_streams();
         const Options options = parse_flags(argc, argv);

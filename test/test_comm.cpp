@@ -252,6 +252,16 @@ static void work(const std::string& job) {
     if (chosen && job == "exit") _exit(3);
     if (chosen && job == "error") fail("the disk is full");
     if (job == "all_error") fail("no such file");
+    if (job == "unreadable" || job == "all_unreadable") {
+        end_on_unreadable_files();
+        FILE* beyond = tmpfile();  // of two pages, mapped, then of none
+        const int fd = fileno(beyond);
+        expect(ftruncate(fd, 8192) == 0, "a file of two pages");
+        const MappedFile file(strprintf("/proc/%d/fd/%d", int(getpid()), fd), "file");
+        if (!chosen && job == "unreadable") keep_busy(100000);
+        expect(ftruncate(fd, 0) == 0, "a file of none");
+        expect(*static_cast<const volatile char*>(file.data) != 0, "not reached");
+    }
     if (job == "blocked" || job == "blocked_later" || job == "blocked_and_stopped" || job == "stopped_rank_0") {
         Deadline deadline("a call that never returns");
         if (job == "blocked_later") {
@@ -431,6 +441,17 @@ TEST_CASE("mpirun: an error of one rank ends the run, one that all meet is said 
     CHECK(o.count("no such file") == 1);
 }
 
+TEST_CASE("mpirun: a file that cannot be read ends the run; one that no rank can read is said once") {
+    for (bool all : {false, true}) {
+        const Outcome o = mpirun(3, all ? "all_unreadable" : "unreadable");
+        INFO(o.output);
+        CHECK(o.code == 1);
+        CHECK(o.count("train_gpt: ") == 1);
+        CHECK(o.says(strprintf("train_gpt: rank %d: cannot read file /proc/", all ? 0 : 2)));
+        CHECK(o.seconds < 30);
+    }
+}
+
 TEST_CASE("ranks that were given different things are refused, with what and who") {
     for (bool by_mpirun : {true, false}) {
         auto start = [&](const char* job) { return by_mpirun ? mpirun(3, job) : gpus(3, job); };
@@ -498,6 +519,17 @@ TEST_CASE("--gpus: an error is said once, by the rank that met it") {
     o = gpus(3, "all_error");
     CHECK(o.code == 1);
     CHECK(o.output == "train_gpt: rank 0: no such file\n");
+}
+
+TEST_CASE("--gpus: a file that cannot be read ends the run; one that no rank can read is said once") {
+    for (bool all : {false, true}) {
+        const Outcome o = gpus(3, all ? "all_unreadable" : "unreadable");
+        INFO(o.output);
+        CHECK(o.code == 1);
+        CHECK(o.count("\n") == 1);
+        CHECK(o.says(strprintf("train_gpt: rank %d: cannot read file /proc/", all ? 0 : 2)));
+        CHECK(o.seconds < 30);
+    }
 }
 
 TEST_CASE("--gpus: a stopped rank ends the run at the deadline, and is ended itself") {

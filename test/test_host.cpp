@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <sched.h>
 #include <signal.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -1695,6 +1696,57 @@ TEST_CASE("checkpoint: no room on a full file system, and the older one stays" *
               save(dir.path, 1, make_tensors({{3}}, 1));
               return save_without_room(dir.path, "No space left on device");
           })) == 0);
+}
+
+// What body, in a child process, says on stderr, with how it ends in front: "1: ...".
+static std::string end_of_child(const std::function<void()>& body) {
+    TempDir dir;
+    const int code = wait_for(start_child([&] {
+        if (!freopen((dir / "said").c_str(), "w", stderr)) return 8;
+        end_on_unreadable_files();
+        body();
+        return 0;
+    }));
+    return std::to_string(code) + ": " + read_file(dir / "said");
+}
+
+TEST_CASE("a page of a mapped file that cannot be read ends the process with a line; any other SIGBUS as ever") {
+    TempDir dir;
+    const size_t page = size_t(sysconf(_SC_PAGESIZE));
+    const std::string name = dir / "odd\n\x1b[2J", reason = ": an I/O error, or it was cut short while it was read\n";
+    write_file(name, std::string(3 * page, 'x'));
+    write_file(dir / "other", std::string(3 * page, 'x'));
+    write_file(dir / "empty", "");
+    auto read_byte = [](const char* at) { return *static_cast<const volatile char*>(at); };
+    const std::string said = end_of_child([&] {
+        const MappedFile empty(dir / "empty", "file"), file(name, "token shard"), other(dir / "other", "file");
+        fs::resize_file(name, page);
+        if (read_byte(file.data) == 'x') read_byte(file.data + 3 * page - 1);
+    });
+    CHECK(said == "1: train_gpt: cannot read token shard " + dir.path + "/odd\\n\\x1b[2J" + reason);
+    CHECK(end_of_child([&] {
+              const MappedFile other(dir / "other", "file");  // not the one that is at fault
+              const int fd = open(name.c_str(), O_RDONLY);
+              const void* pages = mmap(nullptr, 3 * page, PROT_READ, MAP_SHARED, fd, 0);
+              read_byte(static_cast<const char*>(pages) + page);
+          }) == std::to_string(128 + SIGBUS) + ": ");
+    CHECK(end_of_child([] { kill(getpid(), SIGBUS); }) == std::to_string(128 + SIGBUS) + ": ");
+}
+
+TEST_CASE("checkpoint: auto does not take one that cannot be read for damaged" * doctest::skip(!may_mount())) {
+    TempDir dir;
+    const std::string newest = dir / "step_00000002.safetensors";
+    const std::string said = end_of_child([&] {
+        if (!mount_small(dir.path)) return;
+        for (int64_t step : {1, 2}) save(dir.path, step, make_tensors({{100, 100}}, 1));
+        const int fd = open(newest.c_str(), O_RDWR);
+        if (fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 20000, 10000) != 0) return;
+        const int rest = open((dir / "rest").c_str(), O_WRONLY | O_CREAT, 0600);
+        while (write(rest, dir.path.data(), 1) == 1) {}  // until nothing is left for the pages of the hole
+        newest_good_checkpoint(dir.path, stderr);
+    });
+    CHECK(said ==
+          "1: train_gpt: cannot read checkpoint " + newest + ": an I/O error, or it was cut short while it was read\n");
 }
 
 TEST_CASE("checkpoint: killed while writing, the older one stays") {

@@ -743,6 +743,25 @@ class Train(unittest.TestCase):
             self.assertLess(0, entry["loss"])
         self.assertLessEqual(max(checkpoints(out)), f"step_{len(log(out)):08}.safetensors")
 
+    def test_shard_that_cannot_be_read(self):
+        """Cut short under another name, while its own is another file's: the program sees that only in a page that is not there,
+        as it sees a disk's error."""
+        shards, out = work / "unreadable", work / "unreadable_run"
+        shutil.copytree(data, shards)
+        with subprocess.Popen(command(*TINY, "--steps", 1000000, "--save_every", 5, "--schedule", "constant", "--out", out,
+                                      shards=shards), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                              env=environment()) as process:
+            while process.poll() is None and not list(out.glob("*.safetensors")):
+                time.sleep(0.002)
+            shard = shards / "train_000.bin"
+            shard.rename(shards / "other")
+            shutil.copy(data / shard.name, shard)
+            os.truncate(shards / "other", 4096)
+            said = process.stderr.read()
+        self.assertEqual(said, f"train_gpt: cannot read token shard {shard}: an I/O error, or it was cut short while it was read\n")
+        self.assertEqual(process.returncode, 1)
+        self.assertLessEqual(max(checkpoints(out)), f"step_{len(log(out)):08}.safetensors")
+
     def test_tokenizers_must_agree(self):
         two = work / "two_tokenizers"
         shutil.rmtree(two, ignore_errors=True)
@@ -795,6 +814,9 @@ class Train(unittest.TestCase):
         odd = work / "ü \n\x1b[2J $(x) '\""
         self.assertNotIn("\x1b", self.trained(*TINY, "--steps", 2, "--out", odd).stdout)
         self.trained(*TINY, "--steps", 4, "--out", odd, "--resume", "auto")
+        (odd / "step_00000004.safetensors").write_text("")
+        result = self.trained(*TINY, "--steps", 4, "--out", odd, "--resume", "auto")
+        self.assertRegex(result.stderr, r"^skipping a checkpoint: .*ü \\n\\x1b\[2J .*is damaged: it is empty\..*\n$")
         self.trained(*TINY, "--steps", 2, "--out", work / "on" / "the" / "way")
         no_gpu = [flag if flag != "cpu" else "cuda" for flag in TINY]
         self.refused(1, "--device cpu", *no_gpu, "--steps", 2, CUDA_VISIBLE_DEVICES="")
