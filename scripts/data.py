@@ -114,7 +114,7 @@ def download(url, path, sha256=None, tries=5):
                 if have and reply.status != 206:  # the server does not resume
                     have = 0
                 length = reply.headers.get("Content-Length", "")
-                total = have + int(length) if length.isdecimal() else None  # what is no number says nothing
+                total = have + int(length) if length.isdecimal() and len(length) < 20 else None  # what is no number says nothing
                 progress = Progress(path.name, total)
                 with open(part, "ab" if have else "wb") as f:
                     start = have
@@ -132,12 +132,12 @@ def download(url, path, sha256=None, tries=5):
             elif e.code not in (408, 429) and e.code < 500:
                 raise Unreachable(f"{url}: {e}") from None
             reason = str(e)
-        except UnicodeError as e:  # a path or a redirection with characters that HTTP does not take
-            raise Unreachable(f"{url!r} is no address: {e}") from None
         except (OSError, urllib.error.URLError, http.client.HTTPException) as e:  # URLError is an OSError
             reason = str(getattr(e, "reason", e)) or type(e).__name__
             if not have and attempt == 1:  # twice without a byte: it is not the connection that is shaky
                 raise Unreachable(f"{url}: {reason}") from None
+        except (ValueError, OverflowError) as e:  # half an IPv6 address, a port that no machine has, characters that HTTP does not take
+            raise Unreachable(f"{url!r}, or where it leads, is no address: {e}") from None
         if attempt + 1 < tries:
             say(f"{reason}; trying again")
             time.sleep(min(2**attempt, 10))
@@ -314,7 +314,7 @@ def reachable(name, downloads):
             url = {"tinyshakespeare": GITHUB, "tinystories": TINYSTORIES % "valid", "fineweb10B": FINEWEB % ("val", 0)}[name]
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
         return True
-    except (Unreachable, OSError):
+    except (Unreachable, OSError, http.client.HTTPException, ValueError, OverflowError):
         return False
 
 
@@ -734,7 +734,7 @@ def main():
                 remove_empty(out)
             if not isinstance(e, Unreachable):
                 raise
-            say(str(e))
+            say(" ".join(str(e).split()))  # a redirection in circles is told in three lines
             if args.dataset == "hellaswag":
                 fail(f"hellaswag can't be had here; {args.downloads}/hellaswag_val.jsonl is taken where it lies")
             others = [d for d in DATASETS if d != args.dataset and reachable(d, args.downloads)] + ["text:PATH"]

@@ -381,6 +381,8 @@ class Download(unittest.TestCase):
                 self.end_headers()
                 self.wfile.write(TEXT[start:start + test.give.pop(0)] if test.give else TEXT[start:])
 
+            do_HEAD = do_GET
+
             def log_message(self, *_):
                 pass
 
@@ -459,10 +461,30 @@ class Download(unittest.TestCase):
         self.assertEqual(self.fetch(), 0)
         self.assertEqual(decode(self.dir / "out"), TEXT)
 
-    def test_a_length_that_is_no_number(self):
-        self.raw = [b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n" + TEXT]
+    def test_redirections_that_lead_nowhere(self):
+        """One line says so, whether or not the address can be read, and the shards of another text stay."""
         self.assertEqual(self.fetch(), 0)
-        self.assertEqual(decode(self.dir / "out"), TEXT)
+        before = {path.name: path.read_bytes() for path in (self.dir / "out").iterdir()}
+        for address in (b"http://[::", b"//[", b"ftp://[::1", b"http://127.0.0.1:x/", b"http://127.0.0.1:" + b"9" * 20, b"http://a..b/",
+                        b"http://" + b"a" * 64 + b"/", b"http://\xe2\x84\x80/", b"http://a\x01/", b"/again.txt"):
+            answer = b"HTTP/1.1 302 Found\r\nLocation: " + address + b"\r\n\r\n"
+            self.raw = [answer] * 50
+            self.assertEqual(self.fetch("else.txt"), 1, address)
+            _, said, last = [line for line in self.stderr.getvalue().splitlines() if not line.endswith("; trying again")]
+            self.assertIn(f"{self.url}/else.txt", said)
+            self.assertIn("can't be had here", last)
+            self.assertEqual({path.name: path.read_bytes() for path in (self.dir / "out").iterdir()}, before)
+            with mock.patch.object(data, "GITHUB", f"{self.url}/text.txt"), mock.patch.dict(os.environ, no_proxy="127.0.0.1"):
+                self.raw = [answer] * 50
+                self.assertFalse(data.reachable("tinyshakespeare", self.dir))
+
+    def test_a_length_that_is_no_number(self):
+        for length in (b"many", b"9" * 5000):
+            self.raw = [b"HTTP/1.1 200 OK\r\nContent-Length: " + length + b"\r\n\r\n" + TEXT]
+            self.assertEqual(self.fetch(), 0)
+            self.assertEqual(decode(self.dir / "out"), TEXT)
+            shutil.rmtree(self.dir / "out")
+            shutil.rmtree(self.dir / "downloads")
 
     def test_hellaswag_is_checked(self):
         """What comes from the public address must be what it is known to be."""
