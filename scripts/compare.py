@@ -29,6 +29,7 @@ COLORS = {"adamw": "#4c72b0", "muon": "#dd8452", "dmuon": "#2a9d63"}
 OTHER_COLORS = ["#c44e52", "#8172b3", "#7f7f7f"]  # of runs whose optimizer neither log nor name tells
 LINES = ["-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2))]  # of the runs of one colour
 INK, FAINT = "#222222", "#b8b8b8"
+LARGEST = 1e15  # in milliseconds 30,000 years: what is beyond it in a log is damage, and would fill a table with digits
 WATCH_EVERY = 5  # seconds, and at least ten times what a redraw takes: the runs need the cores
 
 
@@ -55,7 +56,7 @@ class Run:
                 left_out += 1
         if left_out:  # the last one is torn where the machine went down
             print(f"compare: {path}: left out {left_out} of {len(lines)} lines: no steps of train_gpt", file=sys.stderr)
-        self.optimizer = next((entry["optimizer"] for entry in self.log[::-1] if entry.get("optimizer") in COLORS), None)
+        self.optimizer = next((entry["optimizer"] for entry in self.log[::-1] if str(entry.get("optimizer")) in COLORS), None)
         if not self.optimizer:  # a log from before that was in it
             named = re.findall("adamw|dmuon|muon", self.name.lower())
             self.optimizer = named[0] if len(set(named)) == 1 else None
@@ -104,18 +105,19 @@ class Run:
 
 
 def number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number, and one that a run can have had."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def step_entry(line):
-    """A line of log.jsonl as a dictionary, None if it is none of train_gpt's. A loss that is not finite is null there; the
-    line of HellaSwag's scores has a step and no loss."""
+    """A line of log.jsonl as a dictionary, None if it is none of train_gpt's. A loss that is not finite is null there, and
+    here one that is no number(); the line of HellaSwag's scores has a step and no loss."""
     try:
         entry = json.loads(line)
         if "loss" not in entry and number(entry["hellaswag_acc"]) and number(entry["step"]):
-            return entry
+            return {key: value for key, value in entry.items() if key == "step" or key.startswith("hellaswag_")}
         entry["loss"] = entry["loss"] if number(entry["loss"]) else None
-        good = all(number(entry[key]) and entry[key] > 0 for key in ("step", "step_ms", "tokens_per_s"))
+        good = all(number(entry[key]) and entry[key] > 1 / LARGEST for key in ("step", "step_ms", "tokens_per_s"))
         return entry if good else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None

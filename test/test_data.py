@@ -547,6 +547,33 @@ class Compare(unittest.TestCase):
         self.assertIn(f"{odd}/log.jsonl: left out 9 of 59 lines", stderr)
         self.assertEqual(len(re.findall(r"^(good|torn|odd) +50 +4\.02", stdout, re.M)), 3, stdout)
 
+    def test_values_that_no_run_has(self):
+        """Of other types, too large for a float or for a table, too small to be divided by: what is right beside them is shown."""
+        large, good = 10 ** 400, self.steps(50)
+
+        def with_values(key, values):
+            """Behind 50 good steps one with each value."""
+            steps = [{"step": 51 + i, "loss": 3.99, "step_ms": 2.0, "tokens_per_s": 9.0, key: value} for i, value in enumerate(values)]
+            return self.run_of(key, *good, *steps)
+
+        bad = [with_values(key, values) for key, values in
+               (("step", (large, 1e300, [1], {})), ("step_ms", (large, 1e308, 1e15, 5e-324, [1])), ("tokens_per_s", (large, 1e308, "9", {})))]
+        stdout, stderr = self.compare(0, *bad, "--png", self.dir / "x.png")
+        for run, count in zip(bad, (4, 5, 4)):  # such a line is left out
+            self.assertIn(f"{run}/log.jsonl: left out {count} of {50 + count} lines", stderr)
+            self.assertRegex(stdout, rf"(?m)^{run.name} +50 +4\.020 +0 s +9$")
+        kept = [with_values(key, values) for key, values in
+                (("loss", (large, -large, 1e300, {})), ("val_loss", (large, 1e300, [1], {})), ("optimizer", ("dmuon", [1], {}, 7)),
+                 ("val_bpb", (large, -large, 1e308, [1])), ("optimizer_ms", (large, 1e308, [1], {})))]
+        stdout, stderr = self.compare(0, *kept, "--png", self.dir / "x.png", "--csv", self.dir / "x.csv")
+        self.assertEqual(stderr, "")
+        for run in kept:  # of these lines the value is
+            self.assertRegex(stdout, rf"(?m)^{run.name} +54 +{'4.020' if run.name == 'loss' else '3.990'} +0 s +9$")
+        self.assertNotRegex(stdout, r"\d{17}")
+        self.assertEqual(compare.Run(kept[2]).optimizer, "dmuon")
+        run = self.run_of("scores", *good, {"step": 50, "hellaswag_acc": 0.25, "hellaswag_acc_norm": 0.5, "step_ms": "x", "val_loss": 0})
+        self.assertRegex(self.compare(0, run, "--png", self.dir / "x.png")[0], r"(?m)^scores +50 +4\.020 +50\.00% +0 s +9$")
+
     def test_a_table_that_nobody_takes(self):
         """Few bytes, which only the last flush writes, and many."""
         for count in (10, 100000):
