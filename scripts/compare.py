@@ -45,6 +45,9 @@ class Run:
             self.written = path.stat().st_mtime
         except OSError as e:
             sys.exit(f"compare: {e}: not the --out of a run?")
+        if (path.parent / "log.before.jsonl").exists():
+            print(f"compare: {path}: its last lines are of a branch that has not saved; log.before.jsonl has those of the checkpoints",
+                  file=sys.stderr)
         self.log, left_out = [], 0
         for line in lines:
             entry = step_entry(line)

@@ -544,6 +544,9 @@ class Compare(unittest.TestCase):
                           {"step": 52, "loss": 1, "step_ms": 0, "tokens_per_s": 1}, b"[" * 100000 + b"\n")
         stdout, stderr = self.compare(0, good, torn, odd, "--png", self.dir / "x.png")
         self.assertIn(f"{torn}/log.jsonl: left out 1 of 51 lines", stderr)
+        self.assertNotIn("a branch that has not saved", stderr)
+        (torn / "log.before.jsonl").touch()
+        self.assertIn(f"{torn}/log.jsonl: its last lines are of a branch that has not saved", self.compare(0, torn)[1])
         self.assertIn(f"{odd}/log.jsonl: left out 9 of 59 lines", stderr)
         self.assertEqual(len(re.findall(r"^(good|torn|odd) +50 +4\.02", stdout, re.M)), 3, stdout)
 
