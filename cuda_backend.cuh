@@ -200,7 +200,7 @@ struct CudaRuntime {
     };
 
     // In a graph the device loses 4 to 7 us around a memset and next to nothing between kernels
-    // (dev/results/base_step.md); some of cuBLASLt's products zero counters first. So each memset becomes a kernel in
+    // (dev/results/base_step.md); some of cuBLASLt's products come with one. So each small memset becomes a kernel in
     // the same place.
     static void kernels_for_memsets(cudaGraph_t graph) {
         size_t count = 0;
