@@ -932,6 +932,7 @@ TEST_CASE("hellaswag: malformed files are refused by name") {
     };
     refused(word(0, 65534), "no mark at example 0");
     refused(word(1, 2), "says that example 0 has 2 bytes");
+    refused(word(1, 60000), "says that example 0 has 60000 bytes");
     refused(word(2, 1), "number 1 at example 0");
     refused(word(4, 3), "3 endings");
     refused(word(5, 65535), "ends within the context of example 0");
@@ -1076,9 +1077,12 @@ TEST_CASE("hellaswag: losses that are equal, or not finite; no tokenizer; a requ
     CHECK(equal.acc == 0.5);       // the first of 4 and 4
     CHECK(equal.acc_norm == 0.5);  // the first of 2, 4, 2, 5
     CHECK(std::isnan(equal.acc_norm_chars));
-    const HellaSwagScores odd = scores({NAN, NAN, NAN, NAN, NAN, INFINITY, NAN, 9});
-    CHECK(odd.acc == 0.5);
-    CHECK(odd.acc_norm == 0.5);
+    const HellaSwagScores odd = scores({4, NAN, -INFINITY, NAN, NAN, INFINITY, NAN, 9});
+    CHECK(odd.acc == 1);
+    CHECK(odd.acc_norm == 1);
+    const HellaSwagScores none = scores({NAN, NAN, NAN, NAN, INFINITY, INFINITY, INFINITY, INFINITY});
+    CHECK(none.acc == 0);  // nor the first of those
+    CHECK(none.acc_norm == 0);
 
     FakeModel model(1, 4);
     HellaSwagEvaluator<TurnsBackend, FakeModel> evaluator(file, nullptr, model, 1, 4);

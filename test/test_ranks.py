@@ -258,6 +258,9 @@ def test_trace():
                 expect(abs(a.begin + a.ms - b.begin) < 0.01, "%s does not begin where %s ends" % (b.name, a.name))
             whole, logged = sum(s.ms for s in computed), run.log[step - 1]["step_ms"]
             expect(abs(whole - logged) < 0.1 * logged + 0.2, "spans of %s ms in a step of %s ms" % (whole, logged))
+            for name in ("reduce", "clip", "momentum", "ns", "update", "adamw", "gather", "wait"):  # of the log: without the collectives
+                summed, said = sum(s.ms for s in of_step if s.lane == 0 and s.name == name), run.log[step - 1][name + "_ms"]
+                expect(abs(summed - said) < 2e-4, "%s: spans of %s ms, logged are %s" % (name, summed, said))  # log: four digits
             moved = [s for s in of_step if s.lane == 1]
             for a, b in zip(moved, moved[1:]):
                 expect(a.begin + a.ms < b.begin + 0.01, "%s and %s overlap" % (a.label(), b.label()))
