@@ -723,14 +723,19 @@ class Train(unittest.TestCase):
         os.mkfifo(shards / "tokenizer.bin")
         self.refused(1, ["tokenizer.bin", "not a file"], *TINY, "--steps", 2, shards=shards)
 
+    def saving(self, out, shards):
+        """A run that does not end by itself, from its first save on."""
+        process = subprocess.Popen(command(*TINY, "--steps", 1000000, "--save_every", 5, "--schedule", "constant", "--out", out,
+                                           shards=shards), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                   env=environment())
+        while process.poll() is None and not list(out.glob("*.safetensors")):
+            time.sleep(0.002)
+        return process
+
     def test_shard_overwritten_during_a_run(self):
         shards, out = work / "overwritten", work / "overwritten_run"
         shutil.copytree(data, shards)
-        with subprocess.Popen(command(*TINY, "--steps", 1000000, "--save_every", 5, "--schedule", "constant", "--out", out,
-                                      shards=shards), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                              env=environment()) as process:
-            while process.poll() is None and not list(out.glob("*.safetensors")):
-                time.sleep(0.002)
+        with self.saving(out, shards) as process:
             shard = shards / "train_000.bin"
             size = shard.stat().st_size
             with open(shard, "r+b") as file:
@@ -748,11 +753,7 @@ class Train(unittest.TestCase):
         as it sees a disk's error."""
         shards, out = work / "unreadable", work / "unreadable_run"
         shutil.copytree(data, shards)
-        with subprocess.Popen(command(*TINY, "--steps", 1000000, "--save_every", 5, "--schedule", "constant", "--out", out,
-                                      shards=shards), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                              env=environment()) as process:
-            while process.poll() is None and not list(out.glob("*.safetensors")):
-                time.sleep(0.002)
+        with self.saving(out, shards) as process:
             shard = shards / "train_000.bin"
             shard.rename(shards / "other")
             shutil.copy(data / shard.name, shard)
