@@ -491,10 +491,13 @@ inline std::vector<std::string> list_checkpoints(const std::string& dir) {  // n
 
 // Tells a checkpoint from all others by its header, which has the checksums of its tensors; "" if that can't be read.
 inline std::string checkpoint_identity(const std::string& path) {
+    std::error_code error;  // a FIFO would make us wait
+    if (!std::filesystem::is_regular_file(path, error)) return "";
+    const uint64_t bytes = std::filesystem::file_size(path, error);
     std::ifstream file(path, std::ios::binary);
     uint64_t length = 0;
     file.read(reinterpret_cast<char*>(&length), ckpt::kLengthBytes);
-    if (!file || length > ckpt::kMaxHeaderBytes) return "";
+    if (error || !file || length > std::min<uint64_t>(bytes, ckpt::kMaxHeaderBytes)) return "";
     std::string header(length, ' ');
     file.read(header.data(), std::streamsize(length));
     return file ? ckpt::hex(Checksum::of(header.data(), header.size())) : "";
